@@ -1,0 +1,280 @@
+//! The only door to a GPU. The core owns the truth about mappings; a device is a cache of translations that may be
+//! dropped and faulted in again. Memory is named by (region, offset), so that a device can use host addresses or fds.
+//!
+//! All work is submitted and completes through [`Events`]. A fault is resolved by [`Device::bind`] and released by
+//! [`Device::resume`], two steps. Devices never call up in any other way.
+//!
+//! # Locking
+//! `Events` methods are called from engine threads **with no lock of the device held** and may call any method of
+//! [`Device`]. Methods of `Device` may be called under locks of the core, so they never call `Events` synchronously
+//! and never wait for an engine, except [`Device::drop_region`].
+
+pub mod soft;
+
+use crate::addr::{GpuAddr, PageRange};
+use crate::memory::Region;
+use crate::protocol::job::Packet;
+use std::sync::Arc;
+
+/// How a device deals with an access that has no translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultModel {
+    /// The job parks, the fault is reported, the access is repeated after [`Device::resume`].
+    Replayable,
+    /// The host kernel resolves it.
+    KernelResolved,
+    /// It cannot: everything must be bound before.
+    None,
+}
+
+/// Which GPU addresses a mapping may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AddressModel {
+    /// Any below `1 << va_bits`.
+    Any,
+    /// Only the CPU's own.
+    Identity,
+}
+
+/// What a device is. Constant over its life.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// For people; at most 32 bytes.
+    pub name: String,
+    /// GPU addresses are below `1 << va_bits`.
+    pub va_bits: u32,
+    /// Engines that run jobs side by side.
+    pub num_engines: u32,
+    /// Bit n: packet opcode n is executed.
+    pub opcodes: u64,
+    /// Faults.
+    pub fault_model: FaultModel,
+    /// Addresses.
+    pub address_model: AddressModel,
+}
+
+/// Device-wide id of a GPU VM: what a fault report carries. 20 bits, never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Asid(pub u32);
+
+/// One beyond the largest asid.
+pub const ASID_END: u32 = 1 << 20;
+
+/// Whose GPU VM this is, as the device itself is told at creation: the ledger's truth below the router.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VmLabel {
+    /// The guest's name.
+    pub guest: Arc<str>,
+    /// The context in it.
+    pub ctx_id: u32,
+    /// The context's generation.
+    pub generation: u64,
+}
+
+/// Pages of a region, in order, and what the GPU may do with them.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// Where they are.
+    pub region: Arc<Region>,
+    /// Byte offset in it, page aligned.
+    pub offset: u64,
+    /// How many, at least 1.
+    pub pages: u64,
+    /// Whether the GPU may write.
+    pub writable: bool,
+}
+
+/// An access right that a job needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Access {
+    /// Load.
+    Read,
+    /// Store.
+    Write,
+    /// Atomic read-modify-write; needs write permission.
+    Atomic,
+}
+
+/// Names a job within a device; chosen by the core, never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobId(pub u64);
+
+/// Work for one GPU VM. Jobs of one ring run in order of submission, rings run side by side.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Its name in events.
+    pub id: JobId,
+    /// Its timeline in the GPU VM.
+    pub ring_idx: u32,
+    /// What to do; checked by [`Device::check_packets`].
+    pub packets: Vec<Packet>,
+}
+
+/// Names a parked access within a device; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StopId(pub u64);
+
+/// An access without translation. The job is off its engine and holds no translation.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// The GPU VM whose job faulted.
+    pub asid: Asid,
+    /// To be named in [`Device::resume`], exactly once.
+    pub stop: StopId,
+    /// The job.
+    pub job: JobId,
+    /// The address that was touched.
+    pub addr: GpuAddr,
+    /// Bytes from `addr` that the packet is going to touch, as far as the device knows; at least 1.
+    pub length_hint: u64,
+    /// How it was touched.
+    pub access: Access,
+    /// The engine.
+    pub engine: u8,
+    /// Level of the table at which the walk ended; 0 is the last.
+    pub level: u8,
+}
+
+/// What becomes of a parked access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Repeat it.
+    Retry,
+    /// The job ends with this errno (positive).
+    Fail(i32),
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JobEnd {
+    /// 0 or a positive errno.
+    pub errno: i32,
+    /// The packet that failed.
+    pub packet: u32,
+    /// The address that failed.
+    pub addr: GpuAddr,
+    /// How it was touched.
+    pub access: Access,
+}
+
+/// A point that engines must pass before old translations are surely unused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// Whether old translations may still be in use after an [`Device::unbind`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "memory may be released only after the flush"]
+pub enum Flush {
+    /// Nobody uses them.
+    Done,
+    /// Nobody will once [`Events::flushed`] names this ticket.
+    Pending(Ticket),
+}
+
+/// What devices tell the core.
+pub trait Events: Send + Sync {
+    /// A job faulted and is parked. Called once per parking.
+    fn fault(&self, device: usize, fault: Fault);
+    /// A job ended. Not called for jobs that [`Device::vm_destroy`] drops.
+    fn job_done(&self, device: usize, asid: Asid, job: JobId, end: JobEnd);
+    /// No engine uses what was unbound under this ticket or an earlier one of that GPU VM.
+    fn flushed(&self, device: usize, asid: Asid, ticket: Ticket);
+    /// The GPU VM is gone: no job, no translation, no fault of it is left, and none will be reported.
+    fn retired(&self, device: usize, asid: Asid);
+}
+
+/// Why a device refused. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No such GPU VM, or it is being destroyed.
+    #[error("asid {0} is not alive on this device")]
+    NoVm(u32),
+    /// The asid is in use.
+    #[error("asid {0} is in use on this device")]
+    VmExists(u32),
+    /// A packet that this device does not execute.
+    #[error("packet {index} has an unknown opcode")]
+    UnknownOpcode {
+        /// Which.
+        index: u32,
+    },
+    /// A packet whose fields contradict its opcode.
+    #[error("packet {index} has a bad operand")]
+    BadOperand {
+        /// Which.
+        index: u32,
+    },
+    /// No memory for tables.
+    #[error("out of memory")]
+    OutOfMemory,
+}
+
+/// One entry of a device's own record of the faults that it raised, below the router.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LedgerEntry {
+    /// Whose job it was, as the device was told.
+    pub label: VmLabel,
+    /// The GPU VM.
+    pub asid: Asid,
+    /// The GPU page (C), as a page number.
+    pub page: u64,
+    /// How it was touched.
+    pub access: Access,
+}
+
+/// A GPU.
+pub trait Device: Send + Sync {
+    /// What it is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Creates an empty GPU VM.
+    ///
+    /// # Errors
+    /// [`Error::VmExists`], [`Error::OutOfMemory`].
+    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error>;
+
+    /// Begins to destroy a GPU VM: its jobs stop at their next checkpoint and are dropped, parked ones at once; no
+    /// fault is raised any more. [`Events::retired`] follows.
+    fn vm_destroy(&self, asid: Asid);
+
+    /// Makes translations for the extents, one after the other from `addr`; replaces what stood there (the core has
+    /// unbound it, or it is the same). Whole aligned 2 MiB blocks become large leaves.
+    ///
+    /// # Errors
+    /// [`Error::NoVm`], [`Error::OutOfMemory`]; then no translation was added.
+    fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error>;
+
+    /// Drops translations of the range; a large leaf that is cut goes whole. Cannot fail and does not wait.
+    fn unbind(&self, asid: Asid, range: PageRange) -> Flush;
+
+    /// Drops every translation to a region, waits for at most one engine slice, and forgets the region.
+    fn drop_region(&self, asid: Asid, region_id: u64);
+
+    /// Translations of a GPU VM now, in pages.
+    fn resident_pages(&self, asid: Asid) -> u64;
+
+    /// Whether each page of the range has a translation, in order; at most 512 pages are told.
+    fn resident_map(&self, asid: Asid, range: PageRange) -> Vec<bool>;
+
+    /// Checks packets as far as this can be done without memory.
+    ///
+    /// # Errors
+    /// [`Error::UnknownOpcode`], [`Error::BadOperand`].
+    fn check_packets(&self, packets: &[Packet]) -> Result<(), Error>;
+
+    /// Queues a job.
+    ///
+    /// # Errors
+    /// [`Error::NoVm`].
+    fn submit(&self, asid: Asid, job: Job) -> Result<(), Error>;
+
+    /// Releases a parked access. A stop that is not parked (its VM was destroyed) is ignored.
+    fn resume(&self, stop: StopId, verdict: Verdict);
+
+    /// Stops (or lets go on) the jobs of a GPU VM at their checkpoints; they keep their place. Freezing returns a
+    /// flush: once done, no engine touches memory of this VM until it is thawed.
+    fn set_frozen(&self, asid: Asid, frozen: bool) -> Flush;
+
+    /// The faults raised so far, and how many older ones were overwritten. Empty unless the ledger was switched on.
+    fn ledger(&self) -> (Vec<LedgerEntry>, u64);
+}

@@ -1,0 +1,212 @@
+//! Snapshots for people and tools: what a host, guest, context, GPU VM or fault looks like from outside. Plain data,
+//! taken under the owner's lock and then free of it. With the `serde` feature they serialise under these names.
+
+/// A host device.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct DeviceStatus {
+    /// Index on this host.
+    pub device: usize,
+    /// Its name.
+    pub name: String,
+    /// GPU addresses are below `1 << va_bits`.
+    pub va_bits: u32,
+    /// Engines.
+    pub engines: u32,
+    /// `"replayable"`, `"kernel-resolved"` or `"none"`.
+    pub fault_model: &'static str,
+    /// `"any"` or `"identity"`.
+    pub address_model: &'static str,
+    /// GPU VMs alive on it.
+    pub gpu_vms: usize,
+    /// Asids that wait until engines let go of them.
+    pub retiring: usize,
+    /// Faults it has raised.
+    pub faults_raised: u64,
+}
+
+/// A guest, while its VMM is connected.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct GuestStatus {
+    /// Named by the operator.
+    pub name: String,
+    /// Of this session.
+    pub epoch: u64,
+    /// Of the driver, 0 before HELLO.
+    pub incarnation: u64,
+    /// Host devices granted, in the order of the guest's `dev_id`.
+    pub devices: Vec<usize>,
+    /// Contexts alive.
+    pub contexts: usize,
+    /// Contexts destroyed but not yet retired.
+    pub retiring: usize,
+    /// Blob resources.
+    pub resources: usize,
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+    /// Regions of guest memory.
+    pub memory_regions: usize,
+    /// Faults that wait for this guest.
+    pub pending_faults: usize,
+    /// Whether its rings are stopped and its jobs with them.
+    pub frozen: bool,
+}
+
+/// A context: one guest process.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct ContextStatus {
+    /// Its guest.
+    pub guest: String,
+    /// Its id in the guest.
+    pub ctx_id: u32,
+    /// Tells it from earlier contexts of that id.
+    pub generation: u64,
+    /// As the guest calls it.
+    pub name: String,
+    /// Its capset.
+    pub capset_id: u32,
+    /// Why it was lost: errno, positive; 0 while it is alive.
+    pub lost: i32,
+    /// Pages of its address space that are known (A side).
+    pub known_pages: u64,
+    /// Last invalidation accepted.
+    pub inval_seq: u64,
+    /// Last invalidation done.
+    pub inval_done_seq: u64,
+    /// Faults that wait for the guest.
+    pub pending_faults: usize,
+    /// Jobs in flight.
+    pub jobs: usize,
+    /// Its GPU VMs, one a device at most (C side).
+    pub vms: Vec<VmStatus>,
+    /// What has happened to it.
+    pub counters: Counters,
+}
+
+/// A GPU VM.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct VmStatus {
+    /// Its id in the context.
+    pub vm_id: u32,
+    /// The host device's index.
+    pub device: usize,
+    /// Its id in fault reports.
+    pub asid: u32,
+    /// `"usable"` or `"unusable"`.
+    pub state: &'static str,
+    /// What made it unusable: errno, positive; else 0.
+    pub error: i32,
+    /// Mappings by rising GPU address.
+    pub mappings: Vec<MappingStatus>,
+    /// Pages with a translation now.
+    pub resident_pages: u64,
+}
+
+/// A mapping A..B -> C..D, or of a blob.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct MappingStatus {
+    /// C.
+    pub gpu_start: u64,
+    /// D.
+    pub gpu_end: u64,
+    /// `"userptr"` or `"blob"`.
+    pub kind: &'static str,
+    /// A, for a userptr.
+    pub cpu_start: Option<u64>,
+    /// B, for a userptr.
+    pub cpu_end: Option<u64>,
+    /// The resource, for a blob.
+    pub resource_id: Option<u32>,
+    /// Where in the resource, for a blob.
+    pub offset: Option<u64>,
+    /// Whether the GPU may only read.
+    pub readonly: bool,
+}
+
+/// What happened to one fault.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct FaultTrace {
+    /// Nanoseconds of the host's monotonic clock at raising.
+    pub time_ns: u64,
+    /// Its owner's guest.
+    pub guest: String,
+    /// Its owner.
+    pub ctx_id: u32,
+    /// The host device's index.
+    pub device: usize,
+    /// As reported.
+    pub asid: u32,
+    /// As told to the guest; 0 where the guest was not asked.
+    pub cookie: u64,
+    /// C, of the page.
+    pub gpu_addr: u64,
+    /// A, of the page; 0 where no mapping says.
+    pub cpu_addr: u64,
+    /// `"read"`, `"write"` or `"atomic"`.
+    pub access: &'static str,
+    /// `"served-locally"`, `"answered"`, `"refused"` or `"dropped"`.
+    pub outcome: &'static str,
+    /// Nanoseconds from raising to the outcome.
+    pub wait_ns: u64,
+}
+
+/// Counts since the start of their owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Counters {
+    /// Faults that devices raised. Each ends as one of the next five.
+    pub faults_raised: u64,
+    /// Resolved without asking the guest.
+    pub faults_served_locally: u64,
+    /// Resolved by the guest's answer, joined ones included.
+    pub faults_answered: u64,
+    /// Ended as an error of the job.
+    pub faults_refused: u64,
+    /// Their context or GPU VM was gone.
+    pub faults_dropped: u64,
+    /// Sent back to be raised again, because too many were pending.
+    pub faults_throttled: u64,
+    /// Records written to the guest.
+    pub faults_reported: u64,
+    /// Faults that joined a pending record.
+    pub faults_coalesced: u64,
+    /// Answers that named no pending fault.
+    pub answers_stale: u64,
+    /// Runs of pages installed.
+    pub runs_installed: u64,
+    /// Runs of pages refused because an invalidation was newer.
+    pub runs_refused: u64,
+    /// Invalidations accepted.
+    pub invalidations: u64,
+    /// Jobs accepted.
+    pub jobs_submitted: u64,
+    /// Jobs that ended well.
+    pub jobs_done: u64,
+    /// Jobs that ended with an error.
+    pub jobs_failed: u64,
+    /// Jobs dropped with their context or GPU VM.
+    pub jobs_dropped: u64,
+}
+
+/// The whole host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct HostStats {
+    /// Guests connected.
+    pub guests: usize,
+    /// Contexts alive.
+    pub contexts: usize,
+    /// GPU VMs alive.
+    pub gpu_vms: usize,
+    /// GPU VMs with a fault that waits for its guest, now.
+    pub pending_vms: usize,
+    /// The most of them at any time.
+    pub peak_pending_vms: usize,
+    /// Sums over all contexts, past ones included.
+    pub counters: Counters,
+}

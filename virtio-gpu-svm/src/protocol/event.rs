@@ -1,0 +1,164 @@
+//! Records on the event queue. A buffer opens with [`EventHdr`], records of 96 bytes follow. PROTOCOL 7.
+
+use super::gpu::wire;
+use zerocopy::little_endian::{I32, U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Bytes of a record.
+pub const EVENT_RECORD_BYTES: usize = 96;
+
+/// Record kind: [`FaultRecord`].
+pub const EVENT_FAULT: u32 = 1;
+/// Record kind: [`JobRecord`].
+pub const EVENT_JOB_DONE: u32 = 2;
+/// Record kind: [`NoticeRecord`], invalidations of `ctx_id` are done up to `value`.
+pub const EVENT_INVAL_DONE: u32 = 3;
+/// Record kind: [`NoticeRecord`], the context was lost for `status`; it must be destroyed.
+pub const EVENT_CONTEXT_LOST: u32 = 4;
+/// Record kind: [`NoticeRecord`], no engine can use anything of the destroyed context `ctx_id` any more.
+pub const EVENT_CONTEXT_RETIRED: u32 = 5;
+/// Record kind: [`NoticeRecord`], no engine can use anything of incarnations before `value` any more.
+pub const EVENT_QUIET: u32 = 6;
+
+/// [`FaultRecord::flags`]: `asid` and `vm_id` are valid (iommufd's value).
+pub const FAULT_PASID_VALID: u32 = 1 << 0;
+/// [`FaultRecord::flags`]: last of its group (iommufd's value).
+pub const FAULT_LAST_PAGE: u32 = 1 << 1;
+/// [`FaultRecord::flags`]: the access is repeated after a successful answer.
+pub const FAULT_REPLAYABLE: u32 = 1 << 2;
+
+/// Access: read.
+pub const PERM_READ: u32 = 1;
+/// Access: write.
+pub const PERM_WRITE: u32 = 2;
+/// Access: atomic.
+pub const PERM_ATOMIC: u32 = 16;
+
+/// [`FaultRecord::fault_type`]: no translation.
+pub const FAULT_NOT_PRESENT: u8 = 0;
+/// [`FaultRecord::fault_type`]: a write, and the process' page is known as read-only.
+pub const FAULT_WRITE_ACCESS: u8 = 1;
+/// [`FaultRecord::fault_type`]: an atomic, and the process' page is known as read-only.
+pub const FAULT_ATOMIC_ACCESS: u8 = 2;
+
+wire! {
+    /// Opens every event buffer.
+    EventHdr, 24 {
+        /// Records that follow.
+        num_records: U32,
+        /// Zero.
+        flags: U32,
+        /// Changes whenever the daemon has lost this guest's state.
+        daemon_epoch: U64,
+        /// Sequence of the first record; a gap to the last buffer's end means that advisory records were lost.
+        sequence: U64,
+    }
+}
+wire! {
+    /// A device fault, addressed to the process that owns it.
+    FaultRecord, 96 {
+        /// [`EVENT_FAULT`].
+        kind: U32,
+        /// The context whose GPU VM faulted.
+        ctx_id: U32,
+        /// Names the fault in the answer; used once.
+        cookie: U64,
+        /// The host device.
+        dev_id: U32,
+        /// The GPU VM within the context.
+        vm_id: U32,
+        /// The id that the device reported.
+        asid: U32,
+        /// Group; 0, every record is its own group.
+        grpid: U32,
+        /// `FAULT_*`.
+        flags: U32,
+        /// `PERM_*` of the access.
+        perm: U32,
+        /// GPU address (C), of the page.
+        addr: U64,
+        /// Guest CPU address (A), of the page.
+        cpu_addr: U64,
+        /// Bytes from `cpu_addr` that the job is expected to touch, within the mapping.
+        length_hint: U32,
+        /// `FAULT_*` type.
+        fault_type: u8,
+        /// Level of the table at which the walk ended; 0 is the last.
+        level: u8,
+        /// Zero.
+        engine_class: u8,
+        /// The engine.
+        engine_instance: u8,
+        /// Accesses joined in this record when it was written.
+        num_coalesced: U16,
+        /// `PERM_*` of all of them.
+        access_mask: U16,
+        /// Bytes to which `addr` is precise.
+        address_precision: U32,
+        /// Nanoseconds of the host's monotonic clock.
+        timestamp: U64,
+        /// Sequence of this record.
+        sequence: U64,
+        /// Zero.
+        reserved: U64,
+    }
+}
+wire! {
+    /// A job's end.
+    JobRecord, 96 {
+        /// [`EVENT_JOB_DONE`].
+        kind: U32,
+        /// Its context.
+        ctx_id: U32,
+        /// From the EXEC reply.
+        job_id: U64,
+        /// From the EXEC request.
+        user_data: U64,
+        /// The host device.
+        dev_id: U32,
+        /// The GPU VM.
+        vm_id: U32,
+        /// 0 or a negative errno.
+        status: I32,
+        /// The packet that failed.
+        packet: U32,
+        /// The GPU address that failed.
+        addr: U64,
+        /// `PERM_*` of the access that failed.
+        perm: U32,
+        /// Its timeline.
+        ring_idx: U32,
+        /// Nanoseconds of the host's monotonic clock.
+        timestamp: U64,
+        /// Sequence of this record.
+        sequence: U64,
+        /// Zero.
+        reserved: [U64; 3],
+    }
+}
+wire! {
+    /// Everything that is told by one number.
+    NoticeRecord, 96 {
+        /// `EVENT_*`.
+        kind: U32,
+        /// The context, or 0.
+        ctx_id: U32,
+        /// As the kind says.
+        value: U64,
+        /// 0 or a negative errno.
+        status: I32,
+        /// Zero.
+        reserved: U32,
+        /// Nanoseconds of the host's monotonic clock.
+        timestamp: U64,
+        /// Sequence of this record.
+        sequence: U64,
+        /// Zero.
+        reserved2: [U64; 7],
+    }
+}
+const _: () = assert!(
+    size_of::<FaultRecord>() == EVENT_RECORD_BYTES
+        && size_of::<JobRecord>() == EVENT_RECORD_BYTES
+        && size_of::<NoticeRecord>() == EVENT_RECORD_BYTES
+);

@@ -1,0 +1,183 @@
+//! Requests inside a SUBMIT_3D payload: written by an unprivileged guest process, about its own context only, and
+//! free of guest-physical addresses. PROTOCOL 5.
+
+use super::gpu::wire;
+use zerocopy::little_endian::{I32, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Creates the context's GPU VM on a device. PROTOCOL 5.1.
+pub const SVM_REQ_VM_CREATE: u32 = 1;
+/// Destroys a GPU VM. PROTOCOL 5.2.
+pub const SVM_REQ_VM_DESTROY: u32 = 2;
+/// Changes mappings of a GPU VM. PROTOCOL 5.3.
+pub const SVM_REQ_VM_BIND: u32 = 3;
+/// Launches a job. PROTOCOL 5.4.
+pub const SVM_REQ_EXEC: u32 = 4;
+/// Reads a GPU VM's state. PROTOCOL 5.5.
+pub const SVM_REQ_VM_GET_PROPERTY: u32 = 5;
+
+/// [`BindOp::op`]: map a blob resource.
+pub const BIND_OP_MAP: u32 = 0;
+/// [`BindOp::op`]: unmap a range.
+pub const BIND_OP_UNMAP: u32 = 1;
+/// [`BindOp::op`]: map a range of the process' CPU addresses.
+pub const BIND_OP_MAP_USERPTR: u32 = 2;
+
+/// [`BindOp::flags`]: the GPU may only read.
+pub const BIND_READONLY: u32 = 1 << 0;
+
+/// [`VmProperty::state`]: works.
+pub const VM_USABLE: u32 = 0;
+/// [`VmProperty::state`]: only UNMAP, DESTROY and GET_PROPERTY work.
+pub const VM_UNUSABLE: u32 = 1;
+
+wire! {
+    /// Opens every request.
+    ReqHdr, 16 {
+        /// `SVM_REQ_*`.
+        cmd: U32,
+        /// Bytes of the request with this header, a multiple of 8.
+        len: U32,
+        /// The process' own number, echoed.
+        seqno: U32,
+        /// Where the reply goes in the reply area, a multiple of 8.
+        rsp_off: U32,
+    }
+}
+wire! {
+    /// Opens every reply.
+    RspHdr, 16 {
+        /// Bytes of the reply with this header; 0: the request was not reached.
+        len: U32,
+        /// As in the request.
+        seqno: U32,
+        /// 0 or a negative errno.
+        ret: I32,
+        /// Index of the bind that `ret` is about.
+        detail: U32,
+    }
+}
+wire! {
+    /// `VM_CREATE`.
+    VmCreate, 32 {
+        /// Header.
+        hdr: ReqHdr,
+        /// The host device.
+        dev_id: U32,
+        /// Zero.
+        flags: U32,
+        /// Zero.
+        reserved: U64,
+    }
+}
+wire! {
+    /// The reply to [`VmCreate`].
+    VmCreateRsp, 32 {
+        /// Header.
+        hdr: RspHdr,
+        /// Names the GPU VM within the context.
+        vm_id: U32,
+        /// Its id in the device's fault reports.
+        asid: U32,
+        /// GPU addresses are below `1 << va_bits`.
+        va_bits: U32,
+        /// Zero.
+        reserved: U32,
+    }
+}
+wire! {
+    /// `VM_DESTROY`, `VM_GET_PROPERTY`.
+    VmRef, 24 {
+        /// Header.
+        hdr: ReqHdr,
+        /// The GPU VM.
+        vm_id: U32,
+        /// Zero.
+        reserved: U32,
+    }
+}
+wire! {
+    /// `VM_BIND`; [`BindOp`] follow. All of them take effect or none.
+    VmBind, 24 {
+        /// Header.
+        hdr: ReqHdr,
+        /// The GPU VM.
+        vm_id: U32,
+        /// Operations that follow.
+        num_binds: U32,
+    }
+}
+wire! {
+    /// One operation of [`VmBind`]; numbering of xe's `VM_BIND`.
+    BindOp, 48 {
+        /// `BIND_OP_*`.
+        op: U32,
+        /// `BIND_*`.
+        flags: U32,
+        /// First GPU address (C), page aligned.
+        addr: U64,
+        /// Bytes, a multiple of the page size, not 0.
+        range: U64,
+        /// MAP: offset in the resource. MAP_USERPTR: first guest CPU address (A). UNMAP: zero.
+        obj_offset: U64,
+        /// MAP: the resource. Else zero.
+        resource_id: U32,
+        /// Zero.
+        reserved: U32,
+        /// Zero.
+        reserved2: U64,
+    }
+}
+wire! {
+    /// `EXEC`; [`super::job::Packet`] follow. Jobs of one ring run in order, rings run side by side.
+    Exec, 40 {
+        /// Header.
+        hdr: ReqHdr,
+        /// The GPU VM.
+        vm_id: U32,
+        /// Timeline, below [`super::MAX_RINGS`].
+        ring_idx: U32,
+        /// Packets that follow, at least 1.
+        num_packets: U32,
+        /// Zero.
+        flags: U32,
+        /// The process' own value, echoed in the job's record.
+        user_data: U64,
+    }
+}
+wire! {
+    /// The reply to [`Exec`].
+    ExecRsp, 24 {
+        /// Header.
+        hdr: RspHdr,
+        /// Names the job within the context.
+        job_id: U64,
+    }
+}
+wire! {
+    /// The reply to `VM_GET_PROPERTY`.
+    VmProperty, 64 {
+        /// Header.
+        hdr: RspHdr,
+        /// `VM_USABLE` or `VM_UNUSABLE`.
+        state: U32,
+        /// The errno that made it unusable, negative, or 0.
+        first_errno: I32,
+        /// Where.
+        error_addr: U64,
+        /// Pages that have a translation now.
+        resident_pages: U64,
+        /// Mappings.
+        num_mappings: U32,
+        /// Jobs in flight.
+        num_jobs: U32,
+        /// Faults that wait for the guest.
+        pending_faults: U32,
+        /// Its id in the device's fault reports.
+        asid: U32,
+        /// The host device.
+        dev_id: U32,
+        /// Zero.
+        reserved: U32,
+    }
+}
