@@ -8,7 +8,7 @@ use crate::fuse::Failure;
 use crate::registry::{AddError, Endpoint, RegistryEvent, Subscribers, lock};
 use crate::relay::Relay;
 use crate::session::{self, Session, Setup};
-use crate::socket::GuestSocket;
+use crate::socket::ListeningSocket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -71,7 +71,7 @@ impl Seat {
 /// Where VMMs come in.
 pub(crate) enum Door {
     /// By a listening socket, one after the other.
-    Listening(GuestSocket),
+    Listening(ListeningSocket),
     /// One that was connected before we began.
     Connected(Relay),
 }
@@ -83,8 +83,8 @@ impl Door {
     /// [`AddError::SocketInUse`], [`AddError::Io`].
     pub fn open(endpoint: Endpoint) -> Result<Self, AddError> {
         match endpoint {
-            Endpoint::Path(path) => GuestSocket::make(&path).map(Self::Listening),
-            Endpoint::Listener(fd) => Ok(Self::Listening(GuestSocket::inherited(fd))),
+            Endpoint::Path(path) => ListeningSocket::make(&path).map(Self::Listening),
+            Endpoint::Listener(fd) => Ok(Self::Listening(ListeningSocket::inherited(fd))),
             Endpoint::Connected(fd) => {
                 let refused = |source| AddError::Io {
                     action: "take over",
@@ -122,7 +122,7 @@ impl Attendant {
     }
 
     /// `false`: leave.
-    fn wait_for_vmm(&self, socket: &GuestSocket) -> bool {
+    fn wait_for_vmm(&self, socket: &ListeningSocket) -> bool {
         loop {
             let mut fds =
                 [PollFd::new(&self.seat.stop, PollFlags::IN), PollFd::new(socket.listener(), PollFlags::IN)];

@@ -63,15 +63,15 @@ impl RuntimeDirs {
     }
 }
 
-/// A listening socket of ours.
+/// A listening socket that is ours while this lives.
 #[derive(Debug)]
-pub struct GuestSocket {
+pub struct ListeningSocket {
     listener: UnixListener,
     /// Its path and what was made there, so that only that is removed. `None`: inherited, not ours to remove.
     made: Option<(PathBuf, (u64, u64))>,
 }
 
-impl GuestSocket {
+impl ListeningSocket {
     /// Makes a socket with mode 0600 at a path that [`RuntimeDirs::resolve`] gave.
     ///
     /// # Errors
@@ -112,7 +112,7 @@ impl GuestSocket {
     }
 }
 
-impl Drop for GuestSocket {
+impl Drop for ListeningSocket {
     /// Unlinks the path if it is still what was made there.
     fn drop(&mut self) {
         let Some((path, made)) = &self.made else { return };
