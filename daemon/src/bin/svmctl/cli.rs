@@ -97,8 +97,10 @@ pub enum GuestCommand {
     Add {
         /// Its name: 1 to 64 of A-Z a-z 0-9 . _ -
         name: String,
-        /// Absolute path of its vhost-user socket, below a runtime folder of the daemon
-        socket: String,
+        /// Path of its vhost-user socket, below a runtime folder of the daemon
+        // Not called `socket`: clap would take it for the global option of that name.
+        #[arg(value_name = "SOCKET")]
+        guest_socket: String,
         /// Grant this host device (repeatable, in the order in which the guest shall see them); all when absent
         #[arg(long = "device", value_name = "NAME")]
         devices: Vec<String>,
@@ -144,9 +146,9 @@ impl Command {
             Self::Info => ("server.info", json!({})),
             Self::Devices => ("device.list", json!({})),
             Self::Guests => ("guest.list", json!({})),
-            Self::Guest(GuestCommand::Add { name, socket, devices }) => {
+            Self::Guest(GuestCommand::Add { name, guest_socket, devices }) => {
                 let devices = (!devices.is_empty()).then_some(devices);
-                ("guest.add", json!({ "name": name, "socket": socket, "devices": devices }))
+                ("guest.add", json!({ "name": name, "socket": absolute(guest_socket)?, "devices": devices }))
             }
             Self::Guest(GuestCommand::Remove { name }) => ("guest.remove", json!({ "name": name })),
             Self::Guest(GuestCommand::Show { name }) => ("guest.get", json!({ "name": name })),
@@ -173,6 +175,16 @@ impl Command {
         };
         Ok((method.to_owned(), given(params)))
     }
+}
+
+/// The path as the daemon must be told it, whose own folder is another one.
+fn absolute(path: &str) -> Result<String, Error> {
+    let absolute =
+        std::path::absolute(path).map_err(|error| Error::Usage(format!("socket {path:?}: {error}")))?;
+    absolute
+        .into_os_string()
+        .into_string()
+        .map_err(|_| Error::Usage("the current folder is not UTF-8".to_owned()))
 }
 
 /// A number means an index, anything else a name.

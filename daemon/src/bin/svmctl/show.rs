@@ -14,9 +14,9 @@ pub fn result(command: &Command, result: &Value) -> String {
         Command::Info => info(result),
         Command::Devices => devices(result),
         Command::Guests => guests(result),
-        Command::Guest(GuestCommand::Add { name, socket, .. }) => match result["created"].as_bool() {
+        Command::Guest(GuestCommand::Add { name, guest_socket, .. }) => match result["created"].as_bool() {
             Some(false) => format!("guest {name} was there already\n"),
-            _ => format!("added guest {name}; connect its VMM to {socket}\n"),
+            _ => format!("added guest {name}; connect its VMM to {guest_socket}\n"),
         },
         Command::Guest(GuestCommand::Remove { name }) => match result["removed"].as_bool() {
             Some(false) => format!("guest {name} was not there\n"),
