@@ -247,6 +247,12 @@ pub trait Device: Send + Sync {
     /// Drops translations of the range; a large leaf that is cut goes whole. Cannot fail and does not wait.
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush;
 
+    /// What must be passed before everything unbound so far is surely unused.
+    fn flush(&self, asid: Asid) -> Flush;
+
+    /// Whether a ticket has been passed, or the GPU VM is gone.
+    fn has_flushed(&self, asid: Asid, ticket: Ticket) -> bool;
+
     /// Drops every translation to a region, waits for at most one engine slice, and forgets the region.
     fn drop_region(&self, asid: Asid, region_id: u64);
 
