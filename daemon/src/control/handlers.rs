@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
-use virtio_gpu_svm::guest::{EvictError, Guest};
+use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::protocol;
 
 type Outcome = Result<Answer, Error>;
@@ -101,23 +101,20 @@ pub(super) fn context_list(state: &ControlState, args: &Args<'_>) -> Outcome {
 pub(super) fn context_get(state: &ControlState, args: &Args<'_>) -> Outcome {
     let guest = connected_guest(state, Args::must(args.text("guest"))?)?;
     let ctx_id: u32 = Args::must(args.integer("ctx_id"))?;
-    let context = guest.contexts().into_iter().find(|context| context.ctx_id == ctx_id);
-    answer(&context.ok_or_else(|| no_context(&guest, ctx_id))?)
+    let context = guest.context(ctx_id).map_err(|_| no_context(&guest, ctx_id))?;
+    answer(&context.status())
 }
 
 pub(super) fn context_evict(state: &ControlState, args: &Args<'_>) -> Outcome {
     let guest = connected_guest(state, Args::must(args.text("guest"))?)?;
     let ctx_id = Args::must(args.integer("ctx_id"))?;
     let device = device_index(state, args)?;
-    let pages = guest.evict(ctx_id, device).map_err(|error| match error {
-        EvictError::NoContext(ctx_id) => no_context(&guest, ctx_id),
-    })?;
+    let pages = guest.evict(ctx_id, device).map_err(|_| no_context(&guest, ctx_id))?;
     answer(&json!({ "evicted_pages": pages }))
 }
 
 pub(super) fn fault_recent(state: &ControlState, args: &Args<'_>) -> Outcome {
     let limit = args.integer("limit").unwrap_or(DEFAULT_FAULTS);
-    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     answer(&json!({ "faults": state.registry.host().recent_faults(limit) }))
 }
 
@@ -171,6 +168,7 @@ fn connected_guest(state: &ControlState, name: &str) -> Result<Arc<Guest>, Error
     })
 }
 
+/// All that a lookup by id can fail with.
 fn no_context(guest: &Guest, ctx_id: u32) -> Error {
     let message =
         format!("no context {ctx_id} in guest {}; context.list tells those alive", quote(guest.name()));

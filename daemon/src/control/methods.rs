@@ -5,11 +5,10 @@ use super::handlers;
 use super::params::{Args, Param, Shape};
 use super::rpc::{Error, Kind, Request, quote};
 use super::{ControlState, discover};
+use virtio_gpu_svm::host::RECENT_FAULTS;
 
-/// Faults that `fault.recent` tells at most.
-pub const MAX_FAULTS: u64 = 4096;
 /// Faults that `fault.recent` tells unless asked otherwise.
-pub const DEFAULT_FAULTS: u64 = 64;
+pub const DEFAULT_FAULTS: usize = 64;
 
 /// What a handler leaves for the connection to do once the answer is written.
 #[derive(Debug)]
@@ -73,7 +72,7 @@ pub const METHODS: &[Method] = &[
             Param::required("guest", GUEST_NAME, "the guest's name"),
             Param::required("ctx_id", CTX_ID, "the context's id in that guest"),
         ],
-        result: "{guest, ctx_id, generation, name, capset_id, lost, known_pages, inval_seq, inval_done_seq, \
+        result: "{guest, ctx_id, generation, name, capset_id, known_pages, inval_seq, inval_done_seq, \
                  pending_faults, jobs, vms: [{vm_id, device, asid, state, error, resident_pages, mappings: \
                  [{gpu_start, gpu_end, kind, cpu_start, cpu_end, resource_id, offset, readonly}]}], counters}; \
                  ranges are half-open, addresses in bytes",
@@ -84,7 +83,7 @@ pub const METHODS: &[Method] = &[
         name: "context.list",
         summary: "Contexts alive, without their mappings.",
         params: &[Param::optional("guest", GUEST_NAME, "only of this guest; of all when absent")],
-        result: "{contexts: [{guest, ctx_id, generation, name, lost, known_pages, resident_pages, \
+        result: "{contexts: [{guest, ctx_id, generation, name, known_pages, resident_pages, \
                  pending_faults, jobs, vms: [{vm_id, device, asid, state, mappings, resident_pages}], \
                  counters}]}",
         errors: &[Kind::GuestNotFound],
@@ -124,11 +123,11 @@ pub const METHODS: &[Method] = &[
         summary: "The last device faults that came to an end, the newest last.",
         params: &[Param::optional(
             "limit",
-            Shape::Integer { min: 1, max: MAX_FAULTS },
+            Shape::Integer { min: 1, max: RECENT_FAULTS as u64 },
             "at most so many; 64 when absent",
         )],
         result: "{faults: [{time_ns, guest, ctx_id, device, asid, cookie, gpu_addr, cpu_addr, access, outcome, \
-                 wait_ns}]}; time_ns is of the host's monotonic clock, cookie is 0 where the guest was not asked",
+                 wait_ns}]}; time_ns counts from the daemon's start, cookie is 0 where the guest was not asked",
         errors: &[],
         run: handlers::fault_recent,
     },

@@ -54,8 +54,8 @@ pub enum Command {
     Context(ContextCommand),
     /// List the last device faults that came to an end, the newest last
     Faults {
-        /// At most so many, 1 to 4096
-        #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096))]
+        /// At most so many, 1 to 1024
+        #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=virtio_gpu_svm::host::RECENT_FAULTS as u64))]
         limit: u64,
     },
     /// Print the counts of the whole host since the daemon started

@@ -213,7 +213,6 @@ fn contexts(result: &Value) -> String {
         "guest",
         ">ctx",
         "name",
-        "state",
         "vms (device:asid)",
         ">known pages",
         ">resident pages",
@@ -223,13 +222,16 @@ fn contexts(result: &Value) -> String {
     ]);
     for context in items(&result["contexts"]) {
         let vms: Vec<String> = items(&context["vms"])
-            .map(|vm| format!("{}:{}", text(&vm["device"]), text(&vm["asid"])))
+            .map(|vm| {
+                // A mark on what its process cannot use any more; context show tells why.
+                let mark = if vm["state"] == "usable" { "" } else { "!" };
+                format!("{}:{}{mark}", text(&vm["device"]), text(&vm["asid"]))
+            })
             .collect();
         table.row([
             text(&context["guest"]),
             text(&context["ctx_id"]),
             text(&context["name"]),
-            context_state(context),
             if vms.is_empty() { NOTHING.to_owned() } else { vms.join(" ") },
             pages(&context["known_pages"]),
             pages(&context["resident_pages"]),
@@ -241,16 +243,6 @@ fn contexts(result: &Value) -> String {
     table.text(0, "no contexts")
 }
 
-fn context_state(context: &Value) -> String {
-    match context["lost"].as_i64() {
-        Some(0) => "alive".to_owned(),
-        Some(errno) => {
-            format!("lost ({})", std::io::Error::from_raw_os_error(i32::try_from(errno).unwrap_or(0)))
-        }
-        None => NOTHING.to_owned(),
-    }
-}
-
 fn context(context: &Value) -> String {
     let invalidations =
         format!("{} accepted, {} done", text(&context["inval_seq"]), text(&context["inval_done_seq"]));
@@ -258,7 +250,6 @@ fn context(context: &Value) -> String {
         ("context", format!("{} of guest {}", text(&context["ctx_id"]), text(&context["guest"]))),
         ("name", text(&context["name"])),
         ("generation", text(&context["generation"])),
-        ("state", context_state(context)),
         ("known pages", pages(&context["known_pages"])),
         ("invalidations", invalidations),
         ("waiting faults", text(&context["pending_faults"])),
@@ -289,12 +280,15 @@ fn gpu_vm(vm: &Value) -> String {
             length.map_or_else(|| NOTHING.to_owned(), units::bytes),
         ]);
     }
+    let state = match vm["error"].as_i64().and_then(|errno| i32::try_from(errno).ok()) {
+        None | Some(0) => text(&vm["state"]),
+        Some(errno) => format!("{} ({})", text(&vm["state"]), std::io::Error::from_raw_os_error(errno)),
+    };
     format!(
-        "gpu vm {} on device {}: asid {}, {}, resident pages {}\n{}",
+        "gpu vm {} on device {}: asid {}, {state}, resident pages {}\n{}",
         text(&vm["vm_id"]),
         text(&vm["device"]),
         text(&vm["asid"]),
-        text(&vm["state"]),
         pages(&vm["resident_pages"]),
         table.text(2, "no mappings"),
     )
