@@ -90,7 +90,7 @@ pub(super) fn context_list(state: &ControlState, args: &Args<'_>) -> Outcome {
         Some(name) => {
             guest_entry(state, name)?;
             // A guest without a VMM has no contexts.
-            state.registry.guest(name).into_iter().collect()
+            core_guest(state, name).into_iter().collect()
         }
     };
     let rows: Vec<ContextRow> =
@@ -156,9 +156,14 @@ fn guest_entry(state: &ControlState, name: &str) -> Result<GuestEntry, Error> {
     })
 }
 
+/// The core's guest of that name, while a VMM is connected.
+fn core_guest(state: &ControlState, name: &str) -> Option<Arc<Guest>> {
+    state.registry.host().guests().into_iter().find(|guest| guest.name() == name)
+}
+
 fn connected_guest(state: &ControlState, name: &str) -> Result<Arc<Guest>, Error> {
     let entry = guest_entry(state, name)?;
-    state.registry.guest(name).ok_or_else(|| {
+    core_guest(state, name).ok_or_else(|| {
         let message = format!(
             "guest {} has no VMM connected, so it has no contexts; connect one to {}",
             quote(name),
@@ -189,7 +194,10 @@ fn add_error(error: &AddError) -> Error {
         AddError::SocketInUse(_) => (Kind::SocketInUse, "choose another path or end what uses it"),
         AddError::UnknownDevice(_) => (Kind::UnknownDevice, "device.list tells the names"),
         AddError::ShuttingDown => (Kind::ShuttingDown, "try again once it runs again"),
-        AddError::Io { .. } => (Kind::SocketFailed, "see that the folder is there and writable for svmd"),
+        AddError::Io { .. } => (
+            Kind::SocketFailed,
+            "see that its folder is there and writable for svmd, and that the path is below 108 bytes",
+        ),
     };
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);

@@ -11,10 +11,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::sync::Notify;
+use virtio_gpu_svm::device::Device;
 use virtio_gpu_svm::host::{Host, Limits};
 
 /// After so long without an answer a test has failed; on a machine that works it takes microseconds.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Of every guest.
+pub const LIMITS: Limits = Limits { contexts: 4, pending_faults: 16, jobs: 16, mappings: 64, resources: 16 };
 
 /// A registry and its control socket, without guests, in a folder of its own.
 pub struct Server {
@@ -31,11 +35,18 @@ impl Server {
     }
 
     pub fn start_with(options: Options) -> Self {
+        Self::start_on(Vec::new(), options)
+    }
+
+    pub fn start_on(devices: Vec<Arc<dyn Device>>, options: Options) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let limits = Limits { contexts: 4, pending_faults: 16, jobs: 16, mappings: 64, resources: 16 };
         let registry = Registry::new(
-            Host::new(Vec::new()),
-            registry::Options { runtime_dirs: vec![dir.path().to_owned()], limits, allow_unsealed: false },
+            Host::new(devices),
+            registry::Options {
+                runtime_dirs: vec![dir.path().to_owned()],
+                limits: LIMITS,
+                allow_unsealed: false,
+            },
         );
         let shutdown = Arc::new(Notify::new());
         let stop = Arc::new(Notify::new());

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
 
+mod contexts;
+mod device;
 mod events;
 mod harness;
 mod methods;

@@ -26,7 +26,7 @@ pub fn result(command: &Command, result: &Value) -> String {
         Command::Contexts { .. } => contexts(result),
         Command::Context(ContextCommand::Show { .. }) => context(result),
         Command::Context(ContextCommand::Evict { .. }) => {
-            format!("evicted {} pages\n", pages(&result["evicted_pages"]))
+            format!("evicted pages: {}\n", pages(&result["evicted_pages"]))
         }
         Command::Faults { .. } => faults(result),
         Command::Stats => stats(result),
