@@ -21,3 +21,5 @@ pub mod host;
 pub mod info;
 #[cfg(feature = "device")]
 pub mod memory;
+#[cfg(feature = "device")]
+pub mod page_table;
