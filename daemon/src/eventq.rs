@@ -12,12 +12,12 @@
 //! * No record is left behind: a delivery goes on until there is no record or no buffer. The records are made before
 //!   [`EventPort::ready`] is called, and deliveries exclude each other by the ring's lock, so the last caller sees all
 //!   of them; without a buffer the queue asks to be kicked and looks once more.
-//! * An engine serves many guests, so a delivery that a driver could prolong for ever is cut off after
-//!   [`DELIVERY_BUDGET`] buffers and handed to the guest's own queue thread.
+//! * An engine serves many guests, so a delivery that a driver could prolong for ever ends with the turn's budget and
+//!   is handed to the guest's own queue thread.
 
 use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::GuestMemory;
-use crate::queue::{RingError, Turn};
+use crate::queue::{Next, RingError, Turn};
 use crate::ring::Ring;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,8 +27,6 @@ use std::sync::{Arc, OnceLock, Weak};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
 
-/// Buffers filled in one delivery.
-pub const DELIVERY_BUDGET: u32 = 64;
 /// Bytes of the smallest buffer that holds a record.
 const SMALLEST_BUFFER: usize = EVENT_RECORD_BYTES + size_of::<virtio_gpu_svm::protocol::event::EventHdr>();
 
@@ -128,15 +126,14 @@ impl EventQueue {
     fn fill(&self, guest: &Guest, turn: &mut Turn<'_>) -> Result<(), RingError> {
         let (mut none, mut records) = (Vec::new(), Vec::new());
         while guest.has_events() {
-            if turn.cost().0 >= DELIVERY_BUDGET {
-                self.waker.wake();
-                return Ok(());
-            }
-            let Some(token) = turn.next(&mut none)? else {
-                if turn.rearm()? {
-                    continue;
+            let token = match turn.next(&mut none)? {
+                Next::Chain(token) => token,
+                Next::Empty if turn.rearm()? => continue,
+                Next::Empty => return Ok(()),
+                Next::Spent => {
+                    self.waker.wake();
+                    return Ok(());
                 }
-                return Ok(());
             };
             records.clear();
             // The ring's lock must not be poisoned by a fault of the core.

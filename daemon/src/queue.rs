@@ -22,6 +22,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 /// Most descriptors of one chain. Linux describes a buffer page by page: this is 256 MiB.
 pub const MAX_DESCRIPTORS: u32 = 65_536;
+/// Chains given back in one turn. The rest waits until whatever else the thread has to do was done.
+pub const CHAIN_BUDGET: u32 = 64;
+/// Descriptors walked in one turn, for the same reason; the last chain may exceed it.
+pub const DESCRIPTOR_BUDGET: u32 = 1 << 16;
 /// Bytes of a descriptor.
 const DESCRIPTOR_BYTES: u32 = 16;
 
@@ -92,7 +96,18 @@ struct Chain {
     writable: Vec<Span>,
     /// Bytes of `writable`.
     room: usize,
-    descriptors: u32,
+}
+
+/// What a turn finds.
+#[derive(Debug)]
+#[must_use = "a chain must be given back"]
+pub enum Next {
+    /// A chain; its readable part was copied.
+    Chain(Token),
+    /// Nothing is available.
+    Empty,
+    /// There may be more, but this turn is over: take another soon.
+    Spent,
 }
 
 /// A chain that must be given back: by [`Turn::complete`] or, unused, by [`Turn::put_back`].
@@ -156,43 +171,35 @@ impl<'a> Turn<'a> {
         self.state.get_queue().next_avail()
     }
 
-    /// What this visit has cost: chains and descriptors.
-    pub fn cost(&self) -> (u32, u32) {
-        (self.used, self.descriptors)
-    }
-
     /// The first malformed chain of this turn, and how many there were.
     pub fn refused(&self) -> Option<(ChainError, u32)> {
         self.refused
     }
 
     /// Takes the next well-formed chain and copies its readable part, at most one byte more than a command may have,
-    /// into `command`. Malformed chains before it are given back. `None`: there is nothing more.
+    /// into `command`. Malformed chains before it are given back.
     ///
     /// # Errors
     /// [`RingError`]; the ring must be latched.
-    pub fn next(&mut self, command: &mut Vec<u8>) -> Result<Option<Token>, RingError> {
-        while let Some(head) = self.pop()? {
+    pub fn next(&mut self, command: &mut Vec<u8>) -> Result<Next, RingError> {
+        loop {
+            if self.used >= CHAIN_BUDGET || self.descriptors >= DESCRIPTOR_BUDGET {
+                return Ok(Next::Spent);
+            }
+            let Some(head) = self.pop()? else { return Ok(Next::Empty) };
             match self.walk(head) {
                 Ok(chain) => {
-                    self.descriptors = self.descriptors.saturating_add(chain.descriptors);
                     self.copy_in(&chain, command)?;
-                    return Ok(Some(Token {
-                        head,
-                        writable: chain.writable,
-                        room: chain.room,
-                        settled: false,
-                    }));
+                    let (writable, room) = (chain.writable, chain.room);
+                    return Ok(Next::Chain(Token { head, writable, room, settled: false }));
                 }
                 Err(error) => {
                     let (first, count) = self.refused.unwrap_or((error, 0));
                     self.refused = Some((first, count.saturating_add(1)));
-                    self.descriptors = self.descriptors.saturating_add(u32::from(self.size()));
                     self.give_back(head, 0)?;
                 }
             }
         }
-        Ok(None)
     }
 
     /// Writes the answer, as much of it as there is room for, and gives the chain back.
@@ -295,7 +302,7 @@ impl<'a> Turn<'a> {
         self.state.get_queue_mut().add_used(&*memory, head, written).map_err(|_| RingError::Inaccessible)
     }
 
-    fn walk(&self, head: u16) -> Result<Chain, ChainError> {
+    fn walk(&mut self, head: u16) -> Result<Chain, ChainError> {
         let queue = self.state.get_queue();
         let mut table =
             Table { start: queue.desc_table(), entries: u32::from(queue.size()), indirect: false };
@@ -303,7 +310,7 @@ impl<'a> Turn<'a> {
         let mut index = u32::from(head);
         // Descriptors visited in the current table: more than it has entries means a cycle.
         let mut visited: u32 = 0;
-        let mut bytes: u32 = 0;
+        let (mut descriptors, mut bytes): (u32, u32) = (0, 0);
         loop {
             if index >= table.entries {
                 return Err(ChainError::NextOutOfRange(index));
@@ -312,14 +319,15 @@ impl<'a> Turn<'a> {
                 return Err(ChainError::Cycle);
             }
             visited = visited.saturating_add(1);
+            self.descriptors = self.descriptors.saturating_add(1);
             let descriptor = self.read_descriptor(&table, index)?;
             if descriptor.refers_to_indirect_table() {
                 table = table.enter(&descriptor)?;
                 (index, visited) = (0, 0);
                 continue;
             }
-            chain.descriptors = chain.descriptors.saturating_add(1);
-            if chain.descriptors > MAX_DESCRIPTORS {
+            descriptors = descriptors.saturating_add(1);
+            if descriptors > MAX_DESCRIPTORS {
                 return Err(ChainError::TooLong);
             }
             bytes = bytes.checked_add(descriptor.len()).ok_or(ChainError::TooManyBytes)?;

@@ -24,7 +24,7 @@ use crate::eventq::{EventQueue, Waker};
 use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::{self, GuestMemory};
-use crate::queue::{RingError, Turn};
+use crate::queue::{Next, RingError, Turn};
 use crate::ring::{FrameworkMemory, Ring};
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd};
@@ -57,10 +57,6 @@ pub const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_GPU_F_CONTEXT_INIT
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// Commands of one queue carried out before the queue thread looks at its other duties.
-const COMMAND_BUDGET: u32 = 32;
-/// Descriptors walked in one turn for the same reason.
-const DESCRIPTOR_BUDGET: u32 = 1 << 16;
 /// The waker's id in the framework's event loop: ids up to the number of queues are its own.
 const WAKER_ID: u16 = 4;
 
@@ -278,18 +274,17 @@ impl Session {
         let (mut command, mut answer) = (Vec::new(), Vec::new());
         turn.disarm()?;
         loop {
-            let (chains, descriptors) = turn.cost();
-            if chains >= COMMAND_BUDGET || descriptors >= DESCRIPTOR_BUDGET {
-                // The rest has its turn after whatever else waits for this thread.
-                self.waker.wake();
-                return Ok(());
-            }
-            let Some(token) = turn.next(&mut command)? else {
-                if turn.rearm()? {
+            let token = match turn.next(&mut command)? {
+                Next::Chain(token) => token,
+                Next::Empty if turn.rearm()? => {
                     turn.disarm()?;
                     continue;
                 }
-                return Ok(());
+                Next::Empty => return Ok(()),
+                Next::Spent => {
+                    self.waker.wake();
+                    return Ok(());
+                }
             };
             answer.clear();
             // The ring's lock must not be poisoned by a fault of the core.

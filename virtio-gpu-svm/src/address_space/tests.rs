@@ -92,7 +92,7 @@ fn agrees_with_a_page_map() {
         match next(3) {
             0 => {
                 space.invalidate(range(start, start + pages));
-                (start..start + pages).for_each(|p| drop(model.remove(&p)));
+                model.retain(|page, _| !(start..start + pages).contains(page));
             }
             1 if next(20) == 0 => {
                 let odd = next(2);
@@ -107,7 +107,7 @@ fn agrees_with_a_page_map() {
                 }
                 let as_of = space.seq();
                 assert_eq!(space.install(&run(start, pages, gpa, as_of)), Install::Done);
-                (0..pages).for_each(|n| drop(model.insert(start + n, gpa + n)));
+                model.extend((0..pages).map(|n| (start + n, gpa + n)));
             }
         }
         assert_eq!(space.known_pages(), model.len() as u64);
