@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -59,6 +60,19 @@ pub fn build_guest(packages: &[&str]) -> Result<Binaries> {
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
     command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
     build(command)
+}
+
+/// What every guest boots with: its first process and the small programs that belong to it. Built once.
+///
+/// # Errors
+/// Fails as [`build_guest`] does.
+pub fn runner() -> Result<Binaries> {
+    static BUILT: Mutex<Option<Binaries>> = Mutex::new(None);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*built {
+        Some(programs) => Ok(programs.clone()),
+        None => Ok(built.insert(build_guest(&["guest-runner"])?).clone()),
+    }
 }
 
 /// The target folder that the running program was built into.

@@ -65,7 +65,7 @@ pub enum Event {
         /// Why.
         error: String,
     },
-    /// The process wrote a line, or the rest before the end of its stream.
+    /// The process wrote lines, or the rest before the end of its stream, or a piece of a very long line.
     Output {
         /// Of the process.
         id: u64,
