@@ -16,6 +16,8 @@ use serde_json::Value;
 use crate::provision::progress;
 
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Symbols stay for backtraces; line tables of the standard library would be most of the file.
+const GUEST_FLAGS: &str = "-C target-feature=+crt-static -C strip=debuginfo";
 /// Set by the cargo that runs us for its own child; some would make build scripts run again.
 const INHERITED: [&str; 3] = ["CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_BIN_"];
 
@@ -58,7 +60,7 @@ pub fn build_guest(packages: &[&str]) -> Result<Binaries> {
     // take precedence over the one for the target.
     command.args(["--target", GUEST_TARGET]);
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
-    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", GUEST_FLAGS);
     build(command)
 }
 

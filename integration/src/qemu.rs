@@ -183,6 +183,8 @@ impl Builder {
             _folder: folder,
         };
         guest.release = guest.channel.wait_ready()?;
+        // It is in the guest's memory by now.
+        fs::remove_file(initramfs)?;
         Ok(guest)
     }
 

@@ -60,6 +60,9 @@ fn qemu_guest_runs_processes_side_by_side() -> Result<()> {
     ensure!(output.stdout == "to the left\n" && output.stderr == "to the right\n", "{output}");
     sleeper.kill(9)?;
     ensure!(sleeper.wait()?.signal == Some(9), "the signal is not reported");
+    // A descendant that keeps the pipes open delays nothing.
+    let left_behind = guest.run(FIRST_UID, ["sh", "-c", "sleep 1000 & echo gone"])?;
+    ensure!(left_behind.code == Some(0) && left_behind.stdout == "gone\n", "{left_behind}");
     let missing = guest.spawn(FIRST_UID, "no-such-program").map(|process| process.pid());
     ensure!(
         missing.is_err_and(|error| error.to_string().contains("no-such-program")),
