@@ -10,6 +10,8 @@ use virtio_gpu_svm::device::{
 };
 use virtio_gpu_svm::protocol::job::Packet;
 
+/// A device of this name panics when it is asked for its ledger.
+pub const BROKEN: &str = "broken";
 /// Resident pages of each VM until it is evicted.
 pub const RESIDENT: u64 = 2;
 
@@ -75,6 +77,7 @@ impl Device for Idle {
         Flush::Done
     }
     fn ledger(&self) -> (Vec<LedgerEntry>, u64) {
+        assert_ne!(self.info.name, BROKEN, "a device with a defect");
         (self.ledger.clone(), 7)
     }
 }

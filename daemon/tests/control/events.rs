@@ -1,7 +1,9 @@
 //! events.subscribe over the socket.
 
 use crate::harness::{Client, Server};
+use daemon::control::Options;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 fn event(client: &mut Client) -> Value {
     let notification = client.line();
@@ -45,7 +47,8 @@ fn subscriber_still_gets_answers() {
 
 #[test]
 fn subscriber_that_does_not_read_holds_nobody_up_and_learns_of_the_gap() {
-    let server = Server::start();
+    // However slow this machine is, the watcher must not be cut off before it begins to read.
+    let server = Server::start_with(Options { stall: Duration::from_secs(3600), ..Options::default() });
     let mut watcher = server.client();
     let mut operator = server.client();
     watcher.result("events.subscribe", json!({}));

@@ -1,6 +1,8 @@
 //! Methods: discovery, strictness of parameters, guests.
 
+use crate::device::{BROKEN, Idle};
 use crate::harness::Server;
+use daemon::control::Options;
 use daemon::control::methods::METHODS;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -161,6 +163,14 @@ fn unknown_objects_have_kinds() {
     }
     assert_eq!(client.result("context.list", json!({"guest": "vm0"})), json!({"contexts": []}));
     assert_eq!(client.result("fault.recent", json!({})), json!({"faults": []}));
+}
+
+#[test]
+fn panic_of_a_method_costs_its_request_only() {
+    let server = Server::start_on(vec![Idle::new(BROKEN, Vec::new())], Options::default());
+    let mut client = server.client();
+    assert_eq!(client.error("device.ledger", json!({"device": 0})), (-32603, "internal".into()));
+    assert_eq!(client.result("device.list", json!({}))["devices"][0]["name"], BROKEN);
 }
 
 #[test]

@@ -253,3 +253,48 @@ fn client_that_does_not_read_is_cut_off_and_others_are_served() {
     assert!(ended.is_ok() || ended.unwrap_err().kind() == std::io::ErrorKind::ConnectionReset);
     assert!(!rest.is_empty());
 }
+
+/// xorshift64*: enough to choose bytes, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        usize::try_from(self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32).unwrap() % end
+    }
+}
+
+#[test]
+fn damaged_requests_never_cost_the_connection() {
+    let seed = std::env::var("SVM_TEST_SEED").map_or(0x5eed, |seed| seed.parse().unwrap());
+    println!("SVM_TEST_SEED={seed}");
+    let mut random = Random(seed | 1);
+    let server = Server::start();
+    let mut client = server.client();
+    let requests = [
+        r#"{"jsonrpc":"2.0","method":"guest.get","id":1,"params":{"name":"vm0"}}"#,
+        r#"{"jsonrpc":"2.0","method":"context.evict","id":"a","params":{"guest":"vm0","ctx_id":1,"device":0}}"#,
+        r#"[{"jsonrpc":"2.0","method":"fault.recent","id":1,"params":{"limit":10}},{"jsonrpc":"2.0"}]"#,
+    ];
+    for round in 0..2000 {
+        let mut line = requests[random.below(requests.len())].as_bytes().to_vec();
+        for _ in 0..=random.below(4) {
+            let at = random.below(line.len());
+            match random.below(3) {
+                0 => line[at] = u8::try_from(random.below(256)).unwrap(),
+                1 => line.truncate(at.max(1)),
+                _ => line.extend_from_within(at..),
+            }
+        }
+        line.push(b'\n');
+        client.send(line);
+        client.send(format!(
+            "{}\n",
+            json!({"jsonrpc": "2.0", "method": "stats.get", "id": format!("round {round}")})
+        ));
+        while client.line()["id"] != format!("round {round}") {}
+    }
+    assert_eq!(server.registry.list().len(), 0);
+}

@@ -19,7 +19,7 @@ pub struct Cli {
     /// Control socket of the daemon. Without it: $SVMD_SOCKET, else /run/svmd/control.sock
     #[arg(long, global = true, value_name = "PATH", default_value_os_t = default_socket(), hide_default_value = true)]
     pub socket: PathBuf,
-    /// Print the result as JSON on one line, as the daemon sent it, in place of a table
+    /// Print the daemon's result as JSON on one line in place of a table
     #[arg(long, global = true)]
     pub json: bool,
     /// What to do.

@@ -1,7 +1,7 @@
 //! svmctl: the operator's command for a running svmd.
 //!
 //! Each command is one method of the control socket; `client` carries it, `show` prints its result. Exit status: 0 done,
-//! 1 the daemon refused, 2 the command line is wrong, 3 the daemon cannot be reached.
+//! 1 the daemon refused (or the output cannot be written), 2 the command line is wrong, 3 the daemon cannot be reached.
 
 mod cli;
 mod client;
@@ -15,6 +15,9 @@ use client::{Client, Error};
 use serde_json::{Map, Value};
 use std::io::{self, Write};
 use std::process::ExitCode;
+
+/// Parameters of a method.
+type Params = Map<String, Value>;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -52,6 +55,3 @@ fn print(text: &str) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::Output)
 }
-
-/// Parameters of a method.
-type Params = Map<String, Value>;

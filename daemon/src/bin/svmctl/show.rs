@@ -264,7 +264,7 @@ fn context(context: &Value) -> String {
 }
 
 fn gpu_vm(vm: &Value) -> String {
-    let mut table = Table::new(&["source", "", "gpu addresses", "access", ">size"]);
+    let mut table = Table::new(&["cpu addresses", "", "gpu addresses", "access", ">size"]);
     for mapping in items(&vm["mappings"]) {
         let source = match mapping["resource_id"].as_u64() {
             Some(resource) => format!("blob {resource} at {}", hex(&mapping["offset"])),
