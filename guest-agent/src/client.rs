@@ -25,8 +25,8 @@ pub use job::{Job, JobError};
 pub use vm::{Vm, VmState, packet};
 
 use crate::message::{
-    self, ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, DEVICES, DeviceEntry, HELLO,
-    Head, Hello, HelloReply, MAX_MESSAGE_BYTES, MESSAGE_VERSION, SUBMIT, Submit, SubmitReply,
+    self, ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, DEVICES, DeviceEntry, HELLO, Head,
+    Hello, HelloReply, MAX_MESSAGE_BYTES, MESSAGE_VERSION, SUBMIT, Submit, SubmitReply,
 };
 use crate::socket::{MessageSocket, Received};
 use std::collections::{HashMap, HashSet};

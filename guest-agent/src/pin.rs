@@ -43,7 +43,9 @@ pub enum Error {
     #[error("cannot map the memory")]
     Map(#[from] mapping::Error),
     /// It could not be pinned.
-    #[error("cannot pin {len} bytes with io_uring: is kernel.io_uring_disabled set, or RLIMIT_MEMLOCK too low?")]
+    #[error(
+        "cannot pin {len} bytes with io_uring: is kernel.io_uring_disabled set, or RLIMIT_MEMLOCK too low?"
+    )]
     Pin {
         /// Bytes asked for.
         len: usize,
@@ -176,7 +178,8 @@ mod tests {
             pages.sort_unstable();
             pages.dedup();
             assert_eq!(pages.len(), 64);
-            let again = SharedMapping::new(pinned.fd.as_fd(), 0, 64 * PAGE_BYTES, Placement::Anywhere).unwrap();
+            let again =
+                SharedMapping::new(pinned.fd.as_fd(), 0, 64 * PAGE_BYTES, Placement::Anywhere).unwrap();
             again.populate().unwrap();
             assert_eq!(look_up(&again).unwrap(), pinned.pages);
         } else {

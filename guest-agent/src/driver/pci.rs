@@ -68,7 +68,9 @@ const VIRTIO_F_IN_ORDER: u32 = 35;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no such function.
-    #[error("no virtio-gpu device (1af4:1050) on the PCI bus: is it in the VMM's command line, and /sys mounted?")]
+    #[error(
+        "no virtio-gpu device (1af4:1050) on the PCI bus: is it in the VMM's command line, and /sys mounted?"
+    )]
     NotFound,
     /// There are several.
     #[error("several virtio-gpu devices ({}): choose one with --pci-address", .0.join(", "))]
@@ -97,7 +99,9 @@ pub enum Error {
     #[error("the device {0}")]
     Unsupported(&'static str),
     /// uio_pci_generic is not to be had.
-    #[error("no interrupt by uio_pci_generic: load the modules uio and uio_pci_generic (--module), or use --irq poll")]
+    #[error(
+        "no interrupt by uio_pci_generic: load the modules uio and uio_pci_generic (--module), or use --irq poll"
+    )]
     NoUio,
     /// The rings do not fit.
     #[error("rings")]
