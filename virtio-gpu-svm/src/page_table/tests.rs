@@ -1,5 +1,9 @@
 //! The table against a page-by-page model, its bounds, and readers beside an editor.
-#![allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation, reason = "small numbers of tests")]
+#![allow(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "small numbers of tests"
+)]
 
 use super::*;
 use std::collections::HashMap;
