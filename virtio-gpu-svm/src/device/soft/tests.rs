@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Fault(Fault),
-    Done(Asid, JobId, JobEnd),
+    Done(JobId, JobEnd),
     Flushed(Asid, Ticket),
     Retired(Asid),
 }
@@ -59,8 +59,8 @@ impl Events for Recorder {
             answer(&self.device.upgrade().unwrap(), fault);
         }
     }
-    fn job_done(&self, _: usize, asid: Asid, job: JobId, end: JobEnd) {
-        self.push(Event::Done(asid, job, end));
+    fn job_done(&self, _: usize, _: Asid, job: JobId, end: JobEnd) {
+        self.push(Event::Done(job, end));
     }
     fn flushed(&self, _: usize, asid: Asid, ticket: Ticket) {
         self.push(Event::Flushed(asid, ticket));
@@ -148,7 +148,7 @@ impl Rig {
     fn end_of(&self, job: JobId) -> JobEnd {
         self.wait(|log| {
             log.iter().find_map(|e| match e {
-                Event::Done(_, id, end) if *id == job => Some(*end),
+                Event::Done(id, end) if *id == job => Some(*end),
                 _ => None,
             })
         })
@@ -218,7 +218,7 @@ fn retired(log: &[Event]) -> Vec<Asid> {
 }
 
 fn done(log: &[Event]) -> Vec<JobId> {
-    log.iter().filter_map(|e| if let Event::Done(_, job, _) = e { Some(*job) } else { None }).collect()
+    log.iter().filter_map(|e| if let Event::Done(job, _) = e { Some(*job) } else { None }).collect()
 }
 
 /// Guest memory.
@@ -252,10 +252,6 @@ impl Memory {
         let mut bytes = vec![0; len as usize];
         self.0.mapping().as_volatile_slice().read_slice(&mut bytes, offset as usize).unwrap();
         bytes
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) {
-        self.0.mapping().as_volatile_slice().write_slice(bytes, offset as usize).unwrap();
     }
 
     /// Bytes that tell pages and places from each other.
