@@ -3,8 +3,9 @@
 //!
 //! * [`ram`]: guest memory, a sealed memfd that the daemon maps too.
 //! * [`vhost_user`]: the frontend's half of vhost-user, behaving as one VMM or another ([`Profile`]).
-//! * [`inproc`]: a VMM without a CPU: this process is the guest.
-//! * [`kvm`]: the same with a real vCPU between driver and doorbell, and between interrupt and driver.
+//! * [`vmm`]: both together, with one of two wirings of doorbells and interrupts.
+//! * [`inproc`]: the wiring of a guest without a CPU: this process is the guest.
+//! * [`kvm`]: the wiring with a real vCPU between driver and doorbell, and between interrupt and driver.
 //! * [`raw`]: rings written by hand, for inputs that no driver makes.
 
 pub mod inproc;
@@ -13,6 +14,7 @@ pub mod kvm;
 pub mod ram;
 pub mod raw;
 pub mod vhost_user;
+pub mod vmm;
 
 /// Which VMM's habits a frontend has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,14 +18,15 @@
 mod boot;
 
 use super::ram::{GuestRam, LOW_RESERVED};
+use super::vmm::Wiring;
 use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 use virtio_gpu_svm::protocol::NUM_QUEUES;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -49,6 +50,13 @@ pub fn available() -> Result<()> {
     Kvm::new().map(drop).context("/dev/kvm does not open")
 }
 
+/// How the vCPU's thread ended: nothing while it runs, then nothing wrong or what was wrong.
+#[derive(Default)]
+struct Ended {
+    outcome: Mutex<Option<Result<(), String>>>,
+    changed: Condvar,
+}
+
 /// A machine of one vCPU that rings doorbells and takes interrupts.
 pub struct KvmMachine {
     ram: Arc<GuestRam>,
@@ -60,8 +68,9 @@ pub struct KvmMachine {
     wakes: Vec<EventFd>,
     /// Interrupts the vCPU to look at its mailbox.
     order: EventFd,
-    /// How the vCPU's thread ended.
-    ended: Receiver<Result<()>>,
+    /// Doorbells that the vCPU was asked to ring, by queue.
+    requested: [AtomicU32; NUM_QUEUES],
+    ended: Arc<Ended>,
     /// Keeps the machine alive; dropped after the vCPU.
     _vm: VmFd,
 }
@@ -85,32 +94,20 @@ impl KvmMachine {
         boot::load(ram)?;
         boot::set_registers(&vcpu)?;
 
-        let (report, ended) = channel();
-        let alarms = clone_all(&wakes)?;
+        let ended = Arc::new(Ended::default());
+        let alarms: Vec<EventFd> = wakes.iter().map(EventFd::try_clone).collect::<Result<_, _>>()?;
+        let report = ended.clone();
         std::thread::Builder::new().name("vcpu".into()).spawn(move || {
-            let result = run(vcpu);
-            // Whoever waits for an interrupt must learn that none will come. A receiver that is gone needs no report.
-            report.send(result).ok();
+            let outcome = run(vcpu).map_err(|cause| format!("{cause:#}"));
+            *report.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+            report.changed.notify_all();
+            // Whoever waits for an interrupt must learn that none will come; a full eventfd wakes them as well.
             for alarm in &alarms {
                 alarm.write(1).ok();
             }
         })?;
-        Ok(Self { ram: ram.clone(), kicks, calls, wakes, order, ended, _vm: vm })
-    }
-
-    /// The eventfd that becomes readable when the vCPU rings queue q's doorbell.
-    pub fn kicks(&self) -> &[EventFd] {
-        &self.kicks
-    }
-
-    /// The eventfd whose writing interrupts the vCPU for queue q.
-    pub fn calls(&self) -> &[EventFd] {
-        &self.calls
-    }
-
-    /// The eventfd that the vCPU's handler of queue q's interrupt makes readable.
-    pub fn wakes(&self) -> &[EventFd] {
-        &self.wakes
+        let requested = Default::default();
+        Ok(Self { ram: ram.clone(), kicks, calls, wakes, order, requested, ended, _vm: vm })
     }
 
     /// Interrupts of queue q that the vCPU has taken.
@@ -121,32 +118,6 @@ impl KvmMachine {
         self.ram.load(boot::MAILBOX_INTERRUPTS + 8 * queue as u64)
     }
 
-    /// Has the vCPU ring queue q's doorbell.
-    ///
-    /// # Errors
-    /// The vCPU has ended.
-    pub fn ring_doorbell(&self, queue: usize) -> Result<()> {
-        ensure!(queue < NUM_QUEUES, "no queue {queue}");
-        self.check()?;
-        let address = boot::MAILBOX_REQUESTED + 4 * queue as u64;
-        // One thread rings one queue; the vCPU only reads this word.
-        let requested: u32 = self.ram.load(address)?;
-        self.ram.store(address, requested.wrapping_add(1))?;
-        self.order.write(1).context("cannot interrupt the vCPU")
-    }
-
-    /// Whether the vCPU still runs.
-    ///
-    /// # Errors
-    /// It has ended, and why.
-    pub fn check(&self) -> Result<()> {
-        match self.ended.try_recv() {
-            Err(std::sync::mpsc::TryRecvError::Empty) => Ok(()),
-            Ok(Err(cause)) => Err(cause.context("the vCPU has ended")),
-            Ok(Ok(())) | Err(_) => bail!("the vCPU has ended"),
-        }
-    }
-
     /// Ends the vCPU and waits for it.
     ///
     /// # Errors
@@ -154,10 +125,43 @@ impl KvmMachine {
     pub fn stop(&self) -> Result<()> {
         self.ram.store(boot::MAILBOX_STOP, 1_u32)?;
         self.order.write(1).context("cannot interrupt the vCPU")?;
-        match self.ended.recv_timeout(STOP_PATIENCE) {
-            Ok(result) => result,
-            Err(RecvTimeoutError::Timeout) => bail!("the vCPU does not end"),
-            Err(RecvTimeoutError::Disconnected) => Ok(()),
+        let outcome = self.ended.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.ended.changed.wait_timeout_while(outcome, STOP_PATIENCE, |outcome| outcome.is_none());
+        match &*waited.unwrap_or_else(PoisonError::into_inner).0 {
+            Some(Ok(())) => Ok(()),
+            Some(Err(cause)) => bail!("the vCPU has ended: {cause}"),
+            None => bail!("the vCPU does not end"),
+        }
+    }
+}
+
+impl Wiring for KvmMachine {
+    fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    fn calls(&self) -> &[EventFd] {
+        &self.calls
+    }
+
+    fn wakes(&self) -> &[EventFd] {
+        &self.wakes
+    }
+
+    fn ring(&self, queue: usize) -> Result<()> {
+        let requested = self.requested.get(queue).with_context(|| format!("no queue {queue}"))?;
+        self.check()?;
+        // Two threads may store in either order: the vCPU rings whenever the value is not the one it saw last.
+        let count = requested.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
+        self.ram.store(boot::MAILBOX_REQUESTED + 4 * queue as u64, count)?;
+        self.order.write(1).context("cannot interrupt the vCPU")
+    }
+
+    fn check(&self) -> Result<()> {
+        match &*self.ended.outcome.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(Ok(())) => bail!("the vCPU was stopped"),
+            Some(Err(cause)) => bail!("the vCPU has ended: {cause}"),
         }
     }
 }
@@ -230,10 +234,6 @@ fn message(gsi: u32, vector: u32) -> kvm_irq_routing_entry {
         u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
         ..kvm_irq_routing_entry::default()
     }
-}
-
-fn clone_all(events: &[EventFd]) -> Result<Vec<EventFd>> {
-    events.iter().map(|event| event.try_clone().context("cannot clone an eventfd")).collect()
 }
 
 /// Runs the vCPU until guest code says that it was told to stop.

@@ -5,7 +5,7 @@
 use super::ram::GuestRam;
 use super::{Profile, RingAddresses};
 use anyhow::{Context, Result, ensure};
-use std::path::Path;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -32,13 +32,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects and negotiates, up to where the guest's driver comes in.
+    /// Negotiates on a new connection, up to where the guest's driver comes in.
     ///
     /// # Errors
-    /// Nobody listens, or the daemon lacks what a VMM needs.
-    pub fn open(socket: &Path, ram: &Arc<GuestRam>, profile: Profile) -> Result<Self> {
-        let mut frontend = Frontend::connect(socket, NUM_QUEUES as u64)
-            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+    /// The daemon hung up, or lacks what a VMM needs.
+    pub fn open(stream: UnixStream, ram: &Arc<GuestRam>, profile: Profile) -> Result<Self> {
+        let mut frontend = Frontend::from_stream(stream, NUM_QUEUES as u64);
         let backend_features = frontend.get_features().context("GET_FEATURES")?;
         ensure!(
             backend_features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0,

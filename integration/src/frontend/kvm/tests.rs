@@ -29,7 +29,7 @@ fn kvm_doorbells_reach_their_queue() {
     let Some(machine) = machine() else { return };
     for round in 0..200 {
         let queue = round % NUM_QUEUES;
-        machine.ring_doorbell(queue).unwrap();
+        machine.ring(queue).unwrap();
         assert!(wait(&machine.kicks()[queue]), "round {round}: {:?}", machine.check());
         machine.kicks()[queue].read().unwrap();
     }
