@@ -7,3 +7,4 @@
 pub mod frontend;
 pub mod ledger;
 pub mod random;
+pub mod svmd;

@@ -18,7 +18,9 @@ impl Direct {
     /// # Errors
     /// The host has no file descriptors left.
     pub fn new() -> Result<Self> {
-        let make = || (0..NUM_QUEUES).map(|_| EventFd::new(EFD_NONBLOCK).context("eventfd")).collect();
+        let make = || {
+            (0..NUM_QUEUES).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<Result<_, _>>().context("eventfd")
+        };
         Ok(Self { kicks: make()?, calls: make()? })
     }
 }

@@ -126,7 +126,8 @@ impl KvmMachine {
         self.ram.store(boot::MAILBOX_STOP, 1_u32)?;
         self.order.write(1).context("cannot interrupt the vCPU")?;
         let outcome = self.ended.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.ended.changed.wait_timeout_while(outcome, STOP_PATIENCE, |outcome| outcome.is_none());
+        let waited =
+            self.ended.changed.wait_timeout_while(outcome, STOP_PATIENCE, |outcome| outcome.is_none());
         match &*waited.unwrap_or_else(PoisonError::into_inner).0 {
             Some(Ok(())) => Ok(()),
             Some(Err(cause)) => bail!("the vCPU has ended: {cause}"),

@@ -79,9 +79,14 @@ impl Vmm {
         Self::connect(socket, ram, profile, Box::new(super::kvm::KvmMachine::boot(ram)?))
     }
 
-    fn connect(socket: &Path, ram: &Arc<GuestRam>, profile: Profile, wiring: Box<dyn Wiring>) -> Result<Self> {
-        let stream = UnixStream::connect(socket)
-            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+    fn connect(
+        socket: &Path,
+        ram: &Arc<GuestRam>,
+        profile: Profile,
+        wiring: Box<dyn Wiring>,
+    ) -> Result<Self> {
+        let stream =
+            UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
         let epoll = Epoll::new()?;
         for (queue, wake) in (0_u64..).zip(wiring.wakes()) {
             watch(&epoll, wake.as_raw_fd(), EventSet::IN, queue)?;
