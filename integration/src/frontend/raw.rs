@@ -1,7 +1,12 @@
 //! A split virtqueue written by hand: descriptors, indices and buffers as a test wants them, valid or not. What is
 //! written here goes to guest memory as it is; nothing is checked, because that is the daemon's part.
 //!
-//! Owns one ring and two buffers in guest memory. Ringing the doorbell is the VMM's.
+//! [`RawRing`] owns one ring and two buffers in guest memory; ringing the doorbell is the VMM's. [`RawGuest`] is a guest
+//! that talks to the device through three of them, one command at a time.
+
+mod guest;
+
+pub use guest::{RawGuest, Record};
 
 use super::RingAddresses;
 use super::ram::GuestRam;
