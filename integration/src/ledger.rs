@@ -12,10 +12,13 @@
 //! Called by stories, the demo and the storm after all jobs have ended. Takes plain data and owns none of the
 //! collecting: device ledgers come from svmd's `device.ledger`, agents' from the agents.
 
+use anyhow::{Context, Result};
+use guest_agent::agent::{Answer, LedgerEntry};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use virtio_gpu_svm::device::Access;
+use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::event::{PERM_ATOMIC, PERM_READ, PERM_WRITE};
 
 #[cfg(test)]
@@ -64,6 +67,28 @@ pub struct Answered {
     pub access: Access,
     /// Whether the answer was "retry"; else it was a refusal.
     pub success: bool,
+}
+
+impl Answered {
+    /// An entry of an agent's ledger. `devices` are the host devices granted to the guest, in the order of its `dev_id`.
+    ///
+    /// # Errors
+    /// The entry names a device or an access that there is not.
+    pub fn from_agent(guest: &Arc<str>, devices: &[usize], entry: &LedgerEntry) -> Result<Self> {
+        let device = usize::try_from(entry.dev_id).ok().and_then(|dev_id| devices.get(dev_id));
+        Ok(Self {
+            guest: guest.clone(),
+            ctx_id: entry.ctx_id,
+            cookie: entry.cookie,
+            device: *device.with_context(|| format!("{guest} has no device {}", entry.dev_id))?,
+            asid: entry.asid,
+            page: entry.gpu_addr / PAGE_SIZE,
+            cpu_page: entry.cpu_addr / PAGE_SIZE,
+            access: access_of_perm(entry.perm)
+                .with_context(|| format!("an access of perm {:#x}", entry.perm))?,
+            success: entry.code == Answer::Success && entry.status == 0,
+        })
+    }
 }
 
 /// What becomes of an expected fault.
@@ -166,7 +191,7 @@ struct Key {
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { guest, ctx_id, device, window, access } = self;
-        let start = window * WINDOW_PAGES * virtio_gpu_svm::protocol::PAGE_SIZE;
+        let start = window * WINDOW_PAGES * PAGE_SIZE;
         write!(f, "{access:?} at {start:#x} of context {ctx_id} of {guest} on device {device}")
     }
 }

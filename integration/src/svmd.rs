@@ -13,8 +13,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 use virtio_gpu_svm::device::Access;
 
 /// How long the daemon may take to listen, to end, or to answer.
@@ -57,9 +58,26 @@ pub struct Svmd {
     folder: PathBuf,
     devices: usize,
     control: Mutex<BufReader<UnixStream>>,
+    /// Removed with the daemon, if it was made for it.
+    _own_folder: Option<TempDir>,
 }
 
 impl Svmd {
+    /// Builds the daemon of this workspace and starts it in a folder of its own, which goes with it.
+    ///
+    /// # Errors
+    /// It does not compile, or does not start.
+    pub fn launch(options: &Options) -> Result<Self> {
+        static PROGRAM: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+        let build = || Ok(crate::binaries::build_host(&["daemon"])?.get("svmd")?.to_owned());
+        let program = PROGRAM.get_or_init(|| build().map_err(|cause: anyhow::Error| format!("{cause:#}")));
+        let program = program.as_ref().map_err(|cause| anyhow::anyhow!("{cause}"))?;
+        let folder = tempfile::tempdir()?;
+        let mut daemon = Self::start(program, folder.path(), options)?;
+        daemon._own_folder = Some(folder);
+        Ok(daemon)
+    }
+
     /// Starts `program` with everything in `folder`, and waits until it listens.
     ///
     /// # Errors
@@ -88,7 +106,7 @@ impl Svmd {
             }
         };
         let (child, control) = (Mutex::new(child), Mutex::new(control));
-        Ok(Self { child, folder: folder.to_owned(), devices: options.devices, control })
+        Ok(Self { child, folder: folder.to_owned(), devices: options.devices, control, _own_folder: None })
     }
 
     /// The vhost-user socket of a guest.

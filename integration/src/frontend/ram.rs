@@ -6,7 +6,7 @@
 
 use crate::random::Random;
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -189,7 +189,7 @@ impl GuestRam {
         Ok(start)
     }
 
-    /// Pages for a process, as page numbers, scattered over guest memory. Contents are whatever they were.
+    /// Zeroed pages for a process, as page numbers, scattered over guest memory.
     ///
     /// # Errors
     /// Not enough are left.
@@ -200,9 +200,19 @@ impl GuestRam {
         Ok(free.pages.split_off(left - count))
     }
 
-    /// Gives pages of a process back.
-    pub fn give_pages(&self, pages: &[u64]) {
+    /// Gives pages of a process back. They read as zeros from then on.
+    ///
+    /// # Errors
+    /// The host cannot free them.
+    pub fn give_pages(&self, pages: &[u64]) -> Result<()> {
+        for page in pages {
+            let offset = self.offset(page * PAGE_SIZE, PAGE_SIZE)?;
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&*self.file, flags, offset, PAGE_SIZE)
+                .context("cannot free guest memory")?;
+        }
         self.free.lock().unwrap_or_else(PoisonError::into_inner).pages.extend_from_slice(pages);
+        Ok(())
     }
 }
 
@@ -237,6 +247,15 @@ mod tests {
         let mut bytes = [0; 5];
         ram.read(5 * MIB + 3, &mut bytes).unwrap();
         assert_eq!(&bytes, b"guest");
+    }
+
+    #[test]
+    fn pages_given_back_are_zero() {
+        let ram = GuestRam::new(Layout::Flat { bytes: 16 * MIB }, 1).unwrap();
+        let pages = ram.take_pages(3).unwrap();
+        ram.write(pages[1] * PAGE_SIZE, &[7; 64]).unwrap();
+        ram.give_pages(&pages).unwrap();
+        assert_eq!(ram.load::<u64>(pages[1] * PAGE_SIZE).unwrap(), 0);
     }
 
     #[test]
