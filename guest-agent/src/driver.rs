@@ -9,6 +9,7 @@
 //! The device is not trusted with more than its own memory: whatever it writes is checked before use.
 
 pub mod dma;
+pub mod pci;
 
 pub mod svm;
 pub mod transport;

@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use virtio_gpu_svm::protocol::control::{HelloResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO};
+use virtio_gpu_svm::protocol::control::{
+    HelloResp, InvalidateResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO, VIRTIO_GPU_CMD_SVM_INVALIDATE,
+};
 use virtio_gpu_svm::protocol::event::{
     EVENT_FAULT, EVENT_INVAL_DONE, EVENT_JOB_DONE, EVENT_RECORD_BYTES, EventHdr, FaultRecord, JobRecord,
     NoticeRecord,
@@ -168,6 +170,7 @@ enum Waiter {
 struct InFlight {
     waiter: Waiter,
     kind: u32,
+    ctx_id: u32,
     pages: Vec<usize>,
     /// Pages that the answer is in.
     answer: Vec<usize>,
@@ -176,6 +179,7 @@ struct InFlight {
 struct Command {
     waiter: Waiter,
     kind: u32,
+    ctx_id: u32,
     request: Vec<u8>,
     response_len: usize,
 }
@@ -187,6 +191,13 @@ struct Control {
     /// Posted commands that wait for room.
     backlog: VecDeque<Command>,
     broken: bool,
+}
+
+/// Sequences of a context's invalidations.
+#[derive(Clone, Copy, Default)]
+struct Progress {
+    accepted: u64,
+    done: u64,
 }
 
 struct Events {
@@ -207,9 +218,9 @@ pub struct SvmDevice {
     events: Mutex<Events>,
     /// Daemon epoch of the last HELLO's answer; 0 before.
     epoch: AtomicU64,
-    /// Invalidations done, by context.
-    done: Mutex<HashMap<u32, u64>>,
-    done_changed: Condvar,
+    /// How far the invalidations of each context are.
+    progress: Mutex<HashMap<u32, Progress>>,
+    progressed: Condvar,
     command_pages: usize,
     control_size: usize,
 }
@@ -249,8 +260,8 @@ impl SvmDevice {
             }),
             dma,
             epoch: AtomicU64::new(0),
-            done: Mutex::new(HashMap::new()),
-            done_changed: Condvar::new(),
+            progress: Mutex::new(HashMap::new()),
+            progressed: Condvar::new(),
             command_pages: free_pages.len(),
             control_size: usize::from(rings.config.control_size),
         };
@@ -301,31 +312,44 @@ impl SvmDevice {
     // Progress of invalidations.
 
     fn note_done(&self, ctx_id: u32, seq: u64) {
-        let mut done = lock(&self.done);
-        let known = done.entry(ctx_id).or_default();
-        if seq > *known {
-            *known = seq;
-            self.done_changed.notify_all();
-        }
+        let mut progress = lock(&self.progress);
+        let known = progress.entry(ctx_id).or_default();
+        known.done = known.done.max(seq);
+        self.progressed.notify_all();
     }
 
-    fn forget_done(&self, ctx_id: u32) {
-        lock(&self.done).remove(&ctx_id);
+    fn forget_progress(&self, ctx_id: u32) {
+        lock(&self.progress).remove(&ctx_id);
+    }
+
+    /// Sequence of the last invalidation of `ctx_id` that the device has accepted. Known before any later answer is
+    /// handed out, so an answer that raced with an invalidation finds its sequence here.
+    pub fn accepted(&self, ctx_id: u32) -> u64 {
+        lock(&self.progress).get(&ctx_id).map_or(0, |progress| progress.accepted)
+    }
+
+    /// Notes the sequence of an accepted invalidation, on the pump's thread.
+    fn note_accepted(&self, ctx_id: u32, response: &Response) {
+        if let Ok(accepted) = response.parse::<InvalidateResp>(VIRTIO_GPU_CMD_SVM_INVALIDATE) {
+            let mut progress = lock(&self.progress);
+            let known = progress.entry(ctx_id).or_default();
+            known.accepted = known.accepted.max(accepted.seq.get());
+        }
     }
 
     /// Waits until invalidations of `ctx_id` up to `seq` are done: no engine uses what they withdrew. False: `give_up`
     /// said so first; it is asked every now and then.
     pub fn wait_done(&self, ctx_id: u32, seq: u64, give_up: impl Fn() -> bool) -> bool {
-        let mut done = lock(&self.done);
+        let mut progress = lock(&self.progress);
         loop {
-            if done.get(&ctx_id).copied().unwrap_or(0) >= seq {
+            if progress.get(&ctx_id).is_some_and(|progress| progress.done >= seq) {
                 return true;
             }
             if give_up() {
                 return false;
             }
-            let waited = self.done_changed.wait_timeout(done, Duration::from_millis(100));
-            done = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.progressed.wait_timeout(progress, Duration::from_millis(100));
+            progress = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -339,9 +363,9 @@ impl SvmDevice {
     /// is not an error here but the answer's status.
     pub fn call(&self, head: &[u8], body: &[u8], response_len: usize) -> Result<Response> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        let kind = command_number(head);
+        let (kind, ctx_id) = command_number(head);
         let request = [head, body].concat();
-        let mut command = Command { waiter: Waiter::Call(sender), kind, request, response_len };
+        let mut command = Command { waiter: Waiter::Call(sender), kind, ctx_id, request, response_len };
         self.check_size(&command)?;
         let timeout = Error::Timeout { kind, seconds: ANSWER_DEADLINE.as_secs() };
         let deadline = Instant::now() + ANSWER_DEADLINE;
@@ -380,8 +404,8 @@ impl SvmDevice {
     /// # Errors
     /// [`Error::TooLarge`], [`Error::Broken`], or what the transport says.
     pub fn post(&self, token: u64, request: Vec<u8>, response_len: usize) -> Result<()> {
-        let kind = command_number(&request);
-        let command = Command { waiter: Waiter::Posted(token), kind, request, response_len };
+        let (kind, ctx_id) = command_number(&request);
+        let command = Command { waiter: Waiter::Posted(token), kind, ctx_id, request, response_len };
         self.check_size(&command)?;
         let mut control = lock(&self.control);
         if control.broken {
@@ -429,8 +453,8 @@ impl SvmDevice {
         }
         let answer = answer.to_vec();
         if let Some(head) = control.queue.add(&readable, &writable)? {
-            let Command { waiter, kind, .. } = command;
-            control.in_flight.insert(head, InFlight { waiter, kind, pages, answer });
+            let Command { waiter, kind, ctx_id, .. } = command;
+            control.in_flight.insert(head, InFlight { waiter, kind, ctx_id, pages, answer });
         }
         Ok(None)
     }
@@ -524,10 +548,14 @@ impl SvmDevice {
             need: size_of::<SvmResp>(),
         })?;
         self.note_epoch(kind, &head, pump);
-        if head.hdr.ctx_id.get() != 0 {
-            self.note_done(head.hdr.ctx_id.get(), head.inval_done_seq.get());
-        }
         let response = Response { head, bytes };
+        let ctx_id = head.hdr.ctx_id.get();
+        if ctx_id != 0 {
+            self.note_done(ctx_id, head.inval_done_seq.get());
+        }
+        if kind == VIRTIO_GPU_CMD_SVM_INVALIDATE && response.status() == 0 {
+            self.note_accepted(command.ctx_id, &response);
+        }
         match command.waiter {
             // Whoever called may have given up; then nobody wants the answer.
             Waiter::Call(sender) => drop(sender.try_send(response)),
@@ -597,8 +625,9 @@ impl SvmDevice {
     }
 }
 
-fn command_number(request: &[u8]) -> u32 {
-    CtrlHdr::read_from_prefix(request).map_or(0, |(hdr, _)| hdr.kind.get())
+/// Number and context of a command.
+fn command_number(request: &[u8]) -> (u32, u32) {
+    CtrlHdr::read_from_prefix(request).map_or((0, 0), |(hdr, _)| (hdr.kind.get(), hdr.ctx_id.get()))
 }
 
 fn pages_for(bytes: usize) -> usize {

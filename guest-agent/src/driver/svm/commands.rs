@@ -52,7 +52,7 @@ impl SvmDevice {
     /// # Errors
     /// As [`Self::call`].
     pub fn ctx_create(&self, ctx_id: u32, name: &str) -> Result<Response> {
-        self.forget_done(ctx_id);
+        self.forget_progress(ctx_id);
         let mut request =
             CtxCreate { hdr: header(VIRTIO_GPU_CMD_CTX_CREATE, ctx_id), ..CtxCreate::default() };
         request.context_init = CAPSET_SVM.into();
