@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -15,6 +16,8 @@ use serde_json::Value;
 use crate::provision::progress;
 
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Symbols stay for backtraces; line tables of the standard library would be most of the file.
+const GUEST_FLAGS: &str = "-C target-feature=+crt-static -C strip=debuginfo";
 /// Set by the cargo that runs us for its own child; some would make build scripts run again.
 const INHERITED: [&str; 3] = ["CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_BIN_"];
 
@@ -57,8 +60,21 @@ pub fn build_guest(packages: &[&str]) -> Result<Binaries> {
     // take precedence over the one for the target.
     command.args(["--target", GUEST_TARGET]);
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
-    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", GUEST_FLAGS);
     build(command)
+}
+
+/// What every guest boots with: its first process and the small programs that belong to it. Built once.
+///
+/// # Errors
+/// Fails as [`build_guest`] does.
+pub fn runner() -> Result<Binaries> {
+    static BUILT: Mutex<Option<Binaries>> = Mutex::new(None);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*built {
+        Some(programs) => Ok(programs.clone()),
+        None => Ok(built.insert(build_guest(&["guest-runner"])?).clone()),
+    }
 }
 
 /// The target folder that the running program was built into.

@@ -104,8 +104,7 @@ impl Vm {
             return Ok(qemu);
         }
         let tree = self.obtain("qemu", |store, tree| {
-            let packages = store.apt()?.fetch_with_dependencies(&["qemu-system-x86"])?;
-            apt::unpack(&packages, tree)?;
+            store.apt()?.fetch_with_dependencies(&["qemu-system-x86"])?.unpack(tree)?;
             prune(tree)?;
             Qemu::in_tree(tree).probe()
         })?;
@@ -135,7 +134,7 @@ impl Vm {
     pub fn busybox(&self) -> Result<PathBuf> {
         let folder = self.obtain("busybox", |store, folder| {
             let tree = tempfile::tempdir_in(store.staging())?;
-            apt::unpack(&store.apt()?.fetch_alone(&["busybox-static"])?, tree.path())?;
+            store.apt()?.fetch_alone(&["busybox-static"])?.unpack(tree.path())?;
             fs::rename(tree.path().join("usr/bin/busybox"), folder.join("busybox"))?;
             Ok(())
         })?;
@@ -147,7 +146,7 @@ impl Vm {
         let folder = self.obtain(metapackage, |store, folder| {
             let package = store.apt()?.lookup_dependency(metapackage)?;
             let tree = tempfile::tempdir_in(store.staging())?;
-            apt::unpack(&store.apt()?.fetch_alone(&[&package])?, tree.path())?;
+            store.apt()?.fetch_alone(&[&package])?.unpack(tree.path())?;
             fs::rename(find_kernel_image(&tree.path().join("boot"))?, folder.join("vmlinuz"))?;
             let modules = modules::closure(&tree.path().join("usr/lib/modules"), wanted, &busybox)?;
             fs::create_dir(folder.join("modules"))?;
@@ -195,7 +194,7 @@ impl Vm {
         if let Some(apt) = self.apt.get() {
             return Ok(apt);
         }
-        let apt = Apt::update(&self.root.join("apt"))?;
+        let apt = Apt::update(&self.root.join("apt"), &self.staging())?;
         Ok(self.apt.get_or_init(|| apt))
     }
 

@@ -74,6 +74,7 @@ pub struct Builder {
 pub struct Guest {
     name: String,
     channel: Arc<Channel>,
+    pid: u32,
     pidfd: OwnedFd,
     threads: Vec<JoinHandle<()>>,
     release: String,
@@ -174,6 +175,7 @@ impl Builder {
         let mut guest = Guest {
             name: self.name,
             channel,
+            pid: started.pid,
             pidfd: started.pidfd,
             threads,
             release: String::new(),
@@ -181,11 +183,13 @@ impl Builder {
             _folder: folder,
         };
         guest.release = guest.channel.wait_ready()?;
+        // It is in the guest's memory by now.
+        fs::remove_file(initramfs)?;
         Ok(guest)
     }
 
     fn write_initramfs(&self, path: &Path, kernel: &Kernel, busybox: &Path) -> Result<()> {
-        let runner = binaries::build_guest(&["guest-runner"])?;
+        let runner = binaries::runner()?;
         let mut archive = Initramfs::base(path, runner.get("guest-runner")?, busybox, kernel)?;
         let others = runner.iter().filter(|(name, _)| *name != "guest-runner");
         for (name, program) in others {
@@ -257,6 +261,12 @@ impl Guest {
         &self.name
     }
 
+    /// QEMU's process id on this host.
+    #[must_use]
+    pub fn qemu_pid(&self) -> u32 {
+        self.pid
+    }
+
     /// The kernel's release.
     #[must_use]
     pub fn release(&self) -> &str {
@@ -323,6 +333,7 @@ impl Drop for Guest {
 }
 
 struct Started {
+    pid: u32,
     pidfd: OwnedFd,
     requests: ChildStdin,
     events: ChildStdout,
@@ -365,6 +376,7 @@ fn start(mut command: Command) -> Result<(Started, impl FnOnce(Arc<Channel>) -> 
 fn take_parts(child: &mut std::process::Child) -> Result<Started> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("QEMU has no process id")?;
     Ok(Started {
+        pid: child.id(),
         pidfd: pidfd_open(pid, PidfdFlags::empty())?,
         requests: child.stdin.take().context("QEMU has no stdin")?,
         events: child.stdout.take().context("QEMU has no stdout")?,

@@ -4,6 +4,8 @@
 //! The host chooses an id for each process and never uses it twice. A process' `Output` precedes its `Exited`, except for
 //! what a descendant that holds its pipes writes later.
 
+pub mod story;
+
 use serde::{Deserialize, Serialize};
 
 /// Host to guest.
@@ -65,7 +67,7 @@ pub enum Event {
         /// Why.
         error: String,
     },
-    /// The process wrote a line, or the rest before the end of its stream.
+    /// The process wrote lines, or the rest before the end of its stream, or a piece of a very long line.
     Output {
         /// Of the process.
         id: u64,

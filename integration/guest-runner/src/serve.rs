@@ -5,24 +5,25 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use guest_runner::{CHANNEL, Event, Request, Stream};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::system::uname;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
-/// Longest piece of a line that is sent at once.
-const PIECE_BYTES: u64 = 16 << 10;
-/// How long a process' end waits for output that a descendant may still hold open.
-const DRAIN: Duration = Duration::from_millis(300);
+/// Read at once; a longer line is sent in pieces.
+const PIECE_BYTES: usize = 16 << 10;
+/// What a pipe holds, so all that a process can have written and we not read when it ends.
+const PIPE_BYTES: usize = 64 << 10;
 
 /// Serves until the host asks for power-off or closes the channel.
 ///
@@ -133,14 +134,20 @@ impl Server {
         let pidfd = pidfd_open(raw, PidfdFlags::empty())?;
         self.sink.send(&Event::Started { id, pid });
         let stdin = child.stdin.take().map(feed);
-        self.processes.with(|all| all.insert(id, Process { pidfd, stdin }));
+        let streams = [
+            child.stdout.take().map(|stdout| (Stream::Stdout, OwnedFd::from(stdout))),
+            child.stderr.take().map(|stderr| (Stream::Stderr, OwnedFd::from(stderr))),
+        ];
         let (done, drained) = mpsc::channel();
-        if let Some(stdout) = child.stdout.take() {
-            forward(self.sink.clone(), id, Stream::Stdout, stdout, done.clone());
+        for (stream, pipe) in streams.into_iter().flatten() {
+            let process = pidfd.try_clone()?;
+            let (sink, done) = (self.sink.clone(), Some(done.clone()));
+            let pending = Vec::new();
+            let forward = Forward { sink, id, stream, pipe, process, done, left_bytes: PIPE_BYTES, pending };
+            thread::spawn(move || forward.run());
         }
-        if let Some(stderr) = child.stderr.take() {
-            forward(self.sink.clone(), id, Stream::Stderr, stderr, done);
-        }
+        drop(done);
+        self.processes.with(|all| all.insert(id, Process { pidfd, stdin }));
         let (sink, processes) = (self.sink.clone(), self.processes.clone());
         thread::spawn(move || {
             let exited = reap(id, child, &drained);
@@ -176,25 +183,74 @@ fn feed(mut stdin: ChildStdin) -> Sender<String> {
     sender
 }
 
-/// Sends whole lines, so that no character is cut; only a line longer than a piece is.
-fn forward(sink: Sink, id: u64, stream: Stream, source: impl Read + Send + 'static, done: Sender<()>) {
-    thread::spawn(move || {
-        let mut source = BufReader::new(source);
-        let mut piece = Vec::new();
-        while let Ok(1..) = (&mut source).take(PIECE_BYTES).read_until(b'\n', &mut piece) {
-            let data = String::from_utf8_lossy(&piece).into_owned();
-            sink.send(&Event::Output { id, stream, data });
-            piece.clear();
+/// One output stream of a process on its way to the host, in whole lines so that no character is cut.
+struct Forward {
+    sink: Sink,
+    id: u64,
+    stream: Stream,
+    pipe: OwnedFd,
+    /// Readable when the process has ended.
+    process: OwnedFd,
+    /// Dropped as soon as all that the process itself wrote is sent.
+    done: Option<Sender<()>>,
+    /// What an ended process can have left in the pipe.
+    left_bytes: usize,
+    pending: Vec<u8>,
+}
+
+impl Forward {
+    /// Forwards until nobody holds the other end: a descendant may go on writing when the process has ended, and must not
+    /// run into a closed pipe.
+    fn run(mut self) {
+        while self.step().is_ok_and(|more| more) {}
+        self.send_pending(0);
+    }
+
+    /// Returns whether there may be more.
+    fn step(&mut self) -> io::Result<bool> {
+        let (readable, ended) = self.wait()?;
+        if ended && (!readable || self.left_bytes == 0) {
+            self.send_pending(0);
+            self.done = None;
         }
-        // Nobody waits any more once the end was reported.
-        done.send(()).ok();
-    });
+        if !readable {
+            return Ok(true);
+        }
+        let mut piece = [0; PIECE_BYTES];
+        let count = retry_on_intr(|| rustix::io::read(&self.pipe, &mut piece))?;
+        if ended {
+            self.left_bytes = self.left_bytes.saturating_sub(count);
+        }
+        self.pending.extend(piece.iter().take(count));
+        let rest = self.pending.iter().rev().position(|byte| *byte == b'\n').unwrap_or(self.pending.len());
+        self.send_pending(if rest < PIECE_BYTES { rest } else { 0 });
+        Ok(count > 0)
+    }
+
+    /// Whether the pipe is readable, and whether the process has ended and that matters still.
+    fn wait(&self) -> io::Result<(bool, bool)> {
+        let mut both = [PollFd::new(&self.pipe, PollFlags::IN), PollFd::new(&self.process, PollFlags::IN)];
+        let watched = if self.done.is_some() { &mut both[..] } else { &mut both[..1] };
+        retry_on_intr(|| poll(watched, None))?;
+        let [pipe, process] = both.map(|fd| !fd.revents().is_empty());
+        Ok((pipe, process))
+    }
+
+    /// Sends all but the last `rest` bytes.
+    fn send_pending(&mut self, rest: usize) {
+        let kept = self.pending.split_off(self.pending.len().saturating_sub(rest));
+        let whole = std::mem::replace(&mut self.pending, kept);
+        if !whole.is_empty() {
+            let data = String::from_utf8_lossy(&whole).into_owned();
+            self.sink.send(&Event::Output { id: self.id, stream: self.stream, data });
+        }
+    }
 }
 
 fn reap(id: u64, mut child: Child, drained: &Receiver<()>) -> Event {
     let status = child.wait();
-    // One message per stream; an error means that both have ended, or that a descendant holds one.
-    while drained.recv_timeout(DRAIN).is_ok() {}
+    // Nothing is ever sent: this waits until both streams have dropped their end.
+    drained.recv().ok();
     match status {
         Ok(status) => Event::Exited { id, code: status.code(), signal: status.signal() },
         Err(error) => Event::Refused { id, error: error.to_string() },

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use tempfile::TempDir;
 
 use super::mirror::Mirror;
 use super::progress;
@@ -32,15 +33,20 @@ const TOOLS: [(&str, &str); 4] =
 #[derive(Debug)]
 pub struct Apt {
     config: PathBuf,
-    archives: PathBuf,
+    staging: PathBuf,
 }
 
+/// Downloaded packages, in a folder of their own: an apt-get whose parent was killed goes on for a while, and must not
+/// add its packages to those of another.
+#[derive(Debug)]
+pub struct Packages(TempDir);
+
 impl Apt {
-    /// Prepares `folder` and fetches the package lists.
+    /// Prepares `folder` and fetches the package lists. Packages will go to `staging`.
     ///
     /// # Errors
     /// Fails when a tool, the keyring or the mirror is missing; the text says what to install or do.
-    pub fn update(folder: &Path) -> Result<Self> {
+    pub fn update(folder: &Path, staging: &Path) -> Result<Self> {
         for (tool, package) in TOOLS {
             ensure!(
                 in_path(tool),
@@ -49,10 +55,8 @@ impl Apt {
                 super::QEMU_VARIABLE
             );
         }
-        let apt = Self { config: folder.join("apt.conf"), archives: folder.join("archives") };
-        // Whatever a process that died has left here is not what this one asks for.
-        super::remove_folder(&apt.archives)?;
-        for part in ["lists/partial", "state", "cache", "archives/partial"] {
+        let apt = Self { config: folder.join("apt.conf"), staging: staging.to_owned() };
+        for part in ["lists/partial", "state", "cache"] {
             fs::create_dir_all(folder.join(part))?;
         }
         let mirror = Mirror::of_this_host()?;
@@ -73,26 +77,29 @@ impl Apt {
         Ok(apt)
     }
 
-    /// Downloads the packages and all that they depend on, QEMU from backports, and returns the files.
+    /// Downloads the packages, from backports where they are, and all that they depend on.
     ///
     /// # Errors
     /// Fails when apt does; its own words are in the error.
-    pub fn fetch_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+    pub fn fetch_with_dependencies(&self, packages: &[&str]) -> Result<Packages> {
+        let folder = self.folder()?;
         let mut command = self.command("apt-get");
+        command.arg("-o").arg(archives_option(folder.path()));
         command.args(["install", "-q", "-y", "--download-only", "--no-install-recommends", "-t", BACKPORTS]);
         command.args(packages);
-        self.fetch(command, packages)
+        fetch(command, packages, folder)
     }
 
-    /// Downloads the release's version of the packages alone, and returns the files.
+    /// Downloads the release's version of the packages alone.
     ///
     /// # Errors
     /// Fails when apt does; its own words are in the error.
-    pub fn fetch_alone(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+    pub fn fetch_alone(&self, packages: &[&str]) -> Result<Packages> {
+        let folder = self.folder()?;
         let mut command = self.command("apt-get");
-        command.args(["download", "-q"]).current_dir(&self.archives);
+        command.args(["download", "-q"]).current_dir(folder.path());
         command.args(packages.iter().map(|package| format!("{package}/{RELEASE}")));
-        self.fetch(command, packages)
+        fetch(command, packages, folder)
     }
 
     /// What a metapackage of the release stands for: the first package that it depends on.
@@ -108,47 +115,10 @@ impl Apt {
             .with_context(|| format!("package {metapackage} of {RELEASE} depends on nothing"))
     }
 
-    fn fetch(&self, mut command: Command, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        let name = packages.join(", ");
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        let stdout = child.stdout.take().context("apt-get has no stdout")?;
-        let lines = lines_of(stdout);
-        let mut total = packages.len().to_string();
-        let mut fetched = 0u32;
-        let mut next_report = Instant::now() + PROGRESS_INTERVAL;
-        loop {
-            match lines.recv_timeout(next_report.saturating_duration_since(Instant::now())) {
-                Ok(line) => {
-                    if let Some((_, count)) = line.split_once(" upgraded, ") {
-                        total = count.split(' ').next().unwrap_or_default().to_owned();
-                    }
-                    fetched += u32::from(line.starts_with("Get:"));
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    let megabytes = size_of_files(&self.archives) / 1_000_000;
-                    progress!("fetching {name} ... {fetched}/{total} packages, {megabytes} MB");
-                    next_report = Instant::now() + PROGRESS_INTERVAL;
-                }
-                Err(RecvTimeoutError::Disconnected) => break,
-            }
-        }
-        let output = child.wait_with_output()?;
-        ensure!(
-            output.status.success(),
-            "apt-get could not fetch {name} ({}): {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        let mut files = Vec::new();
-        for entry in fs::read_dir(&self.archives)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "deb") {
-                files.push(path);
-            }
-        }
-        let megabytes = size_of_files(&self.archives) / 1_000_000;
-        progress!("fetched {name}: {} packages, {megabytes} MB", files.len());
-        Ok(files)
+    fn folder(&self) -> Result<TempDir> {
+        let folder = tempfile::Builder::new().prefix("packages-").tempdir_in(&self.staging)?;
+        fs::create_dir(folder.path().join("partial"))?;
+        Ok(folder)
     }
 
     fn command(&self, program: &str) -> Command {
@@ -158,17 +128,67 @@ impl Apt {
     }
 }
 
-/// Unpacks the packages below `root` and deletes them, so that never both take room for long.
-///
-/// # Errors
-/// Fails when a package does not unpack, for example because the disk is full.
-pub fn unpack(packages: &[PathBuf], root: &Path) -> Result<()> {
-    for package in packages {
-        run(Command::new("dpkg-deb").arg("-x").arg(package).arg(root))
-            .with_context(|| format!("{} does not unpack", package.display()))?;
-        fs::remove_file(package)?;
+impl Packages {
+    /// Unpacks them below `root`, deleting each when it is done, so that not everything takes room twice.
+    ///
+    /// # Errors
+    /// Fails when a package does not unpack, for example because the disk is full.
+    pub fn unpack(self, root: &Path) -> Result<()> {
+        for package in self.files()? {
+            run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(root))
+                .with_context(|| format!("{} does not unpack", package.display()))?;
+            fs::remove_file(package)?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(self.0.path())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "deb") {
+                files.push(path);
+            }
+        }
+        Ok(files)
+    }
+}
+
+fn fetch(mut command: Command, packages: &[&str], folder: TempDir) -> Result<Packages> {
+    let name = packages.join(", ");
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let stdout = child.stdout.take().context("apt-get has no stdout")?;
+    let lines = lines_of(stdout);
+    let mut total = packages.len().to_string();
+    let mut fetched = 0u32;
+    let mut next_report = Instant::now() + PROGRESS_INTERVAL;
+    loop {
+        match lines.recv_timeout(next_report.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                if let Some((_, count)) = line.split_once(" upgraded, ") {
+                    total = count.split(' ').next().unwrap_or_default().to_owned();
+                }
+                fetched += u32::from(line.starts_with("Get:"));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let megabytes = size_of_files(folder.path()) / 1_000_000;
+                progress!("fetching {name} ... {fetched}/{total} packages, {megabytes} MB");
+                next_report = Instant::now() + PROGRESS_INTERVAL;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    let output = child.wait_with_output()?;
+    ensure!(
+        output.status.success(),
+        "apt-get could not fetch {name} ({}): {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let megabytes = size_of_files(folder.path()) / 1_000_000;
+    let packages = Packages(folder);
+    progress!("fetched {name}: {} packages, {megabytes} MB", packages.files()?.len());
+    Ok(packages)
 }
 
 /// Runs a command to its end and returns what it wrote to stdout.
@@ -214,6 +234,10 @@ fn size_of_files(folder: &Path) -> u64 {
         .sum()
 }
 
+fn archives_option(folder: &Path) -> String {
+    format!("Dir::Cache::archives={}", folder.display())
+}
+
 fn source_lines(mirror: &Mirror) -> String {
     let options = format!("[arch=amd64 signed-by={}]", mirror.keyring.display());
     format!("deb {options} {0} {RELEASE} main\ndeb {options} {0} {BACKPORTS} main\n", mirror.uri)
@@ -227,7 +251,6 @@ fn configuration(folder: &Path) -> Result<String> {
     set("Dir::State::status", &at("status"));
     set("Dir::State::lists", &at("lists"));
     set("Dir::Cache", &at("cache"));
-    set("Dir::Cache::archives", &at("archives"));
     // Two parsed copies of the lists, 88 MB; parsing them again takes a second.
     set("Dir::Cache::pkgcache", "");
     set("Dir::Cache::srcpkgcache", "");
@@ -238,9 +261,12 @@ fn configuration(folder: &Path) -> Result<String> {
     set("APT::Architecture", "amd64");
     set("APT::Architectures", "amd64");
     set("APT::Sandbox::User", "");
+    // Our own lock guards all of it.
     set("Debug::NoLocking", "1");
-    // Guarded by our own lock, of which apt knows nothing.
-    set("Acquire::Retries", "3");
+    // The defaults wait for minutes where there is no network.
+    set("Acquire::Retries", "2");
+    set("Acquire::http::Timeout", "20");
+    set("Acquire::https::Timeout", "20");
     let host = run(Command::new("apt-config").arg("dump"))?;
     let skipped = ["Acquire::IndexTargets", "Acquire::Changelogs", "Acquire::Languages"];
     for line in host.lines() {

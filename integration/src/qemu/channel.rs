@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use guest_runner::{Event, Request, Stream};
+use serde_json::Value;
 
 /// Lines of each log that an error shows.
 const TAIL_LINES: usize = 40;
@@ -169,6 +170,15 @@ impl Process {
         })?;
         self.passed = passed;
         found.map_err(|output| anyhow!("`{}` ended without the line waited for: {output}", self.command))
+    }
+
+    /// Writes a line to its standard input and waits for the next line of JSON on its standard output.
+    ///
+    /// # Errors
+    /// Fails when the process ends, or does not answer in time.
+    pub fn ask(&mut self, line: &str) -> Result<Value> {
+        self.write_line(line)?;
+        self.wait_for_line(|answer| serde_json::from_str(answer).ok())
     }
 
     /// Writes a line to its standard input.

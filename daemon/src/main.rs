@@ -1,0 +1,2 @@
+//! svmd
+fn main() {}
