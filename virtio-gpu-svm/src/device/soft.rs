@@ -311,3 +311,6 @@ impl Device for SoftDevice {
         ledger.lock().unwrap_or_else(PoisonError::into_inner).snapshot()
     }
 }
+
+#[cfg(test)]
+mod tests;
