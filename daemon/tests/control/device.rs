@@ -22,7 +22,7 @@ pub struct Idle {
 }
 
 impl Idle {
-    pub fn new(name: &str, ledger: Vec<LedgerEntry>) -> Arc<dyn Device> {
+    pub fn start(name: &str, ledger: Vec<LedgerEntry>) -> Arc<dyn Device> {
         let info = DeviceInfo {
             name: name.to_owned(),
             va_bits: 48,
