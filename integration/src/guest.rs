@@ -36,6 +36,20 @@ impl SimulatedGuest {
     /// # Errors
     /// No guest memory is left, or the daemon refused.
     pub fn start(name: &str, vmm: Vmm, options: AgentOptions) -> Result<Self> {
+        let memory = Arc::new(ScatteredArenas { ram: vmm.ram().clone(), arenas: Mutex::default() });
+        Self::start_with(name, vmm, memory, options)
+    }
+
+    /// The same, with memory of the caller's making for processes.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(
+        name: &str,
+        vmm: Vmm,
+        memory: Arc<dyn ArenaMemory>,
+        options: AgentOptions,
+    ) -> Result<Self> {
         let ram = vmm.ram().clone();
         let bytes = Rings::BYTES as u64;
         let gpa = ram.take_dma(bytes)?;
@@ -51,7 +65,6 @@ impl SimulatedGuest {
         }))?;
         let vmm = Arc::new(vmm);
         let device = Arc::new(SvmDevice::new(vmm.clone(), dma, &rings)?);
-        let memory = Arc::new(ScatteredArenas { ram: ram.clone(), arenas: Mutex::default() });
         let agent = Agent::start(device, memory, options).context("the agent does not start")?;
         Ok(Self { name: name.into(), ram, vmm, agent })
     }

@@ -266,7 +266,7 @@ impl<'a> Story<'a> {
         )?;
         self.processes[index].actor.tell("exit")?;
         self.processes[index].actor.end()?;
-        let dropped = |story: &Self| Ok(story.daemon.stat("/counters/faults_dropped")? - before);
+        let dropped = |story: &Self| anyhow::Ok(story.daemon.stat("/counters/faults_dropped")? - before);
         self.until(|story| Ok(dropped(story)? == devices), "its faults are dropped")?;
         self.until(|story| story.is_gone(&story.processes[index]), "its context is gone")?;
         self.say(format!("  {devices} late faults dropped and counted, its context is gone"));
