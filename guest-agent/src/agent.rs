@@ -18,6 +18,7 @@ mod ledger;
 mod status;
 mod table;
 
+pub use epoch::new_incarnation;
 pub use ledger::{Answer, Ledger, LedgerEntry, LedgerReport};
 pub use status::{AgentStatus, ContextReport, DeviceReport};
 pub use table::{Arena, ArenaTable};

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod broker;
 pub mod client;
 pub mod driver;
+pub mod keeper;
 pub mod mapping;
 pub mod message;
 pub mod pin;

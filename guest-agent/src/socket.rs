@@ -84,6 +84,11 @@ impl MessageSocket {
         Ok((Self { fd: a }, Self { fd: b }))
     }
 
+    /// The descriptor, for another process.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Has the kernel name the sender of every message, on both ends' behalf.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use super::dma::DmaRegion;
 use super::svm::{RingConfig, Rings};
 use super::transport::Transport;
 use super::virtqueue::{MAX_SIZE, QueueAddresses};
+use crate::keeper::Hardware;
 use crate::mapping::{self, Placement, SharedMapping};
 use capability::{CapabilityError, Layout};
 use irq::{Irq, IrqMode};
@@ -160,7 +161,7 @@ impl PciDevice {
         let bar = Arc::new(SharedMapping::new(bar_file.as_fd(), 0, len, Placement::Anywhere)?);
         let notify = [0; NUM_QUEUES];
         let device = Self { address, layout, bar, bar_file: bar_file.into(), config, uio, notify };
-        device.stop()?;
+        device.reset()?;
         set_command(&device.config, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | device_command)
             .map_err(file_error("cannot set up", directory.join("config")))?;
         Ok(device)
@@ -194,7 +195,7 @@ impl PciDevice {
     ///
     /// # Errors
     /// [`Error::ResetTimeout`].
-    pub fn stop(&self) -> Result<()> {
+    pub fn reset(&self) -> Result<()> {
         self.write(DEVICE_STATUS, 0u8)?;
         let deadline = Instant::now() + RESET_DEADLINE;
         while self.read::<u8>(DEVICE_STATUS)? != 0 {
@@ -210,8 +211,8 @@ impl PciDevice {
     ///
     /// # Errors
     /// When the device does not reset, or lacks something.
-    pub fn restart(&mut self, dma: &DmaRegion) -> Result<Rings> {
-        self.stop()?;
+    pub fn start(&mut self, dma: &DmaRegion) -> Result<Rings> {
+        self.reset()?;
         dma.clear()?;
         self.write(DEVICE_STATUS, STATUS_ACKNOWLEDGE)?;
         self.write(DEVICE_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER)?;
@@ -290,8 +291,7 @@ impl PciDevice {
         self.write(QUEUE_ENABLE, 1u16)
     }
 
-    /// What another process needs to use the device, and the descriptors that go with it.
-    pub fn handover(&self) -> (PciHandover, Vec<BorrowedFd<'_>>) {
+    fn described(&self) -> (PciHandover, Vec<BorrowedFd<'_>>) {
         let handover = PciHandover {
             bar_len: self.bar.len(),
             status: self.layout.common + DEVICE_STATUS,
@@ -305,15 +305,29 @@ impl PciDevice {
         fds.extend(self.uio.as_ref().map(AsFd::as_fd));
         (handover, fds)
     }
+}
 
-    /// The transport for this process.
-    ///
-    /// # Errors
-    /// When a descriptor cannot be duplicated.
-    pub fn transport(&self) -> io::Result<PciTransport> {
-        let (handover, fds) = self.handover();
+impl Hardware for PciDevice {
+    fn restart(
+        &mut self,
+        dma: &DmaRegion,
+    ) -> std::result::Result<Rings, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.start(dma)?)
+    }
+
+    fn stop(&mut self) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.reset()?)
+    }
+
+    fn transport(&self) -> io::Result<Arc<dyn Transport>> {
+        let (handover, fds) = self.described();
         let fds: io::Result<Vec<OwnedFd>> = fds.iter().map(BorrowedFd::try_clone_to_owned).collect();
-        PciTransport::new(&handover, fds?)
+        Ok(Arc::new(PciTransport::new(&handover, fds?)?))
+    }
+
+    fn handover(&self) -> (serde_json::Value, Vec<BorrowedFd<'_>>) {
+        let (handover, fds) = self.described();
+        (serde_json::json!(handover), fds)
     }
 }
 

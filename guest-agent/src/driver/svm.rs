@@ -79,6 +79,11 @@ impl Rings {
         Ok(Self { config, queues })
     }
 
+    /// How they are made.
+    pub fn config(&self) -> RingConfig {
+        self.config
+    }
+
     /// Device addresses of the queues, in their order, for the transport to tell the device.
     ///
     /// # Errors
