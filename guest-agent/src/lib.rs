@@ -1,1 +1,12 @@
-//! guest-agent
+//! The guest's side of virtio-gpu-svm: an agent that owns the device and serves the guest's processes, and the library
+//! that those processes link.
+
+pub mod agent;
+pub mod broker;
+pub mod client;
+pub mod driver;
+pub mod keeper;
+pub mod mapping;
+pub mod message;
+pub mod pin;
+pub mod socket;

@@ -45,8 +45,20 @@ impl Binaries {
 /// # Errors
 /// Fails when they do not compile; the compiler's messages are on stderr.
 pub fn build_host(packages: &[&str]) -> Result<Binaries> {
+    build_host_with(packages, &[])
+}
+
+/// The same with features, each as PACKAGE/FEATURE.
+///
+/// # Errors
+/// As [`build_host`].
+pub fn build_host_with(packages: &[&str], features: &[&str]) -> Result<Binaries> {
     progress!("building {} for the host", packages.join(", "));
-    build(cargo(packages)?)
+    let mut command = cargo(packages)?;
+    if !features.is_empty() {
+        command.args(["--features", &features.join(",")]);
+    }
+    build(command)
 }
 
 /// Builds the programs of these packages as static executables for a guest.

@@ -11,10 +11,10 @@ pub mod mirror;
 mod apt;
 mod modules;
 
-use std::cell::OnceCell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 
@@ -55,7 +55,7 @@ pub(crate) use progress;
 #[derive(Debug)]
 pub struct Vm {
     root: PathBuf,
-    apt: OnceCell<Apt>,
+    apt: OnceLock<Apt>,
 }
 
 /// A QEMU that runs on this host.
@@ -90,7 +90,7 @@ impl Vm {
     /// Fails when the folder cannot be made.
     pub fn at(root: &Path) -> Result<Self> {
         fs::create_dir_all(root).with_context(|| format!("folder {} cannot be made", root.display()))?;
-        Ok(Self { root: root.to_owned(), apt: OnceCell::new() })
+        Ok(Self { root: root.to_owned(), apt: OnceLock::new() })
     }
 
     /// QEMU 11.1 with the generic vhost-user device, or the one that [`QEMU_VARIABLE`] names.

@@ -56,7 +56,7 @@ fn req<T>(cmd: u32, extra: usize) -> ReqHdr {
 fn daemon_with_context() -> (Server, Arc<Guest>) {
     let label = VmLabel { guest: "vm0".into(), ctx_id: CTX_ID, generation: 1 };
     let entry = LedgerEntry { label, asid: Asid(9), page: C >> 12, access: Access::Write };
-    let devices = vec![Idle::new("gpu0", vec![entry]), Idle::new("gpu1", Vec::new())];
+    let devices = vec![Idle::start("gpu0", vec![entry]), Idle::start("gpu1", Vec::new())];
     let server = Server::start_on(devices, Options::default());
     server.client().result("guest.add", json!({"name": "vm0", "socket": server.guest_socket("vm0.sock")}));
     // The VMM's session, without the VMM.

@@ -22,7 +22,7 @@ pub struct Idle {
 }
 
 impl Idle {
-    pub fn new(name: &str, ledger: Vec<LedgerEntry>) -> Arc<dyn Device> {
+    pub fn start(name: &str, ledger: Vec<LedgerEntry>) -> Arc<dyn Device> {
         let info = DeviceInfo {
             name: name.to_owned(),
             va_bits: 48,
@@ -62,9 +62,6 @@ impl Device for Idle {
     fn drop_region(&self, _asid: Asid, _region_id: u64) {}
     fn resident_pages(&self, asid: Asid) -> u64 {
         if self.resident.lock().unwrap().contains(&asid) { RESIDENT } else { 0 }
-    }
-    fn resident_map(&self, _asid: Asid, _range: PageRange) -> Vec<bool> {
-        Vec::new()
     }
     fn check_packets(&self, _packets: &[Packet]) -> Result<(), Error> {
         Ok(())

@@ -167,7 +167,7 @@ fn unknown_objects_have_kinds() {
 
 #[test]
 fn panic_of_a_method_costs_its_request_only() {
-    let server = Server::start_on(vec![Idle::new(BROKEN, Vec::new())], Options::default());
+    let server = Server::start_on(vec![Idle::start(BROKEN, Vec::new())], Options::default());
     let mut client = server.client();
     assert_eq!(client.error("device.ledger", json!({"device": 0})), (-32603, "internal".into()));
     assert_eq!(client.result("device.list", json!({}))["devices"][0]["name"], BROKEN);

@@ -153,12 +153,15 @@ impl SoftDevice {
         }
         self.release(sched);
         drop(over);
+        let told = report.as_ref().map(Report::told);
         if let Some(report) = report {
-            let asid = report.vm.asid;
             self.deliver(report);
-            self.sched().end_report(asid);
         }
-        self.next(self.sched(), engine)
+        let mut sched = self.sched();
+        if let Some(told) = told {
+            sched.end_report(told);
+        }
+        self.next(sched, engine)
     }
 
     fn run_slice(&self, turn: &mut Turn) -> SliceEnd {
@@ -174,7 +177,7 @@ impl SoftDevice {
 
     /// Reports what a slice brought; no lock is held.
     fn deliver(&self, report: Report) {
-        let Report { vm, fault, done, flushed } = report;
+        let Report { vm, fault, done, flushed, .. } = report;
         if let Some(fault) = fault {
             self.faults_raised.fetch_add(1, Ordering::Relaxed);
             if let Some(ledger) = &self.ledger {
@@ -311,3 +314,6 @@ impl Device for SoftDevice {
         ledger.lock().unwrap_or_else(PoisonError::into_inner).snapshot()
     }
 }
+
+#[cfg(test)]
+mod tests;

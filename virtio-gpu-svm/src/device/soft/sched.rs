@@ -63,6 +63,8 @@ pub struct Nap(pub Option<Duration>);
 pub struct Report {
     /// Whom it is about.
     pub vm: Arc<Vm>,
+    /// The ring of the slice.
+    ring: u32,
     /// A fault.
     pub fault: Option<Fault>,
     /// The end of a job.
@@ -71,9 +73,24 @@ pub struct Report {
     pub flushed: Option<Ticket>,
 }
 
+impl Report {
+    /// What the scheduler must know once the report is delivered.
+    pub fn told(&self) -> Told {
+        Told { asid: self.vm.asid, ended: self.done.map(|_| self.ring) }
+    }
+}
+
+/// What was reported.
+pub struct Told {
+    asid: Asid,
+    /// The ring whose front job ended.
+    ended: Option<u32>,
+}
+
 /// The front job of a ring.
 enum Front {
     Ready(Box<ActiveJob>),
+    /// It is on an engine, or its end is being told.
     Running,
     Parked(StopId, Box<ActiveJob>),
     /// With the key under which it is in [`Sched::waiters`].
@@ -339,9 +356,16 @@ impl Sched {
     }
 
     /// The engine has reported, and dropped the report.
-    pub fn end_report(&mut self, asid: Asid) {
+    pub fn end_report(&mut self, told: Told) {
+        let Told { asid, ended } = told;
         let state = self.state_mut(asid);
         state.reporting = state.reporting.saturating_sub(1);
+        if let Some(ring) = ended
+            && !state.dying
+        {
+            state.advance(ring);
+            self.enqueue(asid);
+        }
         self.retire_if_idle(asid);
     }
 
@@ -349,7 +373,7 @@ impl Sched {
     fn settle(&mut self, engine: u8, turn: Turn, halt: Halt) -> (Report, Option<Box<ActiveJob>>) {
         let Turn { vm, ring, job, seen } = turn;
         let (asid, signals) = (vm.asid, self.signals);
-        let mut report = Report { vm, fault: None, done: None, flushed: None };
+        let mut report = Report { vm, ring, fault: None, done: None, flushed: None };
         let state = self.state_mut(asid);
         if state.dying {
             return (report, Some(job));
@@ -380,8 +404,8 @@ impl Sched {
                 self.state_mut(asid).set_front(ring, Front::Parked(stop, job));
             }
             Halt::End(end) => {
+                // The ring goes on when this is told: ends are told in the order of the jobs.
                 report.done = Some((job.id, end));
-                state.advance(ring);
                 return (report, Some(job));
             }
         }

@@ -1,0 +1,625 @@
+//! The agent's core, whatever way leads to the device: contexts, their memory, and answers to their faults.
+//!
+//! Owns every context of this guest, the table of each context's arenas (guest CPU address -> guest-physical pages) and
+//! the ledger of answers. Called by the broker on behalf of processes; its own thread pumps the device.
+//!
+//! Rules that keep the device out of memory that is somebody else's:
+//! * An arena is released only when no engine can use it: after its invalidation is done, after its context is retired,
+//!   or, when the daemon has lost everything, after the next life has heard that all is quiet.
+//! * An answer carries the invalidation sequence that its context held before the table was read. An arena leaves the
+//!   table before its invalidation is sent. So an answer from an old table is refused by the device.
+//! * An arena is owned by exactly one entry of [`State`]; whoever removes the entry releases it.
+//!
+//! The state's lock is never held over a command to the device or a call of [`ArenaMemory`].
+
+mod answer;
+mod epoch;
+mod ledger;
+mod status;
+mod table;
+
+pub use epoch::new_incarnation;
+pub use ledger::{Answer, Ledger, LedgerEntry, LedgerReport};
+pub use status::{AgentStatus, ContextReport, DeviceReport};
+pub use table::{Arena, ArenaTable};
+
+use crate::driver::{self, Event, SvmDevice};
+use answer::PendingAnswer;
+use epoch::Life;
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use virtio_gpu_svm::protocol::control::{GetDeviceResp, INVAL_UNMAP};
+use virtio_gpu_svm::protocol::event::{
+    EVENT_CONTEXT_LOST, EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES, NoticeRecord,
+};
+use virtio_gpu_svm::protocol::{GUEST_VA_END, PAGE_SIZE};
+use zerocopy::IntoBytes;
+
+/// How long one turn of the pump waits; bounds how late [`Agent::stop`] is noticed.
+const PUMP_TIMEOUT: Duration = Duration::from_millis(100);
+/// How long the first HELLO's predecessors may take to become quiet before [`Agent::start`] gives up.
+const OPEN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Memory that an [`ArenaMemory`] made: pinned, so that `pages` stay true until it is released.
+#[derive(Debug)]
+pub struct ArenaPages {
+    /// Names it towards its maker.
+    pub id: u64,
+    /// Maps it.
+    pub fd: OwnedFd,
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Guest-physical address of each page.
+    pub pages: Vec<u64>,
+}
+
+/// Makes memory that processes map and devices reach. In a guest the keeper does ([`crate::keeper`]).
+pub trait ArenaMemory: Send + Sync {
+    /// Makes `len` bytes of zeros, a multiple of the page size.
+    ///
+    /// # Errors
+    /// When there is not enough memory, or the maker is gone.
+    fn create(&self, len: u64) -> std::io::Result<ArenaPages>;
+
+    /// Takes the memory back. Called once for each, when no engine can use it any more.
+    fn release(&self, id: u64);
+}
+
+/// Takes the records of one context. Called with no lock held.
+pub trait EventSink: Send + Sync {
+    /// Takes a record. Must not wait.
+    fn push(&self, record: &[u8; EVENT_RECORD_BYTES]);
+}
+
+/// Who a context belongs to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Owner {
+    /// Process id.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// The program's name, for people.
+    pub name: String,
+}
+
+/// What an operator may choose.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// Pages that one answer covers: an aligned window around the fault, cut to the arena. A power of two up to 512.
+    pub fault_around_pages: u32,
+    /// Hold answers back until [`Agent::release_answers`].
+    pub hold_answers: bool,
+    /// Answers that the ledger remembers; older ones are only counted.
+    pub ledger_entries: usize,
+    /// Bytes of arenas that one context may have.
+    pub context_arena_bytes: u64,
+    /// Bytes of arenas in all.
+    pub total_arena_bytes: u64,
+}
+
+impl Default for AgentOptions {
+    fn default() -> Self {
+        Self {
+            fault_around_pages: 16,
+            hold_answers: false,
+            ledger_entries: 65_536,
+            context_arena_bytes: 256 << 20,
+            total_arena_bytes: 4 << 30,
+        }
+    }
+}
+
+/// Why a request to the agent failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The driver failed; the agent cannot go on.
+    #[error("the device cannot be driven")]
+    Driver(#[from] driver::Error),
+    /// The device refused.
+    #[error("the device refused {what}: {}", virtio_gpu_svm::protocol::errno::name(*.status))]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// Negative errno.
+        status: i32,
+    },
+    /// No such context, or it has ended.
+    #[error("context {0} is gone")]
+    NoContext(u32),
+    /// No such arena in this context.
+    #[error("no arena {0} in this context")]
+    NoArena(u64),
+    /// A length or an address that is not page aligned, empty, or out of range.
+    #[error("range {va:#x}+{len:#x} is unaligned, empty or out of range")]
+    BadRange {
+        /// First address.
+        va: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The range overlaps an arena of the context.
+    #[error("range {va:#x}+{len:#x} overlaps an arena")]
+    Overlap {
+        /// First address.
+        va: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A quota is used up.
+    #[error("arena quota of {limit} bytes is used up")]
+    Quota {
+        /// The quota.
+        limit: u64,
+    },
+    /// Memory could not be made.
+    #[error("arena memory")]
+    Memory(#[source] std::io::Error),
+    /// The daemon has lost this guest's state and has not opened a new life yet.
+    #[error("the daemon is being asked for a new life")]
+    NotOpen,
+    /// A thread could not be started.
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Result of the agent.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The error as processes see it: a negative errno.
+    pub fn status(&self) -> i32 {
+        let errno = match self {
+            Error::Driver(driver::Error::TooLarge { .. }) => Errno::MSGSIZE,
+            Error::Driver(_) | Error::NoContext(_) | Error::NotOpen => Errno::PIPE,
+            Error::Refused { status, .. } => return *status,
+            Error::NoArena(_) => Errno::NOENT,
+            Error::BadRange { .. } => Errno::INVAL,
+            Error::Overlap { .. } => Errno::EXIST,
+            Error::Quota { .. } => Errno::NOSPC,
+            Error::Memory(_) | Error::Thread(_) => Errno::NOMEM,
+        };
+        -errno.raw_os_error()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ContextState {
+    /// CTX_CREATE is under way.
+    Creating,
+    Alive,
+    /// CTX_DESTROY was sent; its arenas wait for CONTEXT_RETIRED.
+    Retiring,
+}
+
+struct Context {
+    owner: Owner,
+    state: ContextState,
+    /// Negative errno of a CONTEXT_LOST record, else 0.
+    lost: i32,
+    sink: Arc<dyn EventSink>,
+    arenas: ArenaTable,
+    /// Arenas whose invalidation is under way.
+    withdrawn: Vec<Arena>,
+    faults: u64,
+}
+
+impl Context {
+    fn arena_bytes(&self) -> u64 {
+        self.arenas.bytes() + self.withdrawn.iter().map(|arena| arena.len).sum::<u64>()
+    }
+
+    fn take_arenas(&mut self) -> Vec<Arena> {
+        let mut arenas = std::mem::take(&mut self.withdrawn);
+        arenas.extend(self.arenas.take_all());
+        arenas
+    }
+}
+
+struct State {
+    life: Life,
+    contexts: HashMap<u32, Context>,
+    last_ctx_id: u32,
+    /// Arenas of contexts that the daemon has lost; they wait for quiet.
+    orphans: Vec<Arena>,
+    /// Answers on their way to the device, by token.
+    answers: HashMap<u64, PendingAnswer>,
+    /// Faults whose answers are held back; `None` when answers go at once.
+    held: Option<Vec<virtio_gpu_svm::protocol::event::FaultRecord>>,
+    ledger: Ledger,
+    /// Bytes of arenas being made, which no context has yet.
+    reserved_bytes: u64,
+}
+
+/// The agent.
+pub struct Agent {
+    device: Arc<SvmDevice>,
+    memory: Arc<dyn ArenaMemory>,
+    options: AgentOptions,
+    state: Mutex<State>,
+    /// Signalled when `life` changes.
+    life_changed: Condvar,
+    next_token: AtomicU64,
+    stopping: AtomicBool,
+    releaser: Mutex<Option<Sender<u64>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    devices: Mutex<Vec<GetDeviceResp>>,
+}
+
+impl Agent {
+    /// Opens a life of the driver on `device` and starts the agent's threads. Returns when the daemon has nothing left
+    /// of an earlier life.
+    ///
+    /// # Errors
+    /// When the device does not answer, or refuses.
+    pub fn start(
+        device: Arc<SvmDevice>,
+        memory: Arc<dyn ArenaMemory>,
+        options: AgentOptions,
+    ) -> Result<Arc<Self>> {
+        let (releaser, released) = mpsc::channel();
+        let held = options.hold_answers.then(Vec::new);
+        let state = State {
+            life: Life::first(),
+            contexts: HashMap::new(),
+            last_ctx_id: 0,
+            orphans: Vec::new(),
+            answers: HashMap::new(),
+            held,
+            ledger: Ledger::new(options.ledger_entries),
+            reserved_bytes: 0,
+        };
+        let agent = Arc::new(Self {
+            device,
+            memory: memory.clone(),
+            options,
+            state: Mutex::new(state),
+            life_changed: Condvar::new(),
+            next_token: AtomicU64::new(1),
+            stopping: AtomicBool::new(false),
+            releaser: Mutex::new(Some(releaser)),
+            threads: Mutex::new(Vec::new()),
+            devices: Mutex::new(Vec::new()),
+        });
+        agent.spawn("svm-release", move |_| {
+            for id in released {
+                memory.release(id);
+            }
+        })?;
+        agent.spawn("svm-pump", Self::pump)?;
+        match agent.open() {
+            Ok(()) => Ok(agent),
+            Err(error) => {
+                agent.stop();
+                Err(error)
+            }
+        }
+    }
+
+    fn spawn(self: &Arc<Self>, name: &str, body: impl FnOnce(&Self) + Send + 'static) -> Result<()> {
+        // The thread of the pump holds the agent; `stop` ends it, so there is no cycle for ever.
+        let agent = self.clone();
+        let builder = std::thread::Builder::new().name(name.into()).stack_size(256 << 10);
+        let handle = builder.spawn(move || body(&agent)).map_err(Error::Thread)?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(handle);
+        Ok(())
+    }
+
+    fn open(&self) -> Result<()> {
+        let incarnation = self.lock().life.incarnation();
+        let hello = self.device.hello(incarnation)?;
+        self.on_hello(hello.resp.status.get(), hello.retiring.get());
+        let state = self.wait_life(OPEN_DEADLINE);
+        match state.life {
+            Life::Open { .. } => {}
+            Life::Failed { status } => return Err(Error::Refused { what: "HELLO", status }),
+            Life::Opening { .. } => return Err(Error::NotOpen),
+        }
+        drop(state);
+        let mut devices = Vec::new();
+        for dev_id in 0..hello.num_devices.get() {
+            let device = self.device.get_device(dev_id)?;
+            checked("GET_DEVICE", device.resp.status.get())?;
+            devices.push(device);
+        }
+        *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+        Ok(())
+    }
+
+    fn wait_life(&self, timeout: Duration) -> MutexGuard<'_, State> {
+        let opening = |state: &mut State| matches!(state.life, Life::Opening { .. });
+        let waited = self.life_changed.wait_timeout_while(self.lock(), timeout, opening);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Ends the agent's threads. Contexts are left as they are; the next life of a driver drops them.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        drop(self.releaser.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            if thread.thread().id() != std::thread::current().id() {
+                // A panic of that thread has been printed already.
+                drop(thread.join());
+            }
+        }
+    }
+
+    /// Whether the device is lost for good; then the process should end and be started anew.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.lock().life, Life::Failed { .. })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn release(&self, arenas: impl IntoIterator<Item = Arena>) {
+        let releaser = self.releaser.lock().unwrap_or_else(PoisonError::into_inner);
+        for arena in arenas {
+            if let Some(releaser) = releaser.as_ref() {
+                // Fails only when the agent is stopping; the memory's owner releases it then.
+                releaser.send(arena.id).ok();
+            }
+        }
+    }
+
+    // Contexts.
+
+    /// Host devices, in the order of their ids.
+    pub fn devices(&self) -> Vec<GetDeviceResp> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Bytes of arenas that one context may have.
+    pub fn context_arena_bytes(&self) -> u64 {
+        self.options.context_arena_bytes
+    }
+
+    /// Creates a context; its records go to `sink`.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn create_context(&self, owner: Owner, sink: Arc<dyn EventSink>) -> Result<u32> {
+        let name = format!("{} (pid {}, uid {})", owner.name, owner.pid, owner.uid);
+        let context = Context {
+            owner,
+            state: ContextState::Creating,
+            lost: 0,
+            sink,
+            arenas: ArenaTable::default(),
+            withdrawn: Vec::new(),
+            faults: 0,
+        };
+        let ctx_id = {
+            let mut state = self.lock();
+            if !matches!(state.life, Life::Open { .. }) {
+                return Err(Error::NotOpen);
+            }
+            let ctx_id = state.free_ctx_id();
+            state.contexts.insert(ctx_id, context);
+            ctx_id
+        };
+        let created = self
+            .device
+            .ctx_create(ctx_id, &name)
+            .map_err(Error::from)
+            .and_then(|r| checked("CTX_CREATE", r.status()));
+        let mut state = self.lock();
+        if let Err(error) = created {
+            state.contexts.remove(&ctx_id);
+            return Err(error);
+        }
+        // Gone if the daemon lost its state in the meantime.
+        let context = state.contexts.get_mut(&ctx_id).ok_or(Error::NoContext(ctx_id))?;
+        context.state = ContextState::Alive;
+        Ok(ctx_id)
+    }
+
+    /// Destroys a context. Its memory is released when the device is through with it.
+    pub fn destroy_context(&self, ctx_id: u32) {
+        {
+            let mut state = self.lock();
+            let Some(context) = state.contexts.get_mut(&ctx_id) else { return };
+            if context.state != ContextState::Alive {
+                return;
+            }
+            context.state = ContextState::Retiring;
+        }
+        // A refusal or a failure leaves the context retiring: its memory stays pinned until a new life is quiet.
+        drop(self.device.ctx_destroy(ctx_id));
+    }
+
+    /// Makes memory for a context, standing at `va` in its process.
+    ///
+    /// # Errors
+    /// A bad or overlapping range, a quota, no memory.
+    pub fn create_arena(&self, ctx_id: u32, va: u64, len: u64) -> Result<ArenaPages> {
+        let aligned = va.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+        let in_range = va.checked_add(len).is_some_and(|end| end <= GUEST_VA_END);
+        if !aligned || !in_range || va == 0 || len == 0 {
+            return Err(Error::BadRange { va, len });
+        }
+        self.reserve(ctx_id, va, len)?;
+        let made = self.memory.create(len).map_err(Error::Memory);
+        let mut state = self.lock();
+        state.reserved_bytes -= len;
+        let made = made?;
+        let arena = Arena { id: made.id, va, len, pages: made.pages.clone().into() };
+        let inserted = state
+            .alive(ctx_id)
+            .and_then(|context| context.arenas.insert(arena.clone()).map_err(|_| Error::Overlap { va, len }));
+        drop(state);
+        if let Err(error) = inserted {
+            self.release([arena]);
+            return Err(error);
+        }
+        Ok(made)
+    }
+
+    fn reserve(&self, ctx_id: u32, va: u64, len: u64) -> Result<()> {
+        let mut state = self.lock();
+        let total = state.arena_bytes();
+        let context = state.alive(ctx_id)?;
+        let limit = self.options.context_arena_bytes;
+        if context.arena_bytes().saturating_add(len) > limit {
+            return Err(Error::Quota { limit });
+        }
+        if context.arenas.overlaps(va, len) {
+            return Err(Error::Overlap { va, len });
+        }
+        let limit = self.options.total_arena_bytes;
+        if total.saturating_add(len) > limit {
+            return Err(Error::Quota { limit });
+        }
+        state.reserved_bytes += len;
+        Ok(())
+    }
+
+    /// Takes memory from a context. Returns when no engine can use it any more.
+    ///
+    /// # Errors
+    /// No such arena, or the context ended meanwhile (then the memory is released with it).
+    pub fn free_arena(&self, ctx_id: u32, arena_id: u64) -> Result<()> {
+        let (va, len) = {
+            let mut state = self.lock();
+            let context = state.alive(ctx_id)?;
+            let arena = context.arenas.take(arena_id).ok_or(Error::NoArena(arena_id))?;
+            let range = (arena.va, arena.len);
+            context.withdrawn.push(arena);
+            range
+        };
+        let response = self.device.invalidate(ctx_id, va, len, INVAL_UNMAP)?;
+        checked("INVALIDATE", response.resp.status.get())?;
+        let seq = response.seq.get();
+        let ended = || self.stopping.load(Ordering::Acquire) || self.lock().alive(ctx_id).is_err();
+        if !self.device.wait_done(ctx_id, seq, ended) {
+            return Err(Error::NoContext(ctx_id));
+        }
+        let mut state = self.lock();
+        let context = state.alive(ctx_id)?;
+        let position = context.withdrawn.iter().position(|arena| arena.id == arena_id);
+        let arena = position.map(|at| context.withdrawn.swap_remove(at));
+        drop(state);
+        self.release(arena);
+        Ok(())
+    }
+
+    /// Passes a process' requests to the device: status, detail and reply area.
+    ///
+    /// # Errors
+    /// The context is gone, or the request does not fit. A refusal by the device is a status.
+    pub fn submit(&self, ctx_id: u32, payload: &[u8], reply_len: usize) -> Result<driver::svm::Response> {
+        self.lock().alive(ctx_id)?;
+        Ok(self.device.submit_3d(ctx_id, payload, reply_len)?)
+    }
+
+    // The pump.
+
+    fn pump(&self) {
+        while !self.stopping.load(Ordering::Acquire) {
+            match self.device.pump(PUMP_TIMEOUT) {
+                Ok(pump) => {
+                    if pump.foreign_epoch.is_some() {
+                        self.on_epoch_lost();
+                    }
+                    for completion in pump.completions {
+                        self.on_completion(&completion);
+                    }
+                    for (epoch, event) in pump.events {
+                        self.on_event(epoch, &event);
+                    }
+                }
+                Err(_) => {
+                    self.on_device_failed();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn on_event(&self, epoch: u64, event: &Event) {
+        if let Event::Notice(notice) = event
+            && notice.kind.get() == EVENT_QUIET
+        {
+            return self.on_quiet(notice.value.get());
+        }
+        if epoch != self.device.epoch() {
+            return;
+        }
+        match event {
+            Event::Fault(fault) => self.on_fault(*fault),
+            Event::Job(job) => self.forward(job.ctx_id.get(), job.as_bytes()),
+            Event::Notice(notice) => self.on_notice(notice),
+        }
+    }
+
+    fn on_notice(&self, notice: &NoticeRecord) {
+        let ctx_id = notice.ctx_id.get();
+        match notice.kind.get() {
+            EVENT_CONTEXT_RETIRED => {
+                let mut state = self.lock();
+                let retiring = |context: &Context| context.state == ContextState::Retiring;
+                if state.contexts.get(&ctx_id).is_some_and(retiring) {
+                    let arenas = state.contexts.remove(&ctx_id).map(|mut context| context.take_arenas());
+                    drop(state);
+                    self.release(arenas.into_iter().flatten());
+                }
+            }
+            EVENT_CONTEXT_LOST => {
+                if let Some(context) = self.lock().contexts.get_mut(&ctx_id) {
+                    context.lost = notice.status.get();
+                }
+                self.forward(ctx_id, notice.as_bytes());
+            }
+            // INVAL_DONE was noted by the driver; other kinds are for later versions.
+            _ => {}
+        }
+    }
+
+    fn forward(&self, ctx_id: u32, record: &[u8]) {
+        let sink = self.lock().contexts.get(&ctx_id).map(|context| context.sink.clone());
+        if let (Some(sink), Ok(record)) = (sink, record.try_into()) {
+            sink.push(record);
+        }
+    }
+
+    fn token(&self) -> u64 {
+        self.next_token.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl State {
+    /// The context while requests may use it.
+    fn alive(&mut self, ctx_id: u32) -> Result<&mut Context> {
+        let context = self.contexts.get_mut(&ctx_id);
+        context.filter(|context| context.state == ContextState::Alive).ok_or(Error::NoContext(ctx_id))
+    }
+
+    /// Ids go round, so that a late record does not meet a new context soon.
+    fn free_ctx_id(&mut self) -> u32 {
+        loop {
+            self.last_ctx_id = if self.last_ctx_id >= 0x00ff_ffff { 1 } else { self.last_ctx_id + 1 };
+            if !self.contexts.contains_key(&self.last_ctx_id) {
+                return self.last_ctx_id;
+            }
+        }
+    }
+
+    /// Bytes of pinned memory, those on their way in and out included.
+    fn arena_bytes(&self) -> u64 {
+        let contexts: u64 = self.contexts.values().map(Context::arena_bytes).sum();
+        let orphans: u64 = self.orphans.iter().map(|arena| arena.len).sum();
+        contexts + orphans + self.reserved_bytes
+    }
+}
+
+/// A status of the device as a result.
+fn checked(what: &'static str, status: i32) -> Result<()> {
+    if status == 0 { Ok(()) } else { Err(Error::Refused { what, status }) }
+}

@@ -1,0 +1,154 @@
+//! Lives of the driver: the first HELLO, and what follows when the daemon has lost this guest's state.
+
+use super::{Agent, Context, Error, Result, State};
+use crate::driver::Completion;
+use virtio_gpu_svm::protocol::errno::EPIPE;
+use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, NoticeRecord};
+use zerocopy::IntoBytes;
+
+/// Where a life of the driver stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// HELLO was sent; there is no answer yet, or something of an earlier life is still in use.
+    Opening {
+        incarnation: u64,
+        /// HELLO was answered.
+        answered: bool,
+        /// The incarnation that the last QUIET record named.
+        quiet: u64,
+    },
+    /// Contexts may be made.
+    Open { incarnation: u64 },
+    /// The device is lost for good.
+    Failed { status: i32 },
+}
+
+impl Life {
+    pub(super) fn first() -> Self {
+        Life::Opening { incarnation: new_incarnation(), answered: false, quiet: 0 }
+    }
+
+    pub(super) fn incarnation(self) -> u64 {
+        match self {
+            Life::Opening { incarnation, .. } | Life::Open { incarnation } => incarnation,
+            Life::Failed { .. } => 0,
+        }
+    }
+}
+
+/// A number that no earlier life of a driver has used: random, not 0.
+pub fn new_incarnation() -> u64 {
+    let mut bytes = [0; 8];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    // A guest whose random pool is not ready yet still has a clock that does not stand still.
+    let clock =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos());
+    let random = if filled.is_ok() { u64::from_le_bytes(bytes) } else { u64::try_from(clock).unwrap_or(1) };
+    random.max(1)
+}
+
+impl Agent {
+    /// The answer to HELLO.
+    pub(super) fn on_hello(&self, status: i32, retiring: u32) {
+        let mut state = self.lock();
+        let Life::Opening { incarnation, quiet, .. } = state.life else { return };
+        if status != 0 {
+            state.life = Life::Failed { status };
+        } else if retiring == 0 || quiet == incarnation {
+            return self.opened(state, incarnation);
+        } else {
+            state.life = Life::Opening { incarnation, answered: true, quiet };
+        }
+        drop(state);
+        self.life_changed.notify_all();
+    }
+
+    pub(super) fn on_hello_completion(&self, completion: &Completion) {
+        // A short answer has no count; only a QUIET record helps then.
+        let retiring = completion.response.hello().map_or(u32::MAX, |hello| hello.retiring.get());
+        self.on_hello(completion.response.status(), retiring);
+    }
+
+    /// QUIET may overtake the answer to its HELLO.
+    pub(super) fn on_quiet(&self, value: u64) {
+        let mut state = self.lock();
+        let Life::Opening { incarnation, answered, .. } = state.life else { return };
+        if answered && value == incarnation {
+            return self.opened(state, incarnation);
+        }
+        state.life = Life::Opening { incarnation, answered, quiet: value };
+    }
+
+    /// Nothing of earlier lives is in use any more: their memory may go.
+    fn opened(&self, mut state: std::sync::MutexGuard<'_, State>, incarnation: u64) {
+        state.life = Life::Open { incarnation };
+        let orphans = std::mem::take(&mut state.orphans);
+        drop(state);
+        self.release(orphans);
+        self.life_changed.notify_all();
+    }
+
+    /// The daemon has lost this guest's state: every context is gone, and a new life begins.
+    pub(super) fn on_epoch_lost(&self) {
+        let mut state = self.lock();
+        if !matches!(state.life, Life::Open { .. }) {
+            return;
+        }
+        let Life::Opening { incarnation, .. } = Life::first() else { return };
+        state.life = Life::Opening { incarnation, answered: false, quiet: 0 };
+        let lost = state.drop_contexts();
+        drop(state);
+        tell_lost(lost);
+        let token = self.token();
+        if self.device.post_hello(token, incarnation).is_err() {
+            self.on_device_failed();
+        }
+    }
+
+    /// The device cannot be driven any more. Memory stays where it is: only the keeper can tell when it is safe.
+    pub(super) fn on_device_failed(&self) {
+        let mut state = self.lock();
+        state.life = Life::Failed { status: -EPIPE };
+        let lost = state.drop_contexts();
+        drop(state);
+        tell_lost(lost);
+        self.life_changed.notify_all();
+    }
+
+    /// Ends with an error unless contexts may be made.
+    ///
+    /// # Errors
+    /// [`Error::NotOpen`].
+    pub fn check_open(&self) -> Result<()> {
+        if matches!(self.lock().life, Life::Open { .. }) { Ok(()) } else { Err(Error::NotOpen) }
+    }
+}
+
+impl State {
+    /// Removes all contexts; their memory becomes orphaned.
+    fn drop_contexts(&mut self) -> Vec<(u32, Context)> {
+        self.answers.clear();
+        if let Some(held) = &mut self.held {
+            held.clear();
+        }
+        let mut lost: Vec<(u32, Context)> = self.contexts.drain().collect();
+        for (_, context) in &mut lost {
+            self.orphans.extend(context.take_arenas());
+        }
+        lost
+    }
+}
+
+fn tell_lost(lost: Vec<(u32, Context)>) {
+    for (ctx_id, context) in lost {
+        let record = NoticeRecord {
+            kind: EVENT_CONTEXT_LOST.into(),
+            ctx_id: ctx_id.into(),
+            status: (-EPIPE).into(),
+            ..NoticeRecord::default()
+        };
+        if let Ok(record) = record.as_bytes().try_into() {
+            context.sink.push(record);
+        }
+    }
+}

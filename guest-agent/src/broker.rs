@@ -1,0 +1,180 @@
+//! Serves the processes of the guest over a unix socket: one connection, one context.
+//!
+//! Owns the listeners and one thread per connection ([`connection`]). A connection's context lives as long as the
+//! process that connected: it ends when the process exits (pidfd), when the socket hangs up, and when anything is wrong
+//! with a message. Each message must come from that same process, so a forked child or a program that inherited the
+//! socket has no right over the context.
+//!
+//! The operator's socket ([`admin`]) is another one, for root only.
+
+mod admin;
+mod connection;
+
+use crate::agent::Agent;
+use crate::socket::{MessageListener, MessageSocket};
+use connection::Connection;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+pub use admin::{AdminError, Request as AdminRequest, ask as ask_admin};
+
+/// Where to listen, and for how many.
+#[derive(Clone, Debug)]
+pub struct BrokerOptions {
+    /// Socket for processes, mode 0666.
+    pub socket: PathBuf,
+    /// Socket for the operator, mode 0600; none if not wanted.
+    pub admin_socket: Option<PathBuf>,
+    /// Connections at once.
+    pub max_clients: usize,
+    /// Connections of one user at once.
+    pub max_clients_per_uid: usize,
+}
+
+impl BrokerOptions {
+    /// Listens at `socket` with default limits and without an operator's socket.
+    pub fn at(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: socket.into(), admin_socket: None, max_clients: 512, max_clients_per_uid: 256 }
+    }
+}
+
+/// The broker. Stops listening and ends its connections when dropped.
+pub struct Broker {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    agent: Arc<Agent>,
+    options: BrokerOptions,
+    /// Readable once the broker is to end.
+    stop: OwnedFd,
+    clients: Mutex<Clients>,
+}
+
+#[derive(Default)]
+struct Clients {
+    by_uid: HashMap<u32, usize>,
+    total: usize,
+}
+
+impl Broker {
+    /// Listens and serves until dropped.
+    ///
+    /// # Errors
+    /// When a socket cannot be made; `AddrInUse` where another broker listens.
+    pub fn start(agent: Arc<Agent>, options: BrokerOptions) -> io::Result<Self> {
+        let listener = MessageListener::bind(&options.socket, 0o666)?;
+        let admin = options.admin_socket.as_deref().map(admin::AdminListener::bind).transpose()?;
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
+        let shared = Arc::new(Shared { agent, options, stop, clients: Mutex::new(Clients::default()) });
+        let mut threads = Vec::new();
+        let serving = shared.clone();
+        threads.push(spawn("svm-broker", move || accept_loop(&serving, &listener))?);
+        if let Some(admin) = admin {
+            let serving = shared.clone();
+            let body = move || admin.serve(&serving.agent, serving.stop.as_fd());
+            threads.push(spawn("svm-admin", body)?);
+        }
+        Ok(Self { shared, threads })
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // An eventfd takes 2^64-2 increments; this is the first.
+        rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes()).ok();
+        for thread in self.threads.drain(..) {
+            // A panic of that thread has been printed already.
+            drop(thread.join());
+        }
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(body)
+}
+
+fn accept_loop(shared: &Arc<Shared>, listener: &MessageListener) {
+    let mut connections: Vec<JoinHandle<()>> = Vec::new();
+    while let Some(true) = wait_readable(listener.as_fd(), shared.stop.as_fd()) {
+        connections.retain(|connection| !connection.is_finished());
+        // A connection that cannot be accepted or identified is dropped; its process sees a hang-up.
+        let started = listener.accept().and_then(|socket| start_connection(shared, socket));
+        connections.extend(started.ok());
+    }
+    for connection in connections {
+        drop(connection.join());
+    }
+}
+
+/// Waits for `fd`; `Some(true)` when it is readable, `None` when `stop` is.
+fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, stop: std::os::fd::BorrowedFd<'_>) -> Option<bool> {
+    loop {
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return None,
+        }
+        let [ready, stopping] = &fds;
+        if !stopping.revents().is_empty() {
+            return None;
+        }
+        if !ready.revents().is_empty() {
+            return Some(true);
+        }
+    }
+}
+
+fn start_connection(shared: &Arc<Shared>, socket: MessageSocket) -> io::Result<JoinHandle<()>> {
+    socket.pass_credentials()?;
+    let peer = socket.peer()?;
+    let uid = peer.credentials.uid;
+    let Some(seat) = Seat::take(shared, uid) else {
+        return Err(io::Error::from(io::ErrorKind::QuotaExceeded));
+    };
+    let connection = Arc::new(Connection::new(shared.agent.clone(), socket, peer)?);
+    spawn("svm-client", move || {
+        connection.serve(seat.shared.stop.as_fd());
+        drop(seat);
+    })
+}
+
+/// A connection's place in the limits.
+struct Seat {
+    shared: Arc<Shared>,
+    uid: u32,
+}
+
+impl Seat {
+    fn take(shared: &Arc<Shared>, uid: u32) -> Option<Self> {
+        let mut clients = shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let total = clients.total;
+        let of_user = clients.by_uid.entry(uid).or_default();
+        if total >= shared.options.max_clients || *of_user >= shared.options.max_clients_per_uid {
+            return None;
+        }
+        *of_user += 1;
+        clients.total += 1;
+        Some(Self { shared: shared.clone(), uid })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut clients = self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.total = clients.total.saturating_sub(1);
+        if let Some(of_user) = clients.by_uid.get_mut(&self.uid) {
+            *of_user = of_user.saturating_sub(1);
+            if *of_user == 0 {
+                clients.by_uid.remove(&self.uid);
+            }
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The operator's socket: one line in, one JSON document out. Mode 0600, served one connection after another.
+
+use crate::agent::Agent;
+use crate::socket::unlink_dead;
+use rustix::net::SocketType;
+use std::fs::Permissions;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long an operator may take to ask, or to read.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest request line.
+const MAX_LINE: u64 = 256;
+
+/// What an operator may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// [`crate::agent::AgentStatus`].
+    Status,
+    /// [`crate::agent::LedgerReport`] with entries.
+    Ledger,
+    /// Holds answers back: `{"holding": true}`.
+    Hold,
+    /// Lets held answers go: `{"released": n}`.
+    Release,
+}
+
+impl Request {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Ledger => "ledger",
+            Self::Hold => "hold",
+            Self::Release => "release",
+        }
+    }
+
+    fn parse(line: &str) -> Option<Self> {
+        [Self::Status, Self::Ledger, Self::Hold, Self::Release].into_iter().find(|request| request.name() == line)
+    }
+}
+
+/// Why an agent did not answer its operator.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// Nobody listens.
+    #[error("no agent listens at {path}: is `svm-agent serve` running, and are you root?")]
+    NotReachable {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("the agent hung up")]
+    Io(#[from] io::Error),
+    /// The answer is not what was asked for.
+    #[error("the agent's answer is not understood: another version?")]
+    Answer(#[from] serde_json::Error),
+}
+
+pub(super) struct AdminListener {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl AdminListener {
+    pub(super) fn bind(path: &Path) -> io::Result<Self> {
+        unlink_dead(path, SocketType::STREAM)?;
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+
+    pub(super) fn serve(&self, agent: &Agent, stop: BorrowedFd<'_>) {
+        while super::wait_readable(self.listener.as_fd(), stop).is_some() {
+            // An operator that hangs up early is no concern of the agent's.
+            let answered = self.listener.accept().and_then(|(stream, _)| answer(agent, stream));
+            answered.ok();
+        }
+    }
+}
+
+impl Drop for AdminListener {
+    fn drop(&mut self) {
+        // Best effort: a path that is gone already needs no removal.
+        drop(std::fs::remove_file(&self.path));
+    }
+}
+
+fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    let mut line = String::new();
+    BufReader::new((&stream).take(MAX_LINE)).read_line(&mut line)?;
+    let document = match Request::parse(line.trim_end()) {
+        Some(Request::Status) => serde_json::to_vec(&agent.status())?,
+        Some(Request::Ledger) => serde_json::to_vec(&agent.ledger(true))?,
+        Some(Request::Hold) => {
+            agent.hold_answers();
+            serde_json::to_vec(&serde_json::json!({ "holding": true }))?
+        }
+        Some(Request::Release) => {
+            serde_json::to_vec(&serde_json::json!({ "released": agent.release_answers() }))?
+        }
+        None => serde_json::to_vec(&serde_json::json!({ "error": "ask for status, ledger, hold or release" }))?,
+    };
+    stream.write_all(&document)
+}
+
+/// Asks the agent whose operator's socket is at `path`.
+///
+/// # Errors
+/// When nobody listens there, or the answer is not understood.
+pub fn ask<T: serde::de::DeserializeOwned>(path: &Path, request: Request) -> Result<T, AdminError> {
+    let not_reachable = |source| AdminError::NotReachable { path: path.to_owned(), source };
+    let mut stream = UnixStream::connect(path).map_err(not_reachable)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    writeln!(stream, "{}", request.name())?;
+    let mut document = Vec::new();
+    stream.read_to_end(&mut document)?;
+    Ok(serde_json::from_slice(&document)?)
+}

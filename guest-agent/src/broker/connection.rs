@@ -1,0 +1,351 @@
+//! One process at the broker: its socket, its context, and what is on its way to it.
+//!
+//! A thread of its own reads one request after another and replies in order. Records are pushed by the agent's pump,
+//! which must never wait: they are sent if the socket has room, else queued up to a bound; a process that does not read
+//! loses its connection, and with it its context, and delays nobody.
+
+use crate::agent::{Agent, EventSink, Owner};
+use crate::message::{
+    ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, DEVICES, DeviceEntry, EVENTS, HELLO, Head,
+    Hello, HelloReply, MAX_MESSAGE_BYTES, MAX_RECORDS, MAX_REPLY_BYTES, MESSAGE_VERSION, SUBMIT, Submit,
+    SubmitReply,
+};
+use crate::socket::{Credentials, MessageSocket, Peer, Received};
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::io::Errno;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use virtio_gpu_svm::protocol::control::GetDeviceResp;
+use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Records that may wait for a process to read.
+const MAX_QUEUED_RECORDS: usize = 8192;
+
+type Record = [u8; EVENT_RECORD_BYTES];
+
+enum Outgoing {
+    Reply { bytes: Vec<u8>, fd: Option<OwnedFd> },
+    Records(Vec<Record>),
+}
+
+#[derive(Default)]
+struct Outbox {
+    queue: VecDeque<Outgoing>,
+    queued_records: usize,
+    /// The process reads too slowly, or its socket is broken.
+    dead: bool,
+}
+
+pub(super) struct Connection {
+    agent: Arc<Agent>,
+    socket: MessageSocket,
+    peer: Peer,
+    outbox: Mutex<Outbox>,
+    /// Readable when something was queued.
+    wake: OwnedFd,
+    /// Sender of the first message.
+    sender: OnceLock<Credentials>,
+    /// The context, once HELLO has made it.
+    ctx_id: Mutex<Option<u32>>,
+}
+
+/// A request's outcome.
+enum Outcome {
+    /// Status and body, perhaps a descriptor.
+    Reply { status: i32, body: Vec<u8>, fd: Option<OwnedFd> },
+    /// The message was not one of ours: tell, then hang up.
+    Refuse(Errno),
+}
+
+impl Outcome {
+    fn ok(body: &[u8]) -> Self {
+        Self::Reply { status: 0, body: body.to_vec(), fd: None }
+    }
+
+    fn failed(status: i32) -> Self {
+        Self::Reply { status, body: Vec::new(), fd: None }
+    }
+}
+
+impl Connection {
+    pub(super) fn new(agent: Arc<Agent>, socket: MessageSocket, peer: Peer) -> io::Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let outbox = Mutex::new(Outbox::default());
+        Ok(Self { agent, socket, peer, outbox, wake, sender: OnceLock::new(), ctx_id: Mutex::new(None) })
+    }
+
+    /// Serves until the process is gone or has done something wrong; then its context is destroyed.
+    pub(super) fn serve(self: &Arc<Self>, stop: BorrowedFd<'_>) {
+        let mut buf = vec![0; MAX_MESSAGE_BYTES + 1];
+        while self.turn(stop, &mut buf).is_some() {}
+        let ctx_id = self.ctx_id.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(ctx_id) = ctx_id {
+            self.agent.destroy_context(ctx_id);
+        }
+    }
+
+    /// `None`: the connection ends.
+    fn turn(self: &Arc<Self>, stop: BorrowedFd<'_>, buf: &mut [u8]) -> Option<()> {
+        let waiting = !self.outbox().queue.is_empty();
+        // No new request before the last reply is out: so at most one is outstanding.
+        let wish = if waiting { PollFlags::OUT } else { PollFlags::IN };
+        let mut fds = [
+            PollFd::new(&self.socket, wish),
+            PollFd::new(&self.peer.pidfd, PollFlags::IN),
+            PollFd::new(&self.wake, PollFlags::IN),
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+        let [socket, pidfd, wake, stop] = fds.map(|fd| fd.revents());
+        if !pidfd.is_empty() || !stop.is_empty() || socket.intersects(PollFlags::HUP | PollFlags::ERR) {
+            return None;
+        }
+        if !wake.is_empty() {
+            // Only empties the counter; another thread may have done it.
+            rustix::io::read(&self.wake, &mut [0u8; 8]).ok();
+        }
+        self.flush()?;
+        if !waiting && socket.contains(PollFlags::IN) {
+            return self.receive(buf);
+        }
+        Some(())
+    }
+
+    fn receive(self: &Arc<Self>, buf: &mut [u8]) -> Option<()> {
+        let received = match self.socket.receive(buf, false) {
+            Ok(received) if received.len == 0 => return None,
+            Ok(received) => received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(()),
+            Err(_) => return None,
+        };
+        let message = buf.get(..received.len)?;
+        let (head, body) = Head::read_from_prefix(message).ok().unwrap_or((empty_head(), &[]));
+        let outcome = match self.check(&received, &head) {
+            Ok(()) => self.carry_out(&head, body),
+            Err(errno) => Outcome::Refuse(errno),
+        };
+        let reply = |status: i32| Head { status: status.into(), reserved: 0.into(), ..head };
+        match outcome {
+            Outcome::Reply { status, body, fd } => {
+                let mut bytes = reply(status).as_bytes().to_vec();
+                bytes.extend_from_slice(&body);
+                self.outbox().queue.push_back(Outgoing::Reply { bytes, fd });
+                self.flush()
+            }
+            Outcome::Refuse(errno) => {
+                // Best effort: the connection ends anyway.
+                let bytes = reply(-errno.raw_os_error());
+                drop(self.socket.send(&[bytes.as_bytes()], &[], false));
+                None
+            }
+        }
+    }
+
+    /// What must hold for every message.
+    fn check(&self, received: &Received, head: &Head) -> Result<(), Errno> {
+        // The process that connected, and ever since its first message the same user: so neither a child that
+        // inherited the socket nor a program that was executed with other rights may use the context.
+        let of_peer = received.sender.filter(|sender| sender.pid == self.peer.credentials.pid);
+        let sender = of_peer.ok_or(Errno::ACCESS)?;
+        if *self.sender.get_or_init(|| sender) != sender {
+            return Err(Errno::ACCESS);
+        }
+        let clean = !received.truncated && received.fds.is_empty() && received.len >= size_of::<Head>();
+        if !clean || head.status.get() != 0 || head.reserved.get() != 0 {
+            return Err(Errno::INVAL);
+        }
+        Ok(())
+    }
+
+    fn carry_out(self: &Arc<Self>, head: &Head, body: &[u8]) -> Outcome {
+        let ctx_id = *self.ctx_id.lock().unwrap_or_else(PoisonError::into_inner);
+        match (head.kind.get(), ctx_id) {
+            (HELLO, None) => parsed::<Hello>(body).map_or_else(Outcome::Refuse, |hello| self.on_hello(hello)),
+            (DEVICES, Some(_)) if body.is_empty() => self.on_devices(),
+            (ARENA_CREATE, Some(ctx_id)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_create(ctx_id, request))
+            }
+            (ARENA_FREE, Some(ctx_id)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_free(ctx_id, request))
+            }
+            (SUBMIT, Some(ctx_id)) => self.on_submit(ctx_id, body),
+            _ => Outcome::Refuse(Errno::INVAL),
+        }
+    }
+
+    fn on_hello(self: &Arc<Self>, hello: Hello) -> Outcome {
+        if hello.version.get() != MESSAGE_VERSION {
+            return Outcome::Refuse(Errno::OPNOTSUPP);
+        }
+        if hello.reserved.get() != 0 {
+            return Outcome::Refuse(Errno::INVAL);
+        }
+        let Credentials { pid, uid, .. } = self.peer.credentials;
+        let owner = Owner { pid, uid, name: program_name(pid) };
+        let sink: Arc<dyn EventSink> = self.clone();
+        match self.agent.create_context(owner, sink) {
+            Ok(ctx_id) => {
+                *self.ctx_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(ctx_id);
+                let num_devices = u32::try_from(self.agent.devices().len()).unwrap_or(u32::MAX);
+                let reply = HelloReply {
+                    ctx_id: ctx_id.into(),
+                    num_devices: num_devices.into(),
+                    max_arena_bytes: self.agent.context_arena_bytes().into(),
+                    reserved: 0.into(),
+                };
+                Outcome::ok(reply.as_bytes())
+            }
+            Err(error) => Outcome::failed(error.status()),
+        }
+    }
+
+    fn on_devices(&self) -> Outcome {
+        let entries: Vec<DeviceEntry> = self.agent.devices().iter().map(device_entry).collect();
+        Outcome::ok(entries.as_bytes())
+    }
+
+    fn on_arena_create(&self, ctx_id: u32, request: ArenaCreate) -> Outcome {
+        match self.agent.create_arena(ctx_id, request.va.get(), request.len.get()) {
+            Ok(made) => {
+                let reply = ArenaReply { arena_id: made.id.into(), offset: made.offset.into() };
+                Outcome::Reply { status: 0, body: reply.as_bytes().to_vec(), fd: Some(made.fd) }
+            }
+            Err(error) => Outcome::failed(error.status()),
+        }
+    }
+
+    fn on_arena_free(&self, ctx_id: u32, request: ArenaFree) -> Outcome {
+        match self.agent.free_arena(ctx_id, request.arena_id.get()) {
+            Ok(()) => Outcome::ok(&[]),
+            Err(error) => Outcome::failed(error.status()),
+        }
+    }
+
+    fn on_submit(&self, ctx_id: u32, body: &[u8]) -> Outcome {
+        let Ok((submit, payload)) = Submit::read_from_prefix(body) else {
+            return Outcome::Refuse(Errno::INVAL);
+        };
+        let reply_len = submit.reply_len.get();
+        let Ok(room) = usize::try_from(reply_len.min(MAX_REPLY_BYTES)) else {
+            return Outcome::Refuse(Errno::INVAL);
+        };
+        if submit.reserved.get() != 0 || reply_len > MAX_REPLY_BYTES || payload.is_empty() {
+            return Outcome::Refuse(Errno::INVAL);
+        }
+        match self.agent.submit(ctx_id, payload, room) {
+            Ok(response) => {
+                let reply = SubmitReply { detail: response.head.detail, reserved: 0.into() };
+                let mut body = reply.as_bytes().to_vec();
+                body.extend_from_slice(response.tail());
+                Outcome::Reply { status: response.status(), body, fd: None }
+            }
+            Err(error) => Outcome::failed(error.status()),
+        }
+    }
+
+    // Sending.
+
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what is queued, as far as the socket has room. `None`: the connection is dead.
+    fn flush(&self) -> Option<()> {
+        let mut outbox = self.outbox();
+        while let Some(next) = outbox.queue.pop_front() {
+            if let Some(unsent) = self.send(next, &mut outbox) {
+                outbox.queue.push_front(unsent);
+                break;
+            }
+        }
+        if outbox.dead { None } else { Some(()) }
+    }
+
+    /// Sends without waiting; gives back what there was no room for.
+    fn send(&self, outgoing: Outgoing, outbox: &mut Outbox) -> Option<Outgoing> {
+        let sent = match &outgoing {
+            Outgoing::Reply { bytes, fd } => {
+                let fd = fd.as_ref().map(AsFd::as_fd);
+                self.socket.send(&[bytes], fd.as_slice(), false)
+            }
+            Outgoing::Records(records) => {
+                self.socket.send(&[events_head().as_bytes(), records.as_flattened()], &[], false)
+            }
+        };
+        match sent {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(outgoing),
+            Err(_) => outbox.dead = true,
+        }
+        if let Outgoing::Records(records) = &outgoing {
+            outbox.queued_records = outbox.queued_records.saturating_sub(records.len());
+        }
+        None
+    }
+}
+
+impl EventSink for Connection {
+    fn push(&self, record: &Record) {
+        let mut outbox = self.outbox();
+        if outbox.dead {
+            return;
+        }
+        outbox.queued_records += 1;
+        if outbox.queue.is_empty() {
+            let unsent = self.send(Outgoing::Records(vec![*record]), &mut outbox);
+            outbox.queue.extend(unsent);
+        } else if let Some(Outgoing::Records(records)) = outbox.queue.back_mut()
+            && records.len() < MAX_RECORDS
+        {
+            records.push(*record);
+        } else {
+            outbox.queue.push_back(Outgoing::Records(vec![*record]));
+        }
+        outbox.dead |= outbox.queued_records > MAX_QUEUED_RECORDS;
+        let wake = outbox.dead || !outbox.queue.is_empty();
+        drop(outbox);
+        if wake {
+            // Fails only when the counter is full, and then it is readable.
+            rustix::io::write(&self.wake, &1u64.to_ne_bytes()).ok();
+        }
+    }
+}
+
+/// A body that is exactly a `T`.
+fn parsed<T: FromBytes + Immutable + KnownLayout>(body: &[u8]) -> Result<T, Errno> {
+    T::read_from_bytes(body).map_err(|_| Errno::INVAL)
+}
+
+fn empty_head() -> Head {
+    Head { kind: 0.into(), seqno: 0.into(), status: 0.into(), reserved: 0.into() }
+}
+
+fn events_head() -> Head {
+    Head { kind: EVENTS.into(), ..empty_head() }
+}
+
+fn device_entry(device: &GetDeviceResp) -> DeviceEntry {
+    DeviceEntry {
+        dev_id: device.dev_id,
+        va_bits: device.va_bits,
+        fault_model: device.fault_model,
+        address_model: device.address_model,
+        opcodes: device.opcodes,
+        name: device.name,
+        num_engines: device.num_engines,
+        page_shift: device.page_shift,
+        reserved: 0.into(),
+    }
+}
+
+/// For people only; the process chooses it.
+fn program_name(pid: i32) -> String {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    comm.trim_end().chars().filter(|c| !c.is_control()).take(32).collect()
+}

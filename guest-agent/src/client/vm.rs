@@ -1,0 +1,201 @@
+//! A GPU VM: the context's address space on one device (the C side).
+
+use super::{Connection, Error, Job, Result};
+use std::sync::Arc;
+use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::request::{
+    BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr, RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND,
+    SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, SVM_REQ_VM_GET_PROPERTY, VmBind, VmCreate, VmCreateRsp,
+    VmProperty, VmRef,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Packets, ready made (PROTOCOL 6). Addresses are GPU addresses.
+pub mod packet {
+    use virtio_gpu_svm::protocol::job::{
+        OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
+    };
+
+    /// `len` bytes from `src` to `dst`.
+    pub fn copy(dst: u64, src: u64, len: u64) -> Packet {
+        let (dst, src, len) = (dst.into(), src.into(), len.into());
+        Packet { opcode: OP_COPY.into(), dst, src, len, ..Packet::default() }
+    }
+
+    /// `len` bytes at `dst` with the word `value`.
+    pub fn fill(dst: u64, len: u64, value: u64) -> Packet {
+        let (dst, len, value) = (dst.into(), len.into(), value.into());
+        Packet { opcode: OP_FILL.into(), dst, len, value, ..Packet::default() }
+    }
+
+    /// The wrapping sum of the words in `len` bytes at `src`, to `dst`.
+    pub fn reduce(dst: u64, src: u64, len: u64) -> Packet {
+        let (dst, src, len) = (dst.into(), src.into(), len.into());
+        Packet { opcode: OP_REDUCE.into(), dst, src, len, ..Packet::default() }
+    }
+
+    /// `y[i] += a * x[i]` over `len` bytes of f64.
+    pub fn axpy(y: u64, x: u64, len: u64, a: f64) -> Packet {
+        let (dst, src, len, value) = (y.into(), x.into(), len.into(), a.to_bits().into());
+        Packet { opcode: OP_AXPY.into(), dst, src, len, value, ..Packet::default() }
+    }
+
+    /// Walks a list from `first`, whose links need `offset` added, for at most `limit` nodes; count and sum to `dst`.
+    pub fn chase(dst: u64, first: u64, limit: u64, offset: u64) -> Packet {
+        let (dst, src, value, arg) = (dst.into(), first.into(), limit.into(), offset.into());
+        Packet { opcode: OP_CHASE.into(), dst, src, value, arg, ..Packet::default() }
+    }
+
+    /// Adds `value` to the word at `dst`, atomically.
+    pub fn atomic_add(dst: u64, value: u64) -> Packet {
+        Packet { opcode: OP_ATOMIC_ADD.into(), dst: dst.into(), value: value.into(), ..Packet::default() }
+    }
+
+    /// Waits until the word at `dst` is at least `value`.
+    pub fn sem_wait(dst: u64, value: u64) -> Packet {
+        Packet { opcode: OP_SEM_WAIT.into(), dst: dst.into(), value: value.into(), ..Packet::default() }
+    }
+
+    /// Stores `value` at `dst` after everything before it.
+    pub fn sem_signal(dst: u64, value: u64) -> Packet {
+        Packet { opcode: OP_SEM_SIGNAL.into(), dst: dst.into(), value: value.into(), ..Packet::default() }
+    }
+}
+
+/// A GPU VM's state, as the device reports it.
+pub type VmState = VmProperty;
+
+/// A GPU VM. Destroyed with its context at the latest.
+pub struct Vm {
+    connection: Arc<Connection>,
+    created: VmCreateRsp,
+    dev_id: u32,
+}
+
+impl Vm {
+    pub(super) fn create(connection: &Arc<Connection>, dev_id: u32) -> Result<Self> {
+        let request = VmCreate { dev_id: dev_id.into(), ..VmCreate::default() };
+        let created = request_one(connection, "VM_CREATE", SVM_REQ_VM_CREATE, request.as_bytes(), &[])?;
+        Ok(Self { connection: connection.clone(), created, dev_id })
+    }
+
+    /// Its number in the context.
+    pub fn id(&self) -> u32 {
+        self.created.vm_id.get()
+    }
+
+    /// Its id in the device's fault reports.
+    pub fn asid(&self) -> u32 {
+        self.created.asid.get()
+    }
+
+    /// The device.
+    pub fn dev_id(&self) -> u32 {
+        self.dev_id
+    }
+
+    /// GPU addresses are below `1 << va_bits`.
+    pub fn va_bits(&self) -> u32 {
+        self.created.va_bits.get()
+    }
+
+    /// Maps CPU addresses from `cpu` (A) to GPU addresses from `gpu` (C), `len` bytes. No page needs to be there yet:
+    /// the first access of a job faults it in. `flags`: `BIND_*`.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn bind_userptr(&self, gpu: u64, cpu: u64, len: u64, flags: u32) -> Result<()> {
+        self.bind(&[BindOp {
+            op: BIND_OP_MAP_USERPTR.into(),
+            flags: flags.into(),
+            addr: gpu.into(),
+            range: len.into(),
+            obj_offset: cpu.into(),
+            ..BindOp::default()
+        }])
+    }
+
+    /// Unmaps GPU addresses.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn unbind(&self, gpu: u64, len: u64) -> Result<()> {
+        let op =
+            BindOp { op: BIND_OP_UNMAP.into(), addr: gpu.into(), range: len.into(), ..BindOp::default() };
+        self.bind(&[op])
+    }
+
+    /// Changes mappings; all of `ops` take effect or none.
+    ///
+    /// # Errors
+    /// What the device says; `detail` is the index of the operation.
+    pub fn bind(&self, ops: &[BindOp]) -> Result<()> {
+        let count = u32::try_from(ops.len()).unwrap_or(u32::MAX);
+        let request = VmBind { vm_id: self.created.vm_id, num_binds: count.into(), ..VmBind::default() };
+        let (head, ops) = (request.as_bytes(), ops.as_bytes());
+        request_one::<RspHdr>(&self.connection, "VM_BIND", SVM_REQ_VM_BIND, head, ops).map(|_| ())
+    }
+
+    /// Launches packets on a timeline. Jobs of one ring run in order, rings run side by side.
+    ///
+    /// # Errors
+    /// What the device says. What goes wrong while it runs is told by [`Job::wait`].
+    pub fn exec(&self, ring_idx: u32, packets: &[Packet], user_data: u64) -> Result<Job> {
+        let count = u32::try_from(packets.len()).unwrap_or(u32::MAX);
+        let request = Exec {
+            vm_id: self.created.vm_id,
+            ring_idx: ring_idx.into(),
+            num_packets: count.into(),
+            user_data: user_data.into(),
+            ..Exec::default()
+        };
+        let (head, packets) = (request.as_bytes(), packets.as_bytes());
+        let reply: ExecRsp = request_one(&self.connection, "EXEC", SVM_REQ_EXEC, head, packets)?;
+        Ok(Job::new(self.connection.clone(), reply.job_id.get()))
+    }
+
+    /// Its state.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn property(&self) -> Result<VmState> {
+        let request = VmRef { vm_id: self.created.vm_id, ..VmRef::default() };
+        request_one(&self.connection, "VM_GET_PROPERTY", SVM_REQ_VM_GET_PROPERTY, request.as_bytes(), &[])
+    }
+
+    /// Destroys it; its jobs end as cancelled.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn destroy(self) -> Result<()> {
+        let request = VmRef { vm_id: self.created.vm_id, ..VmRef::default() };
+        request_one::<RspHdr>(&self.connection, "VM_DESTROY", SVM_REQ_VM_DESTROY, request.as_bytes(), &[])
+            .map(|_| ())
+    }
+}
+
+/// Sends one request and returns its reply. `request` opens with a header that is filled in here.
+fn request_one<R: FromBytes + Immutable + KnownLayout>(
+    connection: &Connection,
+    what: &'static str,
+    cmd: u32,
+    request: &[u8],
+    body: &[u8],
+) -> Result<R> {
+    let len = u32::try_from(request.len() + body.len()).unwrap_or(u32::MAX);
+    let hdr = ReqHdr { cmd: cmd.into(), len: len.into(), seqno: 1.into(), rsp_off: 0.into() };
+    let rest = request.get(size_of::<ReqHdr>()..).unwrap_or_default();
+    let room = u32::try_from(size_of::<R>()).unwrap_or(u32::MAX);
+    let (status, detail, area) = connection.submit(&[hdr.as_bytes(), rest, body], room)?;
+    // The reply's own verdict is the more precise one; without it the request was not reached.
+    match RspHdr::read_from_prefix(&area) {
+        Ok((head, _)) if head.len.get() != 0 && head.ret.get() != 0 => {
+            Err(Error::Refused { what, status: head.ret.get(), detail: head.detail.get() })
+        }
+        _ if status != 0 => Err(Error::Refused { what, status, detail }),
+        _ => match R::read_from_prefix(&area) {
+            Ok((reply, _)) => Ok(reply),
+            Err(_) => Err(Error::BadReply { what }),
+        },
+    }
+}

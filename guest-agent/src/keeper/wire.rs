@@ -1,0 +1,69 @@
+//! Messages between keeper and serving process. Both are one program of one version, so they are JSON.
+
+use crate::driver::RingConfig;
+use rustix::fs::MemfdFlags;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
+
+/// Most bytes of a request.
+pub(super) const MAX_REQUEST: usize = 4096;
+/// Most bytes of the handover.
+pub(super) const MAX_HANDOVER: usize = 128 << 10;
+
+/// What the serving process gets at its start. Descriptors: ring memory, then the device's.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Handover {
+    /// How the rings are made.
+    pub rings: RingConfig,
+    /// Device address of each page of ring memory.
+    pub ring_pages: Vec<u64>,
+    /// What the hardware says of itself.
+    pub hardware: serde_json::Value,
+}
+
+/// From the serving process.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) enum Request {
+    /// Make pinned memory.
+    Create {
+        /// Bytes.
+        len: u64,
+    },
+    /// Let it go: no engine can use it any more.
+    Release {
+        /// From [`Reply::Created`].
+        id: u64,
+    },
+}
+
+/// From the keeper.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) enum Reply {
+    /// Descriptors: the memory, and a file with the address of each page.
+    Created {
+        /// Names it.
+        id: u64,
+    },
+    /// Done.
+    Released,
+    /// Not done.
+    Refused,
+}
+
+/// Page addresses do not fit a message; a file does.
+pub(super) fn pages_to_file(pages: &[u64]) -> io::Result<OwnedFd> {
+    let mut file = File::from(rustix::fs::memfd_create("svm-pages", MemfdFlags::CLOEXEC)?);
+    let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+    file.write_all(&bytes)?;
+    Ok(file.into())
+}
+
+pub(super) fn pages_from_file(fd: OwnedFd) -> io::Result<Vec<u64>> {
+    let mut file = File::from(fd);
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes.as_chunks::<8>().0.iter().map(|page| u64::from_le_bytes(*page)).collect())
+}

@@ -1,0 +1,272 @@
+//! `svm-agent`: the command line of the agent.
+//!
+//! `serve` is the keeper, which starts a serving process; the others ask a running agent over its operator's socket.
+//! Exit codes are part of the interface: see [`EXIT_HELP`].
+
+mod serve;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use guest_agent::agent::{AgentStatus, LedgerReport};
+use guest_agent::broker::{AdminError, AdminRequest, ask_admin};
+use guest_agent::driver::pci::irq::IrqMode;
+use guest_agent::message::{DEFAULT_ADMIN_SOCKET, DEFAULT_SOCKET};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const EXIT_HELP: &str = "\
+Exit codes:
+  0  done; for `serve`: stopped by SIGTERM or SIGINT with nothing left in use
+  1  failed; the reason is on standard error
+  2  wrong usage
+  3  no agent is running at the operator's socket
+  4  no virtio-gpu device, or it cannot be driven";
+const EXIT_FAILED: u8 = 1;
+const EXIT_NO_AGENT: u8 = 3;
+const EXIT_NO_DEVICE: u8 = 4;
+
+/// Lets this guest's processes share their memory with GPUs of the host.
+#[derive(Parser)]
+#[command(name = "svm-agent", version, after_help = EXIT_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Drive the device and serve processes until SIGTERM or SIGINT; needs root
+    Serve(ServeArgs),
+    /// Show devices, contexts, pinned memory and fault counts of the running agent
+    Status {
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let answers go that `serve --hold-answers` holds back, and hold none back any more
+    Release {
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show which faults were answered, and how
+    Ledger {
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// What the keeper starts; its standard input is the keeper's socket
+    #[command(hide = true, name = guest_agent::keeper::serving::SUBCOMMAND)]
+    ServeForKeeper(AgentArgs),
+}
+
+#[derive(Args)]
+struct AdminArgs {
+    /// The operator's socket of the agent
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET)]
+    admin_socket: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum IrqArg {
+    /// Interrupts if uio_pci_generic can be had, else polling
+    Auto,
+    /// Interrupts through uio_pci_generic, or fail
+    Uio,
+    /// No interrupts: look every half millisecond
+    Poll,
+}
+
+impl From<IrqArg> for IrqMode {
+    fn from(arg: IrqArg) -> Self {
+        match arg {
+            IrqArg::Auto => IrqMode::Auto,
+            IrqArg::Uio => IrqMode::Uio,
+            IrqArg::Poll => IrqMode::Poll,
+        }
+    }
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    #[command(flatten)]
+    agent: AgentArgs,
+    /// The device's PCI address, such as 0000:00:04.0; needed only if there are several virtio-gpu devices
+    #[arg(long, value_name = "ADDRESS")]
+    pci_address: Option<String>,
+    /// How to learn that the device has something to say
+    #[arg(long, value_enum, default_value_t = IrqArg::Auto)]
+    irq: IrqArg,
+    /// Kernel module file (.ko, also compressed) to load first; repeatable, in order. Already loaded ones are fine
+    #[arg(long = "module", value_name = "FILE")]
+    modules: Vec<PathBuf>,
+}
+
+/// Options of the serving process; the keeper passes them on.
+#[derive(Args)]
+struct AgentArgs {
+    /// Socket for processes; anybody in the guest may connect
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Socket for the operator; only root may connect
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_ADMIN_SOCKET)]
+    admin_socket: PathBuf,
+    /// Pages of 4 KiB that one answer to a fault covers: an aligned window, cut to the arena. A power of two
+    #[arg(long, value_name = "PAGES", default_value_t = 16, value_parser = parse_window)]
+    fault_around: u32,
+    /// Hold answers to faults back until `svm-agent release`
+    #[arg(long)]
+    hold_answers: bool,
+    /// MiB of pinned memory that one process may have
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    process_memory: u32,
+    /// MiB of pinned memory in all
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    total_memory: u32,
+    /// Processes that may be connected at once
+    #[arg(long, value_name = "COUNT", default_value_t = 512)]
+    max_clients: usize,
+    /// Processes of one user that may be connected at once
+    #[arg(long, value_name = "COUNT", default_value_t = 256)]
+    max_clients_per_user: usize,
+}
+
+fn parse_window(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(pages @ 1..=512u32) if pages.is_power_of_two() => Ok(pages),
+        _ => Err("a power of two from 1 to 512 is wanted".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Verb::Serve(args) => serve::keep(&args),
+        Verb::ServeForKeeper(args) => serve::serve(&args),
+        Verb::Status { admin, json } => ask(&admin, AdminRequest::Status, json, print_status),
+        Verb::Ledger { admin, json } => ask(&admin, AdminRequest::Ledger, json, print_ledger),
+        Verb::Release { admin, json } => ask(&admin, AdminRequest::Release, json, print_released),
+    }
+}
+
+/// Prints an error with its causes.
+fn complain(error: &dyn std::error::Error) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    eprintln!("svm-agent: {text}");
+}
+
+/// Asks the agent and prints its answer.
+fn ask<T>(
+    admin: &AdminArgs,
+    request: AdminRequest,
+    json: bool,
+    print: fn(&mut dyn Write, &T) -> std::io::Result<()>,
+) -> ExitCode
+where
+    T: serde::Serialize + serde::de::DeserializeOwned,
+{
+    let answer: T = match ask_admin(&admin.admin_socket, request) {
+        Ok(answer) => answer,
+        Err(error) => {
+            complain(&error);
+            let no_agent = matches!(error, AdminError::NotReachable { .. });
+            return ExitCode::from(if no_agent { EXIT_NO_AGENT } else { EXIT_FAILED });
+        }
+    };
+    let mut out = std::io::stdout().lock();
+    let printed = if json {
+        serde_json::to_writer(&mut out, &answer).map_err(std::io::Error::from).and_then(|()| writeln!(out))
+    } else {
+        print(&mut out, &answer)
+    };
+    // A reader that has seen enough is not an error of ours.
+    if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILED) }
+}
+
+fn print_status(out: &mut dyn Write, status: &AgentStatus) -> std::io::Result<()> {
+    let holding = if status.holding_answers { ", holding answers back" } else { "" };
+    writeln!(out, "agent {}{holding}; daemon epoch {:#x}", status.state, status.daemon_epoch)?;
+    for device in &status.devices {
+        let (id, name, bits, engines) = (device.dev_id, &device.name, device.va_bits, device.engines);
+        writeln!(out, "device {id}: {name}, {bits} address bits, {engines} engines")?;
+    }
+    writeln!(
+        out,
+        "{:>6} {:>8} {:>6} {:<9} {:>6} {:>12} {:>8}  program",
+        "ctx", "pid", "uid", "state", "arenas", "bytes", "faults"
+    )?;
+    for context in &status.contexts {
+        let (owner, state) = (&context.owner, &context.state);
+        writeln!(
+            out,
+            "{:>6} {:>8} {:>6} {state:<9} {:>6} {:>12} {:>8}  {}",
+            context.ctx_id,
+            owner.pid,
+            owner.uid,
+            context.arenas,
+            context.arena_bytes,
+            context.faults,
+            owner.name
+        )?;
+    }
+    let ledger = &status.ledger;
+    writeln!(out, "pinned {} bytes; {}", status.pinned_bytes, counts(ledger))
+}
+
+fn counts(ledger: &LedgerReport) -> String {
+    format!(
+        "{} faults: {} answered, {} refused, {} pending ({} held back), {} stale, {} retries",
+        ledger.faults,
+        ledger.answered,
+        ledger.refused,
+        ledger.pending,
+        ledger.held,
+        ledger.stale,
+        ledger.retries
+    )
+}
+
+fn print_ledger(out: &mut dyn Write, ledger: &LedgerReport) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "{:>6} {:>8} {:>4} {:>18} {:>18} {:>5} {:>5} answer",
+        "ctx", "pid", "dev", "gpu address", "cpu address", "perm", "pages"
+    )?;
+    for entry in &ledger.entries {
+        writeln!(
+            out,
+            "{:>6} {:>8} {:>4} {:>#18x} {:>#18x} {:>5} {:>5} {:?} ({})",
+            entry.ctx_id,
+            entry.pid,
+            entry.dev_id,
+            entry.gpu_addr,
+            entry.cpu_addr,
+            entry.perm,
+            entry.pages,
+            entry.code,
+            entry.status
+        )?;
+    }
+    writeln!(out, "{}", counts(ledger))
+}
+
+/// The answer to `release`.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Released {
+    /// Answers that went.
+    released: usize,
+}
+
+fn print_released(out: &mut dyn Write, answer: &Released) -> std::io::Result<()> {
+    writeln!(out, "{} answers released", answer.released)
+}

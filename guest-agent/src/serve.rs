@@ -1,0 +1,181 @@
+//! `svm-agent serve`: the keeper, and the serving process that it starts.
+
+#![expect(unsafe_code, reason = "signalfd has no safe wrapper")]
+
+use crate::{AgentArgs, EXIT_FAILED, EXIT_NO_DEVICE, ServeArgs, complain};
+use guest_agent::agent::{Agent, AgentOptions};
+use guest_agent::broker::{Broker, BrokerOptions};
+use guest_agent::driver::pci::{PciDevice, PciHandover, PciTransport};
+use guest_agent::keeper::{Keeper, serving};
+use guest_agent::pin::KernelPinner;
+use guest_agent::socket::MessageSocket;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// finit_module: the file is compressed.
+const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
+
+/// Runs the keeper.
+pub fn keep(args: &ServeArgs) -> ExitCode {
+    let stop = match prepare(args) {
+        Ok(stop) => stop,
+        Err(error) => {
+            complain(&error);
+            return ExitCode::from(EXIT_FAILED);
+        }
+    };
+    let device = match PciDevice::open(args.pci_address.as_deref(), args.irq.into()) {
+        Ok(device) => device,
+        Err(error) => {
+            complain(&error);
+            return ExitCode::from(EXIT_NO_DEVICE);
+        }
+    };
+    log(&format!("driving {} (interrupts: {})", device.address(), device.irq_name()));
+    let arguments = args.agent.to_arguments();
+    let mut keeper = match Keeper::new(device, Box::new(KernelPinner), log) {
+        Ok(keeper) => keeper,
+        Err(error) => {
+            complain(&error);
+            return ExitCode::from(EXIT_FAILED);
+        }
+    };
+    match keeper.run(&mut |socket| serving::spawn(socket, &arguments), stop.as_fd()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(EXIT_NO_DEVICE)
+        }
+    }
+}
+
+fn log(line: &str) {
+    eprintln!("svm-agent: {line}");
+}
+
+fn prepare(args: &ServeArgs) -> io::Result<OwnedFd> {
+    let stop = termination_fd()?;
+    KernelPinner::with_limit_raised().map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot raise RLIMIT_MEMLOCK, run as root ({error})"))
+    })?;
+    for module in &args.modules {
+        let named = |error: io::Error| {
+            io::Error::new(error.kind(), format!("cannot load the module {}: {error}", module.display()))
+        };
+        load_module(module).map_err(named)?;
+    }
+    Ok(stop)
+}
+
+/// A descriptor that becomes readable at SIGTERM and SIGINT, which do nothing else any more.
+fn termination_fd() -> io::Result<OwnedFd> {
+    // SAFETY: a signal set is plain data for which all zeros is a value; it is emptied next anyway.
+    let mut signals: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a set that lives here.
+    unsafe { libc::sigemptyset(&raw mut signals) };
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: the pointer is to a set that lives here; the signals exist.
+        unsafe { libc::sigaddset(&raw mut signals, signal) };
+    }
+    // SAFETY: the set is initialised; no old set is asked for. No other thread runs yet.
+    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut()) };
+    if blocked != 0 {
+        return Err(io::Error::from_raw_os_error(blocked));
+    }
+    // SAFETY: -1 asks for a new descriptor; the set is initialised.
+    let fd = unsafe { libc::signalfd(-1, &raw const signals, libc::SFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn load_module(path: &Path) -> io::Result<()> {
+    let file = File::open(path)?;
+    let compressed = path.extension().is_some_and(|extension| extension != "ko");
+    let flags = if compressed { MODULE_INIT_COMPRESSED_FILE } else { 0 };
+    match rustix::system::finit_module(&file, c"", flags) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Runs the serving process: standard input is the keeper's socket.
+pub fn serve(args: &AgentArgs) -> ExitCode {
+    match serve_for_keeper(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(error.as_ref());
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+fn serve_for_keeper(args: &AgentArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let fd = io::stdin().as_fd().try_clone_to_owned()?;
+    let watch = fd.try_clone()?;
+    let socket = MessageSocket::from(fd);
+    let (handover, dma, fds) = serving::take_over(&socket)?;
+    let hardware: PciHandover = serde_json::from_value(handover.hardware.clone())?;
+    let transport = Arc::new(PciTransport::new(&hardware, fds)?);
+    let device = serving::drive(&handover, dma, transport.clone())?;
+    let memory = Arc::new(serving::KeeperMemory::new(socket));
+    let agent = Agent::start(Arc::new(device), memory, args.agent_options())?;
+    let broker = Broker::start(agent.clone(), args.broker_options())?;
+    log(&format!("serving processes at {}", args.socket.display()));
+    loop {
+        if serving::keeper_gone(&watch, Duration::from_millis(200)) {
+            // The pins are going down: the device must not write any more.
+            transport.stop()?;
+            return Err("the keeper has died; the device was stopped".into());
+        }
+        if agent.has_failed() {
+            drop(broker);
+            return Err("the device is lost".into());
+        }
+    }
+}
+
+impl AgentArgs {
+    fn agent_options(&self) -> AgentOptions {
+        AgentOptions {
+            fault_around_pages: self.fault_around,
+            hold_answers: self.hold_answers,
+            context_arena_bytes: u64::from(self.process_memory) << 20,
+            total_arena_bytes: u64::from(self.total_memory) << 20,
+            ..AgentOptions::default()
+        }
+    }
+
+    fn broker_options(&self) -> BrokerOptions {
+        BrokerOptions {
+            socket: self.socket.clone(),
+            admin_socket: Some(self.admin_socket.clone()),
+            max_clients: self.max_clients,
+            max_clients_per_uid: self.max_clients_per_user,
+        }
+    }
+
+    /// The options again, for the serving process' command line.
+    fn to_arguments(&self) -> Vec<String> {
+        let mut arguments = vec![
+            format!("--socket={}", self.socket.display()),
+            format!("--admin-socket={}", self.admin_socket.display()),
+            format!("--fault-around={}", self.fault_around),
+            format!("--process-memory={}", self.process_memory),
+            format!("--total-memory={}", self.total_memory),
+            format!("--max-clients={}", self.max_clients),
+            format!("--max-clients-per-user={}", self.max_clients_per_user),
+        ];
+        if self.hold_answers {
+            arguments.push("--hold-answers".into());
+        }
+        arguments
+    }
+}
