@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 pub const MAX_DEVICES: usize = 64;
 /// Most engines of one device.
 pub const MAX_ENGINES: u32 = 64;
-/// Smallest GPU address space: 2 MiB leaves below 4 GiB.
-pub const MIN_VA_BITS: u32 = 32;
+/// Smallest GPU address space: one large leaf and a bit.
+pub const MIN_VA_BITS: u32 = 22;
 /// Largest GPU address space.
 pub const MAX_VA_BITS: u32 = 57;
 /// Most entries of a device's ledger.

@@ -59,7 +59,7 @@ fn bad_values_name_their_key() {
     let cases = [
         (device("engines = 0"), "device[0].engines"),
         (device("engines = 65"), "device[0].engines"),
-        (device("va_bits = 31"), "device[0].va_bits"),
+        (device("va_bits = 21"), "device[0].va_bits"),
         (device("va_bits = 58"), "device[0].va_bits"),
         (device("ledger = 16777217"), "device[0].ledger"),
         (device("") + "\n" + &device(""), "device[1].name"),

@@ -17,8 +17,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use tempfile::TempDir;
 use vhost::vhost_user::Listener;
 
-/// Bytes carried at once; messages of the protocol are shorter.
-const CHUNK: usize = 8 << 10;
+/// Bytes of a message's header: request, flags, size.
+const HEADER: usize = 12;
+/// Where in it the size of the body stands.
+const SIZE_AT: usize = 8;
+/// Most bytes of a body. The framework refuses more than 4 KiB; this only bounds what is held here.
+const MAX_BODY: usize = 64 << 10;
 /// Most descriptors of one message.
 const MAX_FDS: usize = 64;
 
@@ -58,31 +62,45 @@ impl Relay {
     }
 }
 
-/// Carries until either end is shut down, then shuts down the other direction's end.
+/// Carries until either end is shut down, then shuts down the other direction's end. Message by message: descriptors
+/// belong to the first byte of theirs, and a reader that takes more at once would glue messages together.
 fn carry(from: BorrowedFd<'_>, to: BorrowedFd<'_>) {
-    let mut bytes = vec![0; CHUNK];
-    while let Ok(Some((count, fds))) = receive(from, &mut bytes) {
-        let Some(chunk) = bytes.get(..count) else { break };
-        if send(to, chunk, &fds).is_err() {
+    while let Some((message, fds)) = receive(from) {
+        if send(to, &message, &fds).is_err() {
             break;
         }
     }
     shutdown(to, Shutdown::Write).ok();
 }
 
-fn receive(from: BorrowedFd<'_>, bytes: &mut [u8]) -> Result<Option<(usize, Vec<OwnedFd>)>, Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let message = rustix::io::retry_on_intr(|| {
-        recvmsg(from, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
-    })?;
-    let mut fds = Vec::new();
-    for ancillary in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = ancillary {
-            fds.extend(rights);
+/// One whole message; `None` when there will be none any more, or the next is longer than any can be.
+fn receive(from: BorrowedFd<'_>) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
+    let (mut message, mut fds) = (vec![0; HEADER], Vec::new());
+    fill(from, &mut message, &mut fds)?;
+    let size = message.get(SIZE_AT..).and_then(|size| size.first_chunk())?;
+    let size = usize::try_from(u32::from_le_bytes(*size)).ok().filter(|size| *size <= MAX_BODY)?;
+    message.resize(HEADER.saturating_add(size), 0);
+    fill(from, message.get_mut(HEADER..)?, &mut fds)?;
+    Some((message, fds))
+}
+
+/// Reads until the buffer is full, and collects descriptors.
+fn fill(from: BorrowedFd<'_>, mut rest: &mut [u8], fds: &mut Vec<OwnedFd>) -> Option<()> {
+    while !rest.is_empty() {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = rustix::io::retry_on_intr(|| {
+            recvmsg(from, &mut [IoSliceMut::new(rest)], &mut control, RecvFlags::CMSG_CLOEXEC)
+        });
+        let bytes = received.ok()?.bytes;
+        for ancillary in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = ancillary {
+                fds.extend(rights);
+            }
         }
+        rest = rest.get_mut(bytes..).filter(|_| bytes > 0)?;
     }
-    Ok((message.bytes > 0).then_some((message.bytes, fds)))
+    Some(())
 }
 
 fn send(to: BorrowedFd<'_>, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), Errno> {

@@ -39,10 +39,7 @@ impl RuntimeDirs {
     pub fn resolve(&self, path: &Path) -> Result<PathBuf, AddError> {
         let outside = || AddError::SocketOutsideRuntimeDirs(path.to_owned());
         let name = path.file_name().ok_or_else(outside)?;
-        let folder = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let folder = folder_of(path);
         match fs::canonicalize(folder) {
             Ok(folder) if self.allow(&folder) => Ok(folder.join(name)),
             Ok(_) => Err(outside()),
@@ -61,6 +58,11 @@ impl RuntimeDirs {
     fn allow(&self, folder: &Path) -> bool {
         self.0.iter().any(|dir| folder.starts_with(dir))
     }
+}
+
+/// The folder of a path; the current one for a bare name.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A listening socket that is ours while this lives.
@@ -99,6 +101,27 @@ impl ListeningSocket {
         };
         listen(&made.listener, BACKLOG).map_err(|e| failed("listen on", e.into()))?;
         Ok(made)
+    }
+
+    /// Makes a socket at a path that the operator named at the start, wherever it is.
+    ///
+    /// # Errors
+    /// [`AddError::SocketInUse`], [`AddError::Io`].
+    pub fn make_anywhere(path: &Path) -> Result<Self, AddError> {
+        let missing = |source| AddError::Io { action: "find the folder of", path: path.to_owned(), source };
+        let folder = fs::canonicalize(folder_of(path)).map_err(missing)?;
+        let name = path.file_name().ok_or_else(|| missing(io::ErrorKind::InvalidInput.into()))?;
+        Self::make(&folder.join(name))
+    }
+
+    /// The listening socket for a tokio runtime, within which this must be called.
+    ///
+    /// # Errors
+    /// When the host is out of descriptors.
+    pub fn to_tokio(&self) -> io::Result<tokio::net::UnixListener> {
+        let listener = self.listener.try_clone()?;
+        listener.set_nonblocking(true)?;
+        tokio::net::UnixListener::from_std(listener)
     }
 
     /// Takes over a listening socket that was inherited.

@@ -486,7 +486,8 @@ impl Context {
         let mut guard = self.lock();
         let state = &mut *guard;
         let mut record = None;
-        while let (None, Some(waiting)) = (&record, state.waiting.pop_front()) {
+        while record.is_none() {
+            let Some(waiting) = state.waiting.pop_front() else { break };
             record = match waiting {
                 Waiting::Fault(cookie) => state.faults.get_mut(cookie).map(|fault| {
                     fault.reported = true;

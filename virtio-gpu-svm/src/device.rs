@@ -259,9 +259,6 @@ pub trait Device: Send + Sync {
     /// Translations of a GPU VM now, in pages.
     fn resident_pages(&self, asid: Asid) -> u64;
 
-    /// Whether each page of the range has a translation, in order; at most 512 pages are told.
-    fn resident_map(&self, asid: Asid, range: PageRange) -> Vec<bool>;
-
     /// Checks packets as far as this can be done without memory.
     ///
     /// # Errors

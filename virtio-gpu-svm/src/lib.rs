@@ -38,4 +38,6 @@ pub mod invalidation;
 #[cfg(feature = "device")]
 pub mod memory;
 #[cfg(feature = "device")]
+pub mod page_table;
+#[cfg(feature = "device")]
 pub mod resource;
