@@ -63,9 +63,6 @@ impl Device for Idle {
     fn resident_pages(&self, asid: Asid) -> u64 {
         if self.resident.lock().unwrap().contains(&asid) { RESIDENT } else { 0 }
     }
-    fn resident_map(&self, _asid: Asid, _range: PageRange) -> Vec<bool> {
-        Vec::new()
-    }
     fn check_packets(&self, _packets: &[Packet]) -> Result<(), Error> {
         Ok(())
     }
