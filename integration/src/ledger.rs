@@ -280,7 +280,10 @@ fn settle(
     for fault in raised {
         *unexplained.entry(raised_key(fault)).or_default() += 1;
     }
-    for touch in geometry {
+    // Where a window is touched several times, the faults that nobody was asked about are those that had to fail.
+    let (served, others): (Vec<_>, Vec<_>) =
+        geometry.iter().partition(|touch| touch.outcome == Outcome::Served);
+    for touch in others.into_iter().chain(served) {
         let key = touch_key(touch);
         if !take_one(&mut unexplained, &key) {
             if touch.outcome != Outcome::Uncertain {

@@ -40,7 +40,9 @@ impl Request {
     }
 
     fn parse(line: &str) -> Option<Self> {
-        [Self::Status, Self::Ledger, Self::Hold, Self::Release].into_iter().find(|request| request.name() == line)
+        [Self::Status, Self::Ledger, Self::Hold, Self::Release]
+            .into_iter()
+            .find(|request| request.name() == line)
     }
 }
 
@@ -108,7 +110,9 @@ fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
         Some(Request::Release) => {
             serde_json::to_vec(&serde_json::json!({ "released": agent.release_answers() }))?
         }
-        None => serde_json::to_vec(&serde_json::json!({ "error": "ask for status, ledger, hold or release" }))?,
+        None => {
+            serde_json::to_vec(&serde_json::json!({ "error": "ask for status, ledger, hold or release" }))?
+        }
     };
     stream.write_all(&document)
 }

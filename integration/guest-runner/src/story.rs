@@ -9,9 +9,7 @@
 //! ```
 //! A window is 64 KiB, aligned on both sides: the unit in which faults are served.
 
-use virtio_gpu_svm::protocol::job::{
-    OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_REDUCE, Packet,
-};
+use virtio_gpu_svm::protocol::job::{OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_REDUCE, Packet};
 
 /// Bytes of a window.
 pub const WINDOW: u64 = 64 << 10;
@@ -116,7 +114,11 @@ impl Geometry {
                 ..packet(OP_FILL)
             },
             Packet { dst: at(results + COPIED), src: at(0), len: COPY_BYTES.into(), ..packet(OP_COPY) },
-            Packet { dst: at(self.counter()), value: (u64::from(device) + 1).into(), ..packet(OP_ATOMIC_ADD) },
+            Packet {
+                dst: at(self.counter()),
+                value: (u64::from(device) + 1).into(),
+                ..packet(OP_ATOMIC_ADD)
+            },
         ]
     }
     /// A job that reads a window and stores the sum in its first word.

@@ -44,7 +44,8 @@ fn run() -> Result<(), Failure> {
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let mut words = line.split_whitespace();
-        let (command, argument) = (words.next().unwrap_or_default(), words.next().unwrap_or("0").parse::<u32>()?);
+        let (command, argument) =
+            (words.next().unwrap_or_default(), words.next().unwrap_or("0").parse::<u32>()?);
         let answer = match (command, &mut process) {
             ("map", None) => {
                 let mapped = process.insert(Process::map(socket, cpu, gpu, seed)?);
@@ -134,6 +135,9 @@ impl Process {
         Ok(json!({ "launched": self.vms.len() }))
     }
     fn vm(&self, device: u32) -> Result<&Vm, Failure> {
-        self.vms.iter().find(|vm| vm.dev_id() == device).ok_or_else(|| format!("no GPU VM on device {device}").into())
+        self.vms
+            .iter()
+            .find(|vm| vm.dev_id() == device)
+            .ok_or_else(|| format!("no GPU VM on device {device}").into())
     }
 }
