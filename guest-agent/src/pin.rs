@@ -105,10 +105,9 @@ impl KernelPinner {
     ///
     /// # Errors
     /// Without CAP_SYS_RESOURCE.
-    pub fn with_limit_raised() -> io::Result<Self> {
+    pub fn raise_limit() -> io::Result<()> {
         let unlimited = Rlimit { current: None, maximum: None };
-        rustix::process::setrlimit(Resource::Memlock, unlimited)?;
-        Ok(Self)
+        Ok(rustix::process::setrlimit(Resource::Memlock, unlimited)?)
     }
 }
 

@@ -60,9 +60,9 @@ fn log(line: &str) {
 
 fn prepare(args: &ServeArgs) -> io::Result<OwnedFd> {
     let stop = termination_fd()?;
-    KernelPinner::with_limit_raised().map_err(|error| {
-        io::Error::new(error.kind(), format!("cannot raise RLIMIT_MEMLOCK, run as root ({error})"))
-    })?;
+    if let Err(error) = KernelPinner::raise_limit() {
+        log(&format!("RLIMIT_MEMLOCK stays as it is ({error}); memory cannot be pinned beyond it"));
+    }
     for module in &args.modules {
         let named = |error: io::Error| {
             io::Error::new(error.kind(), format!("cannot load the module {}: {error}", module.display()))

@@ -4,12 +4,10 @@
 //! [`PciTransport`] rings doorbells, waits for interrupts and reads config space: the serving process' part, made from
 //! descriptors that the keeper hands over, so that this process needs no rights of its own.
 //!
-//! * [`capability`]: where the registers are.
-//! * [`discovery`]: sysfs.
-//! * [`irq`]: INTx by uio_pci_generic, or polling.
+//! Where the registers are is in [`capability`], sysfs in `discovery`, interrupts in [`irq`].
 
 pub mod capability;
-pub mod discovery;
+mod discovery;
 pub mod irq;
 
 use super::dma::DmaRegion;

@@ -1,0 +1,291 @@
+//! The agent's core against the mock.
+
+use crate::mock::{Mock, device, eventually, file};
+use guest_agent::agent::{Agent, AgentOptions, Answer, ArenaMemory, ArenaPages, Error, EventSink, Owner};
+use std::io;
+use std::sync::{Arc, Mutex};
+use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_QUIET, NoticeRecord};
+use zerocopy::FromBytes;
+
+/// Memory whose n-th arena has pages from n * 0x100_0000, every fourth one out of line.
+#[derive(Default)]
+pub struct TestMemory {
+    made: Mutex<u64>,
+    pub released: Mutex<Vec<u64>>,
+}
+
+impl ArenaMemory for TestMemory {
+    fn create(&self, len: u64) -> io::Result<ArenaPages> {
+        let mut made = self.made.lock().unwrap();
+        *made += 1;
+        let base = *made << 24;
+        let pages = (0..len / 4096).map(|page| base + page * 4096 + (page / 4) * 0x10_0000).collect();
+        Ok(ArenaPages { id: *made, fd: file(len), offset: 0, pages })
+    }
+
+    fn release(&self, id: u64) {
+        self.released.lock().unwrap().push(id);
+    }
+}
+
+#[derive(Default)]
+pub struct TestSink(pub Mutex<Vec<NoticeRecord>>);
+
+impl EventSink for TestSink {
+    fn push(&self, record: &[u8; 96]) {
+        self.0.lock().unwrap().push(NoticeRecord::read_from_bytes(record).unwrap());
+    }
+}
+
+pub struct Bench {
+    pub mock: Arc<Mock>,
+    pub memory: Arc<TestMemory>,
+    pub agent: Arc<Agent>,
+}
+
+impl Bench {
+    pub fn new(options: AgentOptions) -> Self {
+        let (mock, device) = device();
+        let memory = Arc::new(TestMemory::default());
+        let agent = Agent::start(device, memory.clone(), options).unwrap();
+        Self { mock, memory, agent }
+    }
+
+    pub fn context(&self) -> (u32, Arc<TestSink>) {
+        let sink = Arc::new(TestSink::default());
+        let owner = Owner { pid: 42, uid: 1000, name: "test".into() };
+        (self.agent.create_context(owner, sink.clone()).unwrap(), sink)
+    }
+
+    fn answered(&self, cookie: u64) -> crate::mock::Answered {
+        let done = |answer: &crate::mock::Answered| answer.cookie == cookie && answer.status == 0;
+        eventually("an answer", || self.mock.look().answers.iter().any(done));
+        self.mock.look().answers.iter().find(|answer| done(answer)).cloned().unwrap()
+    }
+
+    fn released(&self) -> Vec<u64> {
+        self.memory.released.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.agent.stop();
+        self.mock.end();
+    }
+}
+
+#[test]
+fn fault_is_answered_from_its_own_context() {
+    let bench = Bench::new(AgentOptions { fault_around_pages: 8, ..AgentOptions::default() });
+    let (first, _) = bench.context();
+    let (second, _) = bench.context();
+    bench.agent.create_arena(first, 0x10_0000, 64 * 4096).unwrap();
+    bench.agent.create_arena(second, 0x10_0000, 64 * 4096).unwrap();
+    for (ctx_id, base) in [(second, 2u64 << 24), (first, 1 << 24)] {
+        let cookie = bench.mock.script(|script| script.fault(ctx_id, 0x10_5000));
+        let answer = bench.answered(cookie);
+        assert_eq!((answer.ctx_id, answer.code), (ctx_id, 0));
+        let runs: Vec<(u64, u64, u32)> =
+            answer.runs.iter().map(|run| (run.va.get(), run.gpa.get(), run.pages.get())).collect();
+        assert_eq!(runs, [(0x10_0000, base, 4), (0x10_4000, base + 0x10_4000, 4)]);
+    }
+    eventually("both in the ledger", || bench.agent.ledger(true).entries.len() == 2);
+    let report = bench.agent.ledger(true);
+    assert_eq!((report.faults, report.answered, report.refused, report.pending), (2, 2, 0, 0));
+    assert!(
+        report
+            .entries
+            .iter()
+            .all(|entry| entry.code == Answer::Success && entry.pid == 42 && entry.pages == 8)
+    );
+}
+
+#[test]
+fn fault_outside_every_arena_is_refused() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    let cookies = bench.mock.script(|script| [script.fault(ctx_id, 0x10_1000), script.fault(999, 0x10_0000)]);
+    for cookie in cookies {
+        let answer = bench.answered(cookie);
+        assert_eq!((answer.code, answer.runs.len()), (1, 0));
+    }
+    eventually("both in the ledger", || bench.agent.ledger(false).refused == 2);
+    assert_eq!(bench.agent.ledger(false).unowned, 1);
+}
+
+#[test]
+fn answer_that_raced_is_made_again() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    let cookie = bench.mock.script(|script| {
+        script.refuse_answers = 3;
+        script.fault(ctx_id, 0x10_0000)
+    });
+    assert_eq!(bench.answered(cookie).code, 0);
+    eventually("the ledger", || bench.agent.ledger(true).entries.len() == 1);
+    let report = bench.agent.ledger(true);
+    assert_eq!((report.retries, report.entries[0].retries), (3, 3));
+}
+
+#[test]
+fn stale_answer_is_counted() {
+    let bench = Bench::new(AgentOptions { hold_answers: true, ..AgentOptions::default() });
+    let (ctx_id, _) = bench.context();
+    bench.mock.script(|script| {
+        let cookie = script.fault(ctx_id, 0x1000);
+        script.pending.remove(&cookie);
+    });
+    eventually("held", || bench.agent.ledger(false).held == 1);
+    assert_eq!(bench.agent.release_answers(), 1);
+    eventually("stale", || bench.agent.ledger(false).stale == 1);
+}
+
+#[test]
+fn held_answers_go_when_released() {
+    let bench = Bench::new(AgentOptions { hold_answers: true, ..AgentOptions::default() });
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    let first = bench.mock.script(|script| script.fault(ctx_id, 0x10_0000));
+    eventually("held", || bench.agent.ledger(false).held == 1);
+    assert!(bench.mock.look().answers.is_empty());
+    assert_eq!(bench.agent.release_answers(), 1);
+    bench.answered(first);
+    let second = bench.mock.script(|script| script.fault(ctx_id, 0x10_0000));
+    bench.answered(second);
+}
+
+#[test]
+fn arena_is_released_only_after_its_invalidation_is_done() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| script.hold_done = true);
+    let agent = bench.agent.clone();
+    let freeing = std::thread::spawn(move || agent.free_arena(ctx_id, arena.id));
+    eventually("invalidated", || bench.mock.look().log.iter().any(|line| line.starts_with("invalidate")));
+    // Its pages are not supplied any more, whatever the device still has.
+    let cookie = bench.mock.script(|script| script.fault(ctx_id, 0x10_0000));
+    assert_eq!(bench.answered(cookie).code, 1);
+    assert!(bench.released().is_empty());
+    bench.mock.script(|script| script.notice(EVENT_INVAL_DONE, ctx_id, 1));
+    freeing.join().unwrap().unwrap();
+    eventually("released", || bench.released() == [arena.id]);
+    // A new arena at the same place carries the new sequence.
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    let cookie = bench.mock.script(|script| script.fault(ctx_id, 0x10_0000));
+    let answer = bench.answered(cookie);
+    assert_eq!((answer.code, answer.runs[0].as_of.get()), (0, 1));
+}
+
+#[test]
+fn context_keeps_its_memory_until_it_is_retired() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| script.hold_retired = true);
+    bench.agent.destroy_context(ctx_id);
+    assert!(matches!(bench.agent.free_arena(ctx_id, arena.id), Err(Error::NoContext(_))));
+    assert!(matches!(bench.agent.submit(ctx_id, &[0; 16], 0), Err(Error::NoContext(_))));
+    assert_eq!(bench.agent.status().contexts[0].state, "retiring");
+    assert!(bench.released().is_empty());
+    bench
+        .mock
+        .script(|script| script.notice(virtio_gpu_svm::protocol::event::EVENT_CONTEXT_RETIRED, ctx_id, 0));
+    eventually("released", || bench.released() == [arena.id]);
+    assert!(bench.agent.status().contexts.is_empty());
+}
+
+#[test]
+fn lost_epoch_ends_every_context_and_keeps_memory_until_quiet() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, sink) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| {
+        script.lose_state();
+        script.retiring = 1;
+    });
+    // Any answer tells of the new epoch.
+    let submitted = bench.agent.submit(ctx_id, &[0; 16], 0);
+    assert!(submitted.is_err() || submitted.is_ok_and(|response| response.status() == -32));
+    eventually("a second HELLO", || {
+        bench.mock.look().log.iter().filter(|line| *line == "hello").count() == 2
+    });
+    eventually("the process is told", || !sink.0.lock().unwrap().is_empty());
+    let record = sink.0.lock().unwrap()[0];
+    assert_eq!(
+        (record.kind.get(), record.ctx_id.get(), record.status.get()),
+        (EVENT_CONTEXT_LOST, ctx_id, -32)
+    );
+    let refused = bench.agent.create_context(Owner::default(), sink);
+    assert!(matches!(refused, Err(Error::NotOpen)));
+    assert!(bench.released().is_empty());
+    bench.mock.script(|script| {
+        let incarnation = script.incarnation;
+        script.notice(EVENT_QUIET, 0, incarnation.wrapping_add(1));
+        script.notice(EVENT_QUIET, 0, incarnation);
+    });
+    eventually("released", || bench.released() == [arena.id]);
+    eventually("open", || bench.agent.check_open().is_ok());
+    bench.context();
+}
+
+#[test]
+fn bad_ranges_overlaps_and_quotas_are_refused() {
+    let options = AgentOptions {
+        context_arena_bytes: 8 * 4096,
+        total_arena_bytes: 10 * 4096,
+        ..AgentOptions::default()
+    };
+    let bench = Bench::new(options);
+    let (ctx_id, _) = bench.context();
+    let status =
+        |va: u64, len: u64| bench.agent.create_arena(ctx_id, va, len).map_or_else(|e| e.status(), |_| 0);
+    for (va, len) in
+        [(0, 4096), (0x1001, 4096), (0x1000, 1), (0x1000, 0), (u64::MAX - 4095, 4096), (1 << 56, 4096)]
+    {
+        assert_eq!(status(va, len), -22, "{va:#x} {len:#x}");
+    }
+    assert_eq!(status(0x10_0000, 4 * 4096), 0);
+    assert_eq!(status(0x10_3000, 4096), -17);
+    assert_eq!(status(0x20_0000, 5 * 4096), -28);
+    let (other, _) = bench.context();
+    assert!(matches!(bench.agent.create_arena(other, 0x10_0000, 7 * 4096), Err(Error::Quota { .. })));
+    assert!(bench.agent.create_arena(other, 0x10_0000, 6 * 4096).is_ok());
+    assert!(matches!(bench.agent.free_arena(other, 1), Err(Error::NoArena(1))));
+}
+
+#[test]
+fn many_threads_share_the_rings() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 64 * 4096).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for round in 0..50 {
+                    let payload = vec![0xff; 16 + 1000 * round];
+                    assert_eq!(bench.agent.submit(ctx_id, &payload, 64).unwrap().status(), 0);
+                }
+            });
+        }
+        for page in 0..500u64 {
+            bench.mock.script(|script| script.fault(ctx_id, 0x10_0000 + page % 64 * 4096));
+        }
+    });
+    eventually("all answered", || bench.agent.ledger(false).answered == 500);
+    assert_eq!(bench.mock.look().submissions.len(), 400);
+}
+
+#[test]
+fn device_that_breaks_its_rings_ends_the_agent_but_keeps_the_memory() {
+    let bench = Bench::new(AgentOptions::default());
+    let (_, sink) = bench.context();
+    bench.mock.script(|script| script.break_rings = true);
+    eventually("failed", || bench.agent.has_failed());
+    assert_eq!(sink.0.lock().unwrap()[0].kind.get(), EVENT_CONTEXT_LOST);
+    assert!(matches!(bench.agent.create_context(Owner::default(), sink), Err(Error::NotOpen)));
+    assert!(bench.released().is_empty());
+}

@@ -1,0 +1,302 @@
+//! Processes at the broker, over real sockets: the library, and messages that no library would send.
+
+use crate::agent::Bench;
+use crate::mock::eventually;
+use guest_agent::agent::{AgentOptions, AgentStatus, LedgerReport};
+use guest_agent::broker::{AdminRequest, Broker, BrokerOptions, ask_admin};
+use guest_agent::client::{self, Client, Error, packet};
+use guest_agent::message::*;
+use guest_agent::socket::MessageSocket;
+use std::path::PathBuf;
+use virtio_gpu_svm::protocol::event::EVENT_JOB_DONE;
+use virtio_gpu_svm::protocol::job::Packet;
+use zerocopy::{FromBytes, IntoBytes};
+
+struct Served {
+    bench: Bench,
+    _broker: Broker,
+    directory: tempfile::TempDir,
+}
+
+impl Served {
+    fn new(options: AgentOptions) -> Self {
+        Self::limited(options, 64)
+    }
+
+    fn limited(options: AgentOptions, max_clients: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut broker = BrokerOptions::at(directory.path().join("agent.sock"));
+        broker.admin_socket = Some(directory.path().join("admin.sock"));
+        broker.max_clients = max_clients;
+        let bench = Bench::new(options);
+        let broker = Broker::start(bench.agent.clone(), broker).unwrap();
+        Self { bench, _broker: broker, directory }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("agent.sock")
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(self.socket()).unwrap()
+    }
+
+    fn raw(&self) -> MessageSocket {
+        let socket = MessageSocket::connect(&self.socket()).unwrap();
+        socket.pass_credentials().unwrap();
+        socket
+    }
+}
+
+fn message(kind: u32, body: &[u8]) -> Vec<u8> {
+    let head = Head { kind: kind.into(), seqno: 5.into(), status: 0.into(), reserved: 0.into() };
+    [head.as_bytes(), body].concat()
+}
+
+/// Sends and returns the status of the reply; `None` when the agent hung up without one.
+fn exchange(socket: &MessageSocket, bytes: &[u8]) -> Option<i32> {
+    socket.send(&[bytes], &[], true).unwrap();
+    let mut buf = vec![0; MAX_MESSAGE_BYTES];
+    let received = socket.receive(&mut buf, true).ok().filter(|received| received.len > 0)?;
+    let (head, _) = Head::read_from_prefix(&buf[..received.len]).unwrap();
+    Some(head.status.get())
+}
+
+fn hang_up(socket: &MessageSocket) -> bool {
+    let mut buf = [0; 256];
+    // A reset also says that the other end is gone.
+    socket.receive(&mut buf, true).map_or(true, |received| received.len == 0)
+}
+
+#[test]
+fn program_runs_a_job_on_its_own_memory() {
+    let served = Served::new(AgentOptions::default());
+    let client = served.client();
+    assert_eq!(client.devices().unwrap().len(), 2);
+    assert_eq!(client.devices().unwrap()[1].name, "mock");
+    let at = 0x5151_0000_0000usize;
+    let arena = client.arena(10_000, Some(at)).unwrap();
+    assert_eq!((arena.address(), arena.len()), (at as u64, 12_288));
+    arena.set_word(8, 99);
+    assert_eq!(arena.word(8), 99);
+    assert!(matches!(client.arena(4096, Some(at)), Err(Error::Map { .. })));
+    let vm = client.vm(1).unwrap();
+    vm.bind_userptr(0x4000_0000, arena.address(), 4096, 0).unwrap();
+    vm.exec(0, &[Packet::default()], 7).unwrap().wait().unwrap();
+    match vm.exec(0, &[packet::fill(0x123_4000, 8, 1)], 8).unwrap().wait() {
+        Err(Error::Job(error)) => {
+            assert_eq!((error.errno, error.addr), (14, 0x123_4000));
+            assert!(error.to_string().contains("0x1234000 (write): EFAULT"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+    vm.unbind(0x4000_0000, 4096).unwrap();
+    vm.destroy().unwrap();
+    arena.free().unwrap();
+    eventually("released", || served.bench.memory.released.lock().unwrap().len() == 1);
+}
+
+#[test]
+fn several_threads_wait_for_their_own_jobs() {
+    let served = Served::new(AgentOptions::default());
+    let client = served.client();
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let client = client.clone();
+            scope.spawn(move || {
+                let vm = client.vm(0).unwrap();
+                for round in 0..50 {
+                    let user_data = thread * 1000 + round;
+                    let mut job = vm.exec(0, &[Packet::default()], user_data).unwrap();
+                    assert_eq!(job.record().unwrap().user_data.get(), user_data);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn context_ends_with_its_connection() {
+    let served = Served::new(AgentOptions::default());
+    let client = served.client();
+    let arena = client.arena_as_if_at(4096, 0x7000_0000).unwrap();
+    assert_eq!(served.bench.agent.status().contexts.len(), 1);
+    drop((arena, client));
+    eventually("destroyed", || served.bench.agent.status().contexts.is_empty());
+    eventually("released", || served.bench.memory.released.lock().unwrap().len() == 1);
+}
+
+#[test]
+fn lost_context_is_told_to_the_program() {
+    let served = Served::new(AgentOptions::default());
+    let client = served.client();
+    let vm = client.vm(0).unwrap();
+    let job = vm.exec(0, &[Packet::default()], 0).unwrap();
+    job.wait().unwrap();
+    served.bench.mock.script(|script| script.lose_state());
+    let lost = vm.exec(0, &[Packet::default()], 0).map(|_| ());
+    assert!(matches!(lost, Err(Error::Refused { status: -32, .. })), "{lost:?}");
+    eventually("a new life", || served.bench.agent.check_open().is_ok());
+    served.client().vm(0).unwrap();
+}
+
+/// Every message that breaks the rules gets an error and a hang-up, and leaves no context behind.
+#[test]
+fn hostile_messages_end_the_connection() {
+    let served = Served::new(AgentOptions::default());
+    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    let good = message(HELLO, hello.as_bytes());
+    let mut status_set = good.clone();
+    status_set[8] = 1;
+    let mut reserved_set = message(DEVICES, &[]);
+    reserved_set[12] = 1;
+    let submit = |reply_len: u32, reserved: u32, payload: &[u8]| {
+        let submit = Submit { reply_len: reply_len.into(), reserved: reserved.into() };
+        message(SUBMIT, &[submit.as_bytes(), payload].concat())
+    };
+    let before_hello: Vec<(&str, Vec<u8>, i32)> = vec![
+        ("one byte", vec![1], -22),
+        ("head cut", good[..15].to_vec(), -22),
+        ("status set", status_set, -22),
+        ("body cut", good[..good.len() - 1].to_vec(), -22),
+        ("body too long", [&good[..], &[0]].concat(), -22),
+        ("other version", message(HELLO, Hello { version: 9.into(), ..hello }.as_bytes()), -95),
+        ("reserved", message(HELLO, Hello { reserved: 1.into(), ..hello }.as_bytes()), -22),
+        ("request before HELLO", message(DEVICES, &[]), -22),
+        ("unknown kind", message(77, &[]), -22),
+        ("pushed kind", message(EVENTS, &[0; 96]), -22),
+        ("too large", message(SUBMIT, &vec![0; MAX_MESSAGE_BYTES]), -22),
+    ];
+    let after_hello: Vec<(&str, Vec<u8>, i32)> = vec![
+        ("second HELLO", good.clone(), -22),
+        ("reserved in the head", reserved_set, -22),
+        ("DEVICES with a body", message(DEVICES, &[0]), -22),
+        ("ARENA_CREATE cut", message(ARENA_CREATE, &[0; 15]), -22),
+        ("ARENA_FREE too long", message(ARENA_FREE, &[0; 9]), -22),
+        ("SUBMIT cut", message(SUBMIT, &[0; 7]), -22),
+        ("SUBMIT without payload", submit(16, 0, &[]), -22),
+        ("SUBMIT reply too large", submit(MAX_REPLY_BYTES + 1, 0, &[0; 16]), -22),
+        ("SUBMIT reserved", submit(16, 1, &[0; 16]), -22),
+    ];
+    let cases =
+        before_hello.into_iter().map(|case| (false, case)).chain(after_hello.into_iter().map(|c| (true, c)));
+    for (greeted, (name, bytes, status)) in cases {
+        let socket = served.raw();
+        if greeted {
+            assert_eq!(exchange(&socket, &good), Some(0), "{name}");
+        }
+        assert_eq!(exchange(&socket, &bytes), Some(status), "{name}");
+        assert!(hang_up(&socket), "{name}");
+    }
+    eventually("no context is left", || served.bench.agent.status().contexts.is_empty());
+}
+
+#[test]
+fn refused_requests_leave_the_connection_alone() {
+    let served = Served::new(AgentOptions::default());
+    let socket = served.raw();
+    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    assert_eq!(exchange(&socket, &message(HELLO, hello.as_bytes())), Some(0));
+    let unaligned = ArenaCreate { len: 4096.into(), va: 1.into() };
+    assert_eq!(exchange(&socket, &message(ARENA_CREATE, unaligned.as_bytes())), Some(-22));
+    assert_eq!(
+        exchange(&socket, &message(ARENA_FREE, ArenaFree { arena_id: 9.into() }.as_bytes())),
+        Some(-2)
+    );
+    assert_eq!(exchange(&socket, &message(DEVICES, &[])), Some(0));
+}
+
+#[test]
+fn message_with_a_descriptor_is_refused() {
+    use std::os::fd::AsFd;
+    let served = Served::new(AgentOptions::default());
+    let socket = served.raw();
+    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    let bytes = message(HELLO, hello.as_bytes());
+    let stdin = std::io::stdin();
+    socket.send(&[&bytes], &[stdin.as_fd()], true).unwrap();
+    let mut buf = [0; 64];
+    let received = socket.receive(&mut buf, true).unwrap();
+    assert_eq!(Head::read_from_prefix(&buf[..received.len]).unwrap().0.status.get(), -22);
+    assert!(hang_up(&socket));
+}
+
+/// A child process that inherited the socket is not the one that connected.
+#[test]
+fn inherited_socket_gives_no_right() {
+    use std::os::fd::AsFd;
+    let served = Served::new(AgentOptions::default());
+    let socket = served.raw();
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() }.as_bytes());
+    assert_eq!(exchange(&socket, &hello), Some(0));
+    let directory = served.directory.path();
+    std::fs::write(directory.join("message"), message(DEVICES, &[])).unwrap();
+    let child = std::process::Command::new("/bin/cat")
+        .arg(directory.join("message"))
+        .stdout(std::process::Stdio::from(socket.as_fd().try_clone_to_owned().unwrap()))
+        .status();
+    assert!(child.unwrap().success());
+    let mut buf = [0; 64];
+    let received = socket.receive(&mut buf, true).unwrap();
+    assert_eq!(Head::read_from_prefix(&buf[..received.len]).unwrap().0.status.get(), -13);
+    assert!(hang_up(&socket));
+    eventually("destroyed", || served.bench.agent.status().contexts.is_empty());
+}
+
+/// A program that launches and never reads is disconnected; another one is served all the while.
+#[test]
+fn program_that_does_not_read_is_disconnected() {
+    let served = Served::new(AgentOptions::default());
+    let socket = served.raw();
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() }.as_bytes());
+    assert_eq!(exchange(&socket, &hello), Some(0));
+    let ctx_id = served.bench.agent.status().contexts[0].ctx_id;
+    let other = served.client();
+    let vm = other.vm(0).unwrap();
+    for _ in 0..200 {
+        served.bench.mock.script(|script| (0..100).for_each(|_| script.notice(EVENT_JOB_DONE, ctx_id, 1)));
+        vm.exec(0, &[Packet::default()], 0).unwrap().wait().unwrap();
+    }
+    eventually("only the other is left", || served.bench.agent.status().contexts.len() == 1);
+    assert_eq!(served.bench.agent.status().contexts[0].ctx_id, other.ctx_id());
+}
+
+#[test]
+fn too_many_programs_are_turned_away() {
+    let served = Served::limited(AgentOptions::default(), 2);
+    let first = served.client();
+    let second = served.client();
+    assert!(matches!(Client::connect(served.socket()), Err(Error::HungUp | Error::Socket(_))));
+    drop(first);
+    eventually("room again", || Client::connect(served.socket()).is_ok());
+    drop(second);
+}
+
+#[test]
+fn operator_sees_contexts_and_the_ledger_and_releases_answers() {
+    let served = Served::new(AgentOptions { hold_answers: true, ..AgentOptions::default() });
+    let admin = served.directory.path().join("admin.sock");
+    let client = served.client();
+    let arena = client.arena_as_if_at(4096, 0x7000_0000).unwrap();
+    let status: AgentStatus = ask_admin(&admin, AdminRequest::Status).unwrap();
+    assert_eq!(status.contexts.len(), 1);
+    assert_eq!(status.contexts[0].owner.pid, i32::try_from(std::process::id()).unwrap());
+    assert_eq!((status.pinned_bytes, status.holding_answers), (4096, true));
+    served.bench.mock.script(|script| script.fault(client.ctx_id(), arena.address()));
+    eventually("held", || served.bench.agent.ledger(false).held == 1);
+    let released: serde_json::Value = ask_admin(&admin, AdminRequest::Release).unwrap();
+    assert_eq!(released, serde_json::json!({ "released": 1 }));
+    eventually("answered", || served.bench.agent.ledger(false).answered == 1);
+    let ledger: LedgerReport = ask_admin(&admin, AdminRequest::Ledger).unwrap();
+    assert_eq!(ledger.entries[0].cpu_addr, 0x7000_0000);
+    use std::os::unix::fs::PermissionsExt;
+    assert_eq!(std::fs::metadata(&admin).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(std::fs::metadata(served.socket()).unwrap().permissions().mode() & 0o777, 0o666);
+}
+
+#[test]
+fn absent_agent_is_said_in_words() {
+    let directory = tempfile::tempdir().unwrap();
+    let absent = client::Client::connect(directory.path().join("none.sock")).map(|_| ()).unwrap_err();
+    assert!(absent.to_string().contains("start `svm-agent serve`"), "{absent}");
+}

@@ -1,0 +1,184 @@
+//! The keeper: between two serving processes nothing is let go before the device is quiet.
+
+use crate::mock::{Mock, MockTransport, eventually, file};
+use crate::ring::region;
+use guest_agent::agent::{Agent, AgentOptions, ArenaMemory};
+use guest_agent::broker::{Broker, BrokerOptions};
+use guest_agent::client::Client;
+use guest_agent::driver::dma::PAGE_BYTES;
+use guest_agent::driver::{DmaRegion, RingConfig, Rings, Transport};
+use guest_agent::keeper::{Hardware, Keeper, Serving, serving};
+use guest_agent::pin::{self, Pinned, Pinner};
+use guest_agent::socket::MessageSocket;
+use rustix::event::EventfdFlags;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use virtio_gpu_svm::protocol::event::EVENT_QUIET;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// The mock as a machine that can be reset.
+struct MockMachine(Arc<Mock>, Arc<OwnedFd>);
+
+impl Hardware for MockMachine {
+    fn restart(&mut self, dma: &DmaRegion) -> Result<Rings, Failure> {
+        self.stop()?;
+        dma.clear()?;
+        let rings = Rings::new(RingConfig { event_idx: true, ..RingConfig::default() })?;
+        let memory = region(&self.1, dma.pages());
+        self.0.set_queues(Some((memory, rings.addresses(dma)?, true)));
+        Ok(rings)
+    }
+
+    fn stop(&mut self) -> Result<(), Failure> {
+        self.0.set_queues(None);
+        self.0.look().log.push("reset".into());
+        Ok(())
+    }
+
+    fn transport(&self) -> io::Result<Arc<dyn Transport>> {
+        Ok(Arc::new(MockTransport(self.0.clone())))
+    }
+
+    fn handover(&self) -> (serde_json::Value, Vec<BorrowedFd<'_>>) {
+        (serde_json::Value::Null, Vec::new())
+    }
+}
+
+/// Notes in the device's log when pages are let go.
+struct LoggingPinner(Arc<Mock>, Arc<OwnedFd>, Mutex<u64>);
+
+struct Hold(Arc<Mock>, u64);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.look().log.push(format!("unpin {}", self.1));
+    }
+}
+
+impl Pinner for LoggingPinner {
+    fn pin(&self, len: usize) -> pin::Result<Pinned> {
+        let mut count = self.2.lock().unwrap();
+        *count += 1;
+        let pages =
+            (0..(len / PAGE_BYTES) as u64).map(|page| (*count << 32) + page * PAGE_BYTES as u64).collect();
+        // The first one is the ring memory, which the mock maps too.
+        let fd = if *count == 1 { self.1.try_clone().unwrap() } else { file(len as u64) };
+        Ok(Pinned::new(fd, pages, Box::new(Hold(self.0.clone(), *count))))
+    }
+}
+
+/// A serving process played by this one: everything of it ends with `end`.
+struct Played {
+    broker: Option<Broker>,
+    agent: Arc<Agent>,
+}
+
+impl Serving for Played {
+    fn end(&mut self) {
+        self.broker = None;
+        self.agent.stop();
+    }
+}
+
+/// What the played serving processes share: a way to make one die, as kill -9 would.
+#[derive(Default)]
+struct Lives {
+    started: usize,
+    /// Closing it is what the keeper sees of a death.
+    connection: Option<OwnedFd>,
+}
+
+fn serve(mock: &Arc<Mock>, socket: OwnedFd, path: &Path) -> Played {
+    let socket = MessageSocket::from(socket);
+    let (handover, dma, _) = serving::take_over(&socket).unwrap();
+    let transport = Arc::new(MockTransport(mock.clone()));
+    let device = serving::drive(&handover, dma, transport).unwrap();
+    let memory: Arc<dyn ArenaMemory> = Arc::new(serving::KeeperMemory::new(socket));
+    let agent = Agent::start(Arc::new(device), memory, AgentOptions::default()).unwrap();
+    let broker = Broker::start(agent.clone(), BrokerOptions::at(path)).unwrap();
+    Played { broker: Some(broker), agent }
+}
+
+/// A serving process on a thread of its own, because the keeper hands over after it was started.
+struct Threaded {
+    mock: Arc<Mock>,
+    played: std::sync::mpsc::Receiver<Played>,
+}
+
+impl Serving for Threaded {
+    fn end(&mut self) {
+        if let Ok(mut played) = self.played.recv_timeout(Duration::from_secs(30)) {
+            played.end();
+        }
+        self.mock.look().log.push("served".into());
+    }
+}
+
+#[test]
+fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
+    let (mock, _thread) = Mock::start();
+    let ring = Arc::new(file(Rings::BYTES as u64));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("agent.sock");
+    let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let lives = Arc::new(Mutex::new(Lives::default()));
+    let keeper = {
+        let (mock, ring, path) = (mock.clone(), ring.clone(), path.clone());
+        let (stop, lives) = (stop.clone(), lives.clone());
+        std::thread::spawn(move || {
+            let pinner = LoggingPinner(mock.clone(), ring.clone(), Mutex::new(0));
+            let mut keeper = Keeper::new(MockMachine(mock.clone(), ring), Box::new(pinner), |_| {}).unwrap();
+            let mut spawn = |socket: OwnedFd| -> io::Result<Box<dyn Serving>> {
+                let mut lives = lives.lock().unwrap();
+                lives.started += 1;
+                lives.connection = Some(socket.try_clone()?);
+                let (sender, played) = std::sync::mpsc::channel();
+                let (served, path) = (mock.clone(), path.clone());
+                std::thread::spawn(move || sender.send(serve(&served, socket, &path)));
+                Ok(Box::new(Threaded { mock: mock.clone(), played }))
+            };
+            keeper.run(&mut spawn, stop.as_fd())
+        })
+    };
+    eventually("the first serving process", || Client::connect(&path).is_ok());
+    let client = Client::connect(&path).unwrap();
+    let _arena = client.arena_as_if_at(8 * PAGE_BYTES, 0x7000_0000).unwrap();
+    let first_life = mock.look().incarnation;
+
+    // It dies; the daemon still uses its memory.
+    mock.look().retiring = 1;
+    mock.look().log.clear();
+    let connection = lives.lock().unwrap().connection.take().unwrap();
+    rustix::net::shutdown(&connection, rustix::net::Shutdown::Both).unwrap();
+    eventually("HELLO of a new incarnation", || mock.look().log.iter().any(|line| line == "hello"));
+    assert_ne!(mock.look().incarnation, first_life);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!mock.look().log.iter().any(|line| line.starts_with("unpin")), "{:?}", mock.look().log);
+    assert_eq!(lives.lock().unwrap().started, 1);
+
+    mock.script(|script| {
+        script.retiring = 0;
+        let incarnation = script.incarnation;
+        script.notice(EVENT_QUIET, 0, incarnation);
+    });
+    eventually("unpinned", || mock.look().log.iter().any(|line| line == "unpin 2"));
+    let log = mock.look().log.clone();
+    let at = |wanted: &str| log.iter().position(|line| line == wanted).unwrap();
+    assert!(
+        at("served") < at("reset") && at("reset") < at("hello") && at("hello") < at("unpin 2"),
+        "{log:?}"
+    );
+
+    eventually("the second serving process", || Client::connect(&path).is_ok());
+    assert_eq!(lives.lock().unwrap().started, 2);
+    rustix::io::write(&*stop, &1u64.to_ne_bytes()).unwrap();
+    keeper.join().unwrap().unwrap();
+    let log = mock.look().log.clone();
+    // The rings go last, after a last reset.
+    assert_eq!(&log[log.len() - 2..], ["reset", "unpin 1"]);
+    mock.end();
+}

@@ -1,0 +1,408 @@
+//! A device played by a thread: answers control commands from real rings and delivers records, as a test tells it to.
+
+use crate::ring::{Chain, DeviceRing, memory, region};
+use guest_agent::driver::virtqueue::QueueAddresses;
+use guest_agent::driver::{DmaRegion, RingConfig, Rings, SvmDevice, Transport};
+use rustix::fs::MemfdFlags;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use virtio_gpu_svm::protocol::control::*;
+use virtio_gpu_svm::protocol::event::*;
+use virtio_gpu_svm::protocol::gpu::*;
+use virtio_gpu_svm::protocol::job::{OP_NOP, Packet};
+use virtio_gpu_svm::protocol::request::*;
+use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// How long a test waits for something that must come.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` holds.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A page answer that the device took or refused.
+#[derive(Clone, Debug)]
+pub struct Answered {
+    pub ctx_id: u32,
+    pub cookie: u64,
+    pub code: u32,
+    pub runs: Vec<PageRun>,
+    pub status: i32,
+}
+
+/// What a test may look at and set.
+pub struct Script {
+    pub epoch: u64,
+    pub incarnation: u64,
+    /// Contexts that HELLO says are still retiring.
+    pub retiring: u32,
+    /// Contexts alive, and the sequence of their last invalidation.
+    pub contexts: HashMap<u32, u64>,
+    pub answers: Vec<Answered>,
+    /// Answers to refuse with EAGAIN.
+    pub refuse_answers: u32,
+    /// CTX_DESTROY is followed by CONTEXT_RETIRED only when the test says so.
+    pub hold_retired: bool,
+    /// INVALIDATE is done only when the test says so.
+    pub hold_done: bool,
+    pub pending: HashSet<u64>,
+    pub submissions: Vec<Vec<u8>>,
+    /// What happened, in order.
+    pub log: Vec<String>,
+    /// Write a used entry that no device may write.
+    pub break_rings: bool,
+    /// The state is lost; only HELLO works.
+    pub lost: bool,
+    next_cookie: u64,
+    records: VecDeque<Vec<u8>>,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self {
+            epoch: 77,
+            incarnation: 0,
+            retiring: 0,
+            contexts: HashMap::new(),
+            answers: Vec::new(),
+            refuse_answers: 0,
+            hold_retired: false,
+            hold_done: false,
+            pending: HashSet::new(),
+            submissions: Vec::new(),
+            log: Vec::new(),
+            break_rings: false,
+            lost: false,
+            next_cookie: 100,
+            records: VecDeque::new(),
+        }
+    }
+}
+
+impl Script {
+    pub fn notice(&mut self, kind: u32, ctx_id: u32, value: u64) {
+        let notice = NoticeRecord {
+            kind: kind.into(),
+            ctx_id: ctx_id.into(),
+            value: value.into(),
+            ..NoticeRecord::default()
+        };
+        self.records.push_back(notice.as_bytes().to_vec());
+    }
+
+    /// Raises a fault and returns its cookie.
+    pub fn fault(&mut self, ctx_id: u32, cpu_addr: u64) -> u64 {
+        self.next_cookie += 1;
+        let cookie = self.next_cookie;
+        self.pending.insert(cookie);
+        let record = FaultRecord {
+            kind: EVENT_FAULT.into(),
+            ctx_id: ctx_id.into(),
+            cookie: cookie.into(),
+            perm: PERM_READ.into(),
+            addr: (cpu_addr + 0x1000_0000).into(),
+            cpu_addr: cpu_addr.into(),
+            ..FaultRecord::default()
+        };
+        self.records.push_back(record.as_bytes().to_vec());
+        cookie
+    }
+
+    /// The daemon forgets everything.
+    pub fn lose_state(&mut self) {
+        self.epoch += 1;
+        self.lost = true;
+        self.contexts.clear();
+        self.pending.clear();
+        self.log.push("lost".into());
+    }
+
+    fn answer(&mut self, request: &[u8]) -> Vec<u8> {
+        let hdr = CtrlHdr::read_from_prefix(request).unwrap().0;
+        let (kind, ctx_id) = (hdr.kind.get(), hdr.ctx_id.get());
+        if self.lost && kind != VIRTIO_GPU_CMD_SVM_HELLO {
+            return self.head(ctx_id, -32).as_bytes().to_vec();
+        }
+        match kind {
+            VIRTIO_GPU_CMD_SVM_HELLO => self.hello(request),
+            VIRTIO_GPU_CMD_SVM_GET_DEVICE => self.device(request),
+            VIRTIO_GPU_CMD_CTX_CREATE => {
+                self.contexts.insert(ctx_id, 0);
+                self.log.push(format!("create {ctx_id}"));
+                self.head(ctx_id, 0).as_bytes().to_vec()
+            }
+            VIRTIO_GPU_CMD_CTX_DESTROY => {
+                self.contexts.remove(&ctx_id);
+                self.log.push(format!("destroy {ctx_id}"));
+                if !self.hold_retired {
+                    self.notice(EVENT_CONTEXT_RETIRED, ctx_id, 0);
+                }
+                self.head(ctx_id, 0).as_bytes().to_vec()
+            }
+            VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE => self.page_response(request),
+            VIRTIO_GPU_CMD_SVM_INVALIDATE => self.invalidate(ctx_id),
+            VIRTIO_GPU_CMD_SUBMIT_3D => self.submit(ctx_id, request),
+            other => panic!("command {other:#x}"),
+        }
+    }
+
+    fn head(&self, ctx_id: u32, status: i32) -> SvmResp {
+        let kind = if status == 0 { VIRTIO_GPU_RESP_OK_NODATA } else { VIRTIO_GPU_RESP_ERR_UNSPEC };
+        SvmResp {
+            hdr: CtrlHdr { kind: kind.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() },
+            status: status.into(),
+            daemon_epoch: self.epoch.into(),
+            ..SvmResp::default()
+        }
+    }
+
+    fn hello(&mut self, request: &[u8]) -> Vec<u8> {
+        let hello = Hello::read_from_bytes(request).unwrap();
+        self.incarnation = hello.incarnation.get();
+        self.lost = false;
+        self.contexts.clear();
+        self.log.push("hello".into());
+        let (num_devices, retiring) = (2.into(), self.retiring.into());
+        HelloResp { resp: self.head(0, 0), num_devices, retiring, ..HelloResp::default() }.as_bytes().to_vec()
+    }
+
+    fn device(&self, request: &[u8]) -> Vec<u8> {
+        let dev_id = GetDevice::read_from_bytes(request).unwrap().dev_id;
+        let mut device = GetDeviceResp { resp: self.head(0, 0), dev_id, ..GetDeviceResp::default() };
+        device.name[..4].copy_from_slice(b"mock");
+        device.va_bits = 48.into();
+        device.as_bytes().to_vec()
+    }
+
+    fn page_response(&mut self, request: &[u8]) -> Vec<u8> {
+        let (answer, runs) = PageResponse::read_from_prefix(request).unwrap();
+        let runs = <[PageRun]>::ref_from_bytes(runs).unwrap().to_vec();
+        assert_eq!(runs.len() as u32, answer.num_runs.get());
+        let (ctx_id, cookie) = (answer.hdr.ctx_id.get(), answer.cookie.get());
+        let seq = self.contexts.get(&ctx_id).copied().unwrap_or(0);
+        let old = runs.iter().any(|run| run.as_of.get() < seq);
+        let status = if !self.pending.contains(&cookie) {
+            -22
+        } else if old || self.refuse_answers > 0 {
+            self.refuse_answers = self.refuse_answers.saturating_sub(1);
+            -11
+        } else {
+            self.pending.remove(&cookie);
+            0
+        };
+        self.answers.push(Answered { ctx_id, cookie, code: answer.code.get(), runs, status });
+        SupplyResp { resp: self.head(ctx_id, status), ..SupplyResp::default() }.as_bytes().to_vec()
+    }
+
+    fn invalidate(&mut self, ctx_id: u32) -> Vec<u8> {
+        let seq = self.contexts.get_mut(&ctx_id).expect("a context");
+        *seq += 1;
+        let seq = *seq;
+        self.log.push(format!("invalidate {ctx_id}"));
+        if !self.hold_done {
+            self.notice(EVENT_INVAL_DONE, ctx_id, seq);
+        }
+        InvalidateResp { resp: self.head(ctx_id, 0), seq: seq.into(), ..InvalidateResp::default() }
+            .as_bytes()
+            .to_vec()
+    }
+
+    /// Plays just enough of a GPU: NOPs end well, other packets with EFAULT.
+    fn submit(&mut self, ctx_id: u32, request: &[u8]) -> Vec<u8> {
+        let (_, payload) = CmdSubmit::read_from_prefix(request).unwrap();
+        self.submissions.push(payload.to_vec());
+        let mut response = self.head(ctx_id, 0).as_bytes().to_vec();
+        let Ok((req, _)) = ReqHdr::read_from_prefix(payload) else { return response };
+        let hdr = |len: usize| RspHdr { len: (len as u32).into(), seqno: req.seqno, ..RspHdr::default() };
+        match req.cmd.get() {
+            SVM_REQ_VM_CREATE => {
+                let (vm_id, asid, va_bits) = (1.into(), 9.into(), 48.into());
+                let rsp = VmCreateRsp { hdr: hdr(32), vm_id, asid, va_bits, ..VmCreateRsp::default() };
+                response.extend_from_slice(rsp.as_bytes());
+            }
+            SVM_REQ_EXEC => {
+                let (exec, packets) = Exec::read_from_prefix(payload).unwrap();
+                let packet = Packet::read_from_prefix(packets).unwrap().0;
+                let status = if packet.opcode.get() == OP_NOP { 0 } else { -14 };
+                let job_id = self.submissions.len() as u64;
+                let job = JobRecord {
+                    kind: EVENT_JOB_DONE.into(),
+                    ctx_id: ctx_id.into(),
+                    job_id: job_id.into(),
+                    user_data: exec.user_data,
+                    status: status.into(),
+                    addr: packet.dst,
+                    perm: PERM_WRITE.into(),
+                    ..JobRecord::default()
+                };
+                self.records.push_back(job.as_bytes().to_vec());
+                response.extend_from_slice(ExecRsp { hdr: hdr(24), job_id: job_id.into() }.as_bytes());
+            }
+            _ => response.extend_from_slice(hdr(16).as_bytes()),
+        }
+        response
+    }
+}
+
+/// A counting signal.
+#[derive(Default)]
+struct Signal {
+    count: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Signal {
+    fn raise(&self) {
+        *self.count.lock().unwrap() += 1;
+        self.changed.notify_all();
+    }
+
+    fn take(&self, timeout: Duration) -> bool {
+        let waited =
+            self.changed.wait_timeout_while(self.count.lock().unwrap(), timeout, |count| *count == 0);
+        let mut count = waited.unwrap().0;
+        std::mem::take(&mut *count) > 0
+    }
+}
+
+struct Queues {
+    control: DeviceRing,
+    events: DeviceRing,
+    buffers: VecDeque<Chain>,
+}
+
+/// The device; running while it has queues.
+pub struct Mock {
+    kick: Signal,
+    call: Signal,
+    script: Mutex<Script>,
+    queues: Mutex<Option<Queues>>,
+    ended: Mutex<bool>,
+}
+
+impl Mock {
+    /// A device without queues, and its thread.
+    pub fn start() -> (Arc<Self>, JoinHandle<()>) {
+        let mock = Arc::new(Self {
+            kick: Signal::default(),
+            call: Signal::default(),
+            script: Mutex::new(Script::default()),
+            queues: Mutex::new(None),
+            ended: Mutex::new(false),
+        });
+        let device = mock.clone();
+        let thread = std::thread::spawn(move || device.play());
+        (mock, thread)
+    }
+
+    pub fn end(&self) {
+        *self.ended.lock().unwrap() = true;
+        self.kick.raise();
+    }
+
+    /// The driver sets the queues, or takes them away.
+    pub fn set_queues(&self, queues: Option<(Arc<DmaRegion>, [QueueAddresses; NUM_QUEUES], bool)>) {
+        let made = queues.map(|(memory, addresses, event_idx)| Queues {
+            control: DeviceRing::new(memory.clone(), addresses[usize::from(CONTROLQ)], event_idx),
+            events: DeviceRing::new(memory, addresses[usize::from(EVENTQ)], event_idx),
+            buffers: VecDeque::new(),
+        });
+        *self.queues.lock().unwrap() = made;
+    }
+
+    /// Changes the script and lets the device act on it.
+    pub fn script<T>(&self, change: impl FnOnce(&mut Script) -> T) -> T {
+        let result = change(&mut self.script.lock().unwrap());
+        self.kick.raise();
+        result
+    }
+
+    pub fn look(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().unwrap()
+    }
+
+    fn play(&self) {
+        while !*self.ended.lock().unwrap() {
+            self.kick.take(Duration::from_millis(20));
+            let mut queues = self.queues.lock().unwrap();
+            let Some(queues) = queues.as_mut() else { continue };
+            let mut script = self.script.lock().unwrap();
+            let mut interrupt = false;
+            while let Some(chain) = queues.control.pop() {
+                let answer = script.answer(&chain.readable);
+                interrupt |= queues.control.push(&chain, &answer);
+            }
+            if std::mem::take(&mut script.break_rings) {
+                interrupt |= queues.control.push_raw(9999, 0, 1);
+            }
+            while let Some(chain) = queues.events.pop() {
+                queues.buffers.push_back(chain);
+            }
+            while !script.records.is_empty() && !queues.buffers.is_empty() {
+                let count = script.records.len().min(42);
+                let header = EventHdr {
+                    num_records: (count as u32).into(),
+                    daemon_epoch: script.epoch.into(),
+                    ..EventHdr::default()
+                };
+                let mut bytes = header.as_bytes().to_vec();
+                bytes.extend(script.records.drain(..count).flatten());
+                let buffer = queues.buffers.pop_front().unwrap();
+                interrupt |= queues.events.push(&buffer, &bytes);
+            }
+            drop(script);
+            if interrupt {
+                self.call.raise();
+            }
+        }
+    }
+}
+
+/// The way to the mock.
+pub struct MockTransport(pub Arc<Mock>);
+
+impl Transport for MockTransport {
+    fn notify(&self, queue: u16) -> io::Result<()> {
+        assert_ne!(queue, CURSORQ);
+        self.0.kick.raise();
+        Ok(())
+    }
+
+    fn wait(&self, timeout: Duration) -> io::Result<bool> {
+        Ok(self.0.call.take(timeout))
+    }
+
+    fn read_config(&self, _offset: usize, _buf: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::from(io::ErrorKind::Unsupported))
+    }
+}
+
+/// A running mock with a driver on it.
+pub fn device() -> (Arc<Mock>, Arc<SvmDevice>) {
+    let (mock, _thread) = Mock::start();
+    let (fd, addresses) = memory(Rings::BYTES / 4096);
+    let driver = region(&fd, &addresses);
+    let config = RingConfig { event_idx: true, ..RingConfig::default() };
+    let rings = Rings::new(config).unwrap();
+    mock.set_queues(Some((region(&fd, &addresses), rings.addresses(&driver).unwrap(), true)));
+    let transport = Arc::new(MockTransport(mock.clone()));
+    let device = SvmDevice::new(transport, driver, &rings).unwrap();
+    (mock, Arc::new(device))
+}
+
+/// A file of `len` zeros, as an arena.
+pub fn file(len: u64) -> OwnedFd {
+    let fd = rustix::fs::memfd_create("mock-arena", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, len).unwrap();
+    fd
+}
