@@ -291,12 +291,17 @@ fn tables_of_unbound_pages_are_freed_beside_running_jobs() {
     for ring in 2..6 {
         rig.submit(asid, ring, &[fill(C + PAGE_SIZE, 15 * PAGE_SIZE, 1); 1000]);
     }
+    let mut last = None;
     // Far more than the bound on tables, each page in a table of its own.
     for i in 0..40_000u64 {
         let page = (1 << 30) + i * 512;
         rig.device.bind(asid, GpuAddr(page << 12), &[memory.extent(0, 1, true)]).unwrap();
-        // Whether an engine is inside does not matter here.
-        let _: Flush = rig.device.unbind(asid, PageRange { start: page, end: page + 1 });
+        if let Flush::Pending(ticket) = rig.device.unbind(asid, PageRange { start: page, end: page + 1 }) {
+            last = Some(ticket);
+        }
+    }
+    if let Some(ticket) = last {
+        rig.wait_flushed(asid, ticket);
     }
     memory.set(0, 1);
     memory.set(8, 1);
