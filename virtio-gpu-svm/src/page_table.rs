@@ -8,7 +8,7 @@
 //! borrow checker proves what an epoch scheme would promise: no reader is inside. Freeing only with the VM would be
 //! simpler, but a guest that binds and unbinds across a sparse space would then hold 4 KiB of ours for each page.
 //!
-//! Three kinds of table, 512 entries each: *directories* of tables, one *block* table per GiB whose [`Block`] entries
+//! Three kinds of table, 512 entries each: *directories* of tables, one *block* table per GiB whose `Block` entries
 //! are large leaves or lead to small ones, and *leaves*: 8 bytes a page plus 24 per 2 MiB. A large leaf that is cut
 //! goes whole: its other pages fault again. `prepare` allocates and may fail; `commit` cannot.
 

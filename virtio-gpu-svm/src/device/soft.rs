@@ -1,7 +1,7 @@
 //! The embedded software GPU: replayable faults, any address, fixed-function packets. Always built, several per daemon.
 //!
-//! Owns GPU VMs ([`sched`] says who runs, [`mem`] what they see), jobs ([`packet`]) and the device's own record of its
-//! faults ([`ledger`]). The library has no threads: the daemon lends one thread per engine, which calls
+//! Owns GPU VMs (`sched` says who runs, `mem` what they see), jobs (`packet`) and the device's own record of its
+//! faults (`ledger`). The library has no threads: the daemon lends one thread per engine, which calls
 //! [`SoftDevice::run_engine`] and stays there until [`SoftDevice::shutdown`].
 //!
 //! An engine runs a job for a *slice* of about 30 us. In a slice it uses translations freely; between slices, and so
@@ -9,8 +9,9 @@
 //!
 //! # Locks
 //! The scheduler's mutex: a few lines at a time, nothing is called under it. A VM's memory lock: an engine reads in it
-//! for a slice; see [`mem`]. Never two at once. Events are called with neither.
+//! for a slice; see `mem`. Never two at once. Events are called with neither.
 //!
+//! Ends of jobs of one ring are told in order: the next job starts when the end of the one before was told.
 //! Nothing is reported when no engine runs, retirement of VMs included: engines are the only ones that call up.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]

@@ -1,8 +1,8 @@
 //! A GPU VM's memory: its page table, the regions that the table points into, and every access that engines make.
 //!
 //! The one module of the software GPU that dereferences guest memory. Guests, their VMMs and other engines read and
-//! write the same bytes at any time, so there is never a reference to them: only volatile and atomic operations through raw
-//! pointers, inside [`Span`]s that a [`View`] hands out.
+//! write the same bytes at any time, so there is never a reference to them: only volatile and atomic operations (and
+//! one instruction) through raw pointers, inside [`Span`]s that a [`View`] hands out.
 //!
 //! Why a span is valid: a table word names memory of a [`Region`] that [`Inner::regions`] holds, both are in one
 //! `RwLock`, and a region leaves only under its write lock, after its words. A view is a read lock, held for one
@@ -57,7 +57,8 @@ impl VmMemory {
         Self { inner: RwLock::new(inner), emptied: AtomicUsize::new(0) }
     }
 
-    /// Makes translations for the extents from page `first` on: all or none.
+    /// Makes translations for the extents from page `first` on: all or none. First makes every table, which may fail,
+    /// then stores, which cannot.
     ///
     /// # Errors
     /// [`OutOfMemory`].
@@ -84,10 +85,13 @@ impl VmMemory {
             page = page.saturating_add(run.pages);
         }
         let mut regions = inner.regions.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut page = first;
+        let (mut page, mut held) = (first, None);
         for (region, run) in runs() {
             // Held before its first word, so that no view finds a word without its region.
-            regions.entry(region.id()).or_insert_with(|| Arc::clone(region));
+            if held != Some(region.id()) {
+                regions.entry(region.id()).or_insert_with(|| Arc::clone(region));
+                held = Some(region.id());
+            }
             edit.commit(page, run);
             page = page.saturating_add(run.pages);
         }
@@ -361,22 +365,16 @@ impl Target<'_> {
     /// Copies `bytes` from `source`, in effect byte by byte from the first to the last, also where both overlap.
     pub fn copy_from(&self, source: &Span<'_>, bytes: u64) {
         let (to, from) = (self.0.octets(bytes), source.octets(bytes));
-        let ahead = self.0.host.wrapping_sub(source.host);
-        let together = ahead.is_multiple_of(WORD);
-        // A word at a time is only the same as byte by byte if a word is stored after it was loaded whole.
-        let head =
-            if together && ahead >= WORD { self.0.host.wrapping_neg() % WORD } else { bytes }.min(bytes);
-        let words = bytes.saturating_sub(head) / WORD;
-        let tail = head.saturating_add(words.saturating_mul(WORD));
-        copy_octets(to, from, 0..head);
-        let (to_words, from_words) = (at(to, head).cast::<u64>(), at(from, head).cast::<u64>());
-        for i in 0..words {
-            // SAFETY: `octets` gave `bytes` readable bytes, this word ends before `tail`, and after `head` it is aligned.
-            let word = unsafe { at(from_words, i).read_volatile() };
-            // SAFETY: the same of the target; it is aligned with the source, as their distance is whole words.
-            unsafe { at(to_words, i).write_volatile(word) };
+        // SAFETY: `octets` gave `bytes` readable bytes of the source.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            copy_string(to, from, bytes);
         }
-        copy_octets(to, from, tail..bytes);
+        // SAFETY: as above.
+        #[cfg(not(target_arch = "x86_64"))]
+        unsafe {
+            copy_words(to, from, bytes);
+        }
     }
 
     fn word(&self) -> &AtomicU64 {
@@ -386,12 +384,61 @@ impl Target<'_> {
     }
 }
 
-/// Copies the octets of the range, one by one. Both pointers must come from [`Span::octets`] of at least its end.
-fn copy_octets(to: *mut u8, from: *mut u8, range: std::ops::Range<u64>) {
+/// Copies forward with the instruction for it: by definition byte by byte, and opaque to the compiler. On scattered
+/// pages (AMD EPYC, one run) 7.3 GB/s, where volatile words did 5.1 and memcpy 8.3.
+///
+/// # Safety
+/// `bytes` bytes must be readable at `from` and writable at `to` for the time of the call.
+#[cfg(target_arch = "x86_64")]
+unsafe fn copy_string(to: *mut u8, from: *const u8, bytes: u64) {
+    // SAFETY: the instruction reads and writes what the caller vouches for, and clobbers what is named here; the
+    // direction flag is clear by the rules of inline assembly.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") bytes => _,
+            inout("rdi") to => _,
+            inout("rsi") from => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+/// Copies forward by volatile words where both sides are aligned alike, else by octets.
+///
+/// # Safety
+/// `bytes` bytes must be readable at `from` and writable at `to` for the time of the call.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+unsafe fn copy_words(to: *mut u8, from: *mut u8, bytes: u64) {
+    let ahead = (to.addr() as u64).wrapping_sub(from.addr() as u64);
+    // A word at a time is only the same as byte by byte if a word is stored after it was loaded whole.
+    let by_words = ahead.is_multiple_of(WORD) && ahead >= WORD;
+    let head = if by_words { (to.addr() as u64).wrapping_neg() % WORD } else { bytes }.min(bytes);
+    let words = bytes.saturating_sub(head) / WORD;
+    let tail = head.saturating_add(words.saturating_mul(WORD));
+    // SAFETY: the caller vouches for `bytes`, and `head` is not more.
+    unsafe { copy_octets(to, from, 0..head) };
+    let (to_words, from_words) = (at(to, head).cast::<u64>(), at(from, head).cast::<u64>());
+    for i in 0..words {
+        // SAFETY: this word ends at `tail`, which is within `bytes`; after `head` it is aligned.
+        let word = unsafe { at(from_words, i).read_volatile() };
+        // SAFETY: the same of the target; it is aligned with the source, as their distance is whole words.
+        unsafe { at(to_words, i).write_volatile(word) };
+    }
+    // SAFETY: the caller vouches for `bytes`.
+    unsafe { copy_octets(to, from, tail..bytes) };
+}
+
+/// Copies the octets of a range, one by one.
+///
+/// # Safety
+/// The range must be readable from `from` on and writable from `to` on for the time of the call.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+unsafe fn copy_octets(to: *mut u8, from: *mut u8, range: std::ops::Range<u64>) {
     for i in range {
-        // SAFETY: the caller's `octets` gave readable bytes beyond `i`.
+        // SAFETY: the caller vouches for the range, and `i` is in it.
         let octet = unsafe { at(from, i).read_volatile() };
-        // SAFETY: the caller's `octets` of a target gave writable bytes beyond `i`.
+        // SAFETY: as above.
         unsafe { at(to, i).write_volatile(octet) };
     }
 }
@@ -405,3 +452,6 @@ fn at<T>(base: *mut T, i: u64) -> *mut T {
 fn host_size(value: u64) -> usize {
     value as usize
 }
+
+#[cfg(test)]
+mod tests;

@@ -50,17 +50,18 @@ fn rings_run_side_by_side() {
 }
 
 #[test]
-fn vm_with_many_rings_does_not_starve_one_with_a_single_job() {
+fn vm_with_many_rings_does_not_starve_those_with_a_single_job() {
     let rig = Rig::paused(1);
     let (bully, _) = vm_with_memory(&rig, 1);
-    let (victim, _) = vm_with_memory(&rig, 2);
+    let victims = [vm_with_memory(&rig, 2).0, vm_with_memory(&rig, 3).0];
+    let before = rig.submit(victims[0], 0, &long());
     let bullies: Vec<_> = (0..50).map(|ring| rig.submit(bully, ring, &long())).collect();
-    let job = rig.submit(victim, 0, &long());
+    let after = rig.submit(victims[1], 0, &long());
     rig.go();
     for job in bullies {
         rig.end_of(job);
     }
-    assert_eq!(done(&rig.log())[0], job);
+    assert_eq!(done(&rig.log())[..2], [before, after]);
 }
 
 #[test]
@@ -100,16 +101,32 @@ fn flush_waits_only_for_slices_that_began_before() {
     // A second slice of the same VM begins after the unbind, and stays.
     let gate = Memory::new(1);
     rig.bind(asid, C + (1 << 30), &gate, 0, 1);
-    let later = rig.submit(asid, 61, &[packet(OP_HOLD, |p| p.dst = (C + (1 << 30)).into())]);
-    while gate.get(8) == 0 {
-        std::thread::yield_now();
-    }
+    let later = rig.hold_at(asid, 61, C + (1 << 30), &gate);
     rig.let_go(&memory);
     rig.wait_flushed(asid, early);
     assert!(!done(&rig.log()).contains(&later));
     let late = pending(rig.device.unbind(asid, PageRange { start: 0, end: 1 }));
     gate.set(0, 1);
     rig.wait_flushed(asid, late);
+}
+
+#[test]
+fn flush_waits_for_the_oldest_slice() {
+    let rig = Rig::new(3);
+    let (asid, memory) = vm_with_memory(&rig, 1);
+    rig.hold(asid, &memory);
+    let ticket = pending(rig.device.unbind(asid, PageRange { start: 0, end: 1 }));
+    let gate = Memory::new(1);
+    rig.bind(asid, C + (1 << 30), &gate, 0, 1);
+    rig.hold_at(asid, 61, C + (1 << 30), &gate);
+    // The third engine passes checkpoints of this VM; the second job runs when all of the first was told.
+    for _ in 0..2 {
+        rig.run(asid, &[Packet::default()]);
+    }
+    assert!(!rig.log().iter().any(|e| matches!(e, Event::Flushed(..))));
+    rig.let_go(&memory);
+    rig.wait_flushed(asid, ticket);
+    gate.set(0, 1);
 }
 
 #[test]
@@ -162,6 +179,20 @@ fn frozen_vm_keeps_its_place_and_goes_on() {
     assert_eq!(rig.device.set_frozen(asid, false), Flush::Done);
     let ends = [held, queued, faulted, waiting, late].map(|job| rig.end_of(job).errno);
     assert_eq!(ends, [0, 0, errno::EFAULT, 0, 0]);
+}
+
+#[test]
+fn vm_frozen_while_it_is_queued_does_not_run() {
+    let rig = Rig::paused(1);
+    let (asid, memory) = vm_with_memory(&rig, 1);
+    let job = rig.submit(asid, 0, &[word_op(OP_SEM_SIGNAL, C, 1)]);
+    assert_eq!(rig.device.set_frozen(asid, true), Flush::Done);
+    rig.go();
+    let (other, _) = vm_with_memory(&rig, 2);
+    rig.run(other, &long());
+    assert_eq!(memory.get(0), 0);
+    assert_eq!(rig.device.set_frozen(asid, false), Flush::Done);
+    assert_eq!(rig.end_of(job).errno, 0);
 }
 
 #[test]
@@ -291,12 +322,17 @@ fn tables_of_unbound_pages_are_freed_beside_running_jobs() {
     for ring in 2..6 {
         rig.submit(asid, ring, &[fill(C + PAGE_SIZE, 15 * PAGE_SIZE, 1); 1000]);
     }
+    let mut last = None;
     // Far more than the bound on tables, each page in a table of its own.
     for i in 0..40_000u64 {
         let page = (1 << 30) + i * 512;
         rig.device.bind(asid, GpuAddr(page << 12), &[memory.extent(0, 1, true)]).unwrap();
-        // Whether an engine is inside does not matter here.
-        let _: Flush = rig.device.unbind(asid, PageRange { start: page, end: page + 1 });
+        if let Flush::Pending(ticket) = rig.device.unbind(asid, PageRange { start: page, end: page + 1 }) {
+            last = Some(ticket);
+        }
+    }
+    if let Some(ticket) = last {
+        rig.wait_flushed(asid, ticket);
     }
     memory.set(0, 1);
     memory.set(8, 1);
