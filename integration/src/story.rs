@@ -168,7 +168,8 @@ impl<'a> Story<'a> {
         let end = process.geometry.bytes();
         for vm in context["vms"].as_array().context("no GPU VMs")? {
             let mapping = &vm["mappings"][0];
-            let ranges = ["cpu_start", "cpu_end", "gpu_start", "gpu_end"].map(|field| mapping[field].as_u64());
+            let ranges =
+                ["cpu_start", "cpu_end", "gpu_start", "gpu_end"].map(|field| mapping[field].as_u64());
             let wanted = [CPU_BASE, CPU_BASE + end, GPU_BASE, GPU_BASE + end].map(Some);
             ensure!(ranges == wanted, "{} maps {mapping}", process.name);
             ensure!(vm["resident_pages"] == 0, "{} has resident pages: {vm}", process.name);
@@ -191,10 +192,15 @@ impl<'a> Story<'a> {
     fn fault_all(&mut self) -> Result<()> {
         self.each("launch 0")?;
         let vms = (self.processes.len() * self.plan.devices) as u64;
-        self.until(|story| Ok(story.daemon.stat("/pending_vms")? == vms), "all GPU VMs have a fault pending")?;
+        self.until(
+            |story| Ok(story.daemon.stat("/pending_vms")? == vms),
+            "all GPU VMs have a fault pending",
+        )?;
         let answered = self.daemon.stat("/counters/faults_answered")?;
         ensure!(answered == 0, "{answered} faults were answered before all were pending");
-        self.say(format!("\n{vms} GPU VMs have a fault pending at C..D, none is answered yet; whose is which?"));
+        self.say(format!(
+            "\n{vms} GPU VMs have a fault pending at C..D, none is answered yet; whose is which?"
+        ));
         for process in &self.processes {
             let context = self.context(process)?;
             self.say(format!("  {:<22} {} faults wait for it", process.name, context["pending_faults"]));
@@ -305,8 +311,12 @@ impl<'a> Story<'a> {
             answered.extend(machine.answers(&devices)?);
         }
         let comparison = ledger::compare(&raised, &answered, &self.touches);
-        self.say(format!("\nthree ledgers: device (below the router), agents, geometry of the jobs\n  {comparison}"));
-        let bytes = Geometry { cpu: CPU_BASE, gpu: GPU_BASE, devices: u32::try_from(devices.len())?, seed: 0 }.bytes();
+        self.say(format!(
+            "\nthree ledgers: device (below the router), agents, geometry of the jobs\n  {comparison}"
+        ));
+        let bytes =
+            Geometry { cpu: CPU_BASE, gpu: GPU_BASE, devices: u32::try_from(devices.len())?, seed: 0 }
+                .bytes();
         Ok(Report {
             vmm: self.plan.vmm,
             guests: self.machines.len(),

@@ -56,7 +56,8 @@ impl Machine for HostMachine {
         if rustix::process::geteuid().is_root() {
             command.uid(uid).gid(uid);
         }
-        let mut child = command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
+        let mut child =
+            command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
         let output = BufReader::new(child.stdout.take().context("no stdout")?);
         Ok(Box::new(HostActor { child, output }))
     }
@@ -107,7 +108,8 @@ impl Actor for HostActor {
     fn answer(&mut self) -> Result<Value> {
         let mut line = String::new();
         self.output.read_line(&mut line)?;
-        serde_json::from_str(&line).with_context(|| format!("the process answers {line:?}; its error is above"))
+        serde_json::from_str(&line)
+            .with_context(|| format!("the process answers {line:?}; its error is above"))
     }
     fn end(&mut self) -> Result<()> {
         let status = self.child.wait()?;
