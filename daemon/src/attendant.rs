@@ -159,7 +159,7 @@ impl Attendant {
         let reason = match outcome {
             Ok(()) => "the VMM left".to_owned(),
             Err(failure) => {
-                let reason = failure.to_string();
+                let reason = with_causes(&*failure);
                 if !matches!(*failure, Failure::Removed) {
                     tracing::warn!(guest = %name, %reason, "session ended");
                     lock(&self.seat.live).last_error = Some(reason.clone());
@@ -175,4 +175,10 @@ impl Attendant {
             poll(&mut [PollFd::new(&self.seat.stop, PollFlags::IN)], Some(&PAUSE)).ok();
         }
     }
+}
+
+/// An error with what caused it, in one line.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

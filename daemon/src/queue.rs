@@ -398,7 +398,7 @@ impl Table {
             return Err(ChainError::IndirectAndNext);
         }
         let bytes = descriptor.len();
-        if bytes == 0 || bytes % DESCRIPTOR_BYTES != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
             return Err(ChainError::IndirectLength(bytes));
         }
         Ok(Self { start: descriptor.addr().0, entries: bytes / DESCRIPTOR_BYTES, indirect: true })

@@ -1,7 +1,7 @@
 //! All guests of the daemon: their names, their sockets, what they are granted.
 //!
-//! Called by the command line, the configuration and the control socket, from any thread. Each guest has a [`Seat`]
-//! with a thread of its own (see [`crate::attendant`]) that serves one VMM after the other. Adding and removing are
+//! Called by the command line, the configuration and the control socket, from any thread. Each guest has a seat
+//! with a thread of its own (`attendant`) that serves one VMM after the other. Adding and removing are
 //! idempotent, and refused before anything is changed.
 
 use crate::attendant::{Attendant, Door, Seat};

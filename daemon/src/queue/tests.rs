@@ -10,6 +10,7 @@ const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const DATA: u64 = 0x1_0000;
 const MEMORY_END: u64 = 0x40_0000;
+const MEMORY_BYTES: usize = 0x40_0000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -32,7 +33,7 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_END as usize)]).unwrap();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
         let memory = Arc::new(memory);
         let ring = Ring::new(GuestMemoryAtomic::from(Arc::clone(&memory)), 1024).unwrap();
         ring.set_queue_size(SIZE);
@@ -41,12 +42,11 @@ impl Driver {
         ring.set_enabled(true);
         Self { memory, ring, avail: 0, size: SIZE }
     }
-    fn descriptor_at(&self, table: u64, index: u64, addr: u64, len: u32, flags: u16, next: u16) {
-        let descriptor = Descriptor::new(addr, len, flags, next);
+    fn put(&self, table: u64, index: u64, descriptor: Descriptor) {
         self.memory.write_obj(descriptor, GuestAddress(table + 16 * index)).unwrap();
     }
     fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        self.descriptor_at(DESC, index.into(), addr, len, flags, next);
+        self.put(DESC, index.into(), Descriptor::new(addr, len, flags, next));
     }
     fn offer(&mut self, head: u16) {
         let slot = AVAIL + 4 + 2 * u64::from(self.avail % self.size);
@@ -250,8 +250,8 @@ fn more_than_4_gib_of_buffers_are_refused() {
 fn indirect_table_is_walked() {
     let mut driver = Driver::new();
     driver.memory.write_slice(b"abcd", GuestAddress(DATA)).unwrap();
-    driver.descriptor_at(0x8000, 0, DATA, 4, NEXT, 1);
-    driver.descriptor_at(0x8000, 1, DATA + 0x1000, 8, WRITE, 0);
+    driver.put(0x8000, 0, Descriptor::new(DATA, 4, NEXT, 1));
+    driver.put(0x8000, 1, Descriptor::new(DATA + 0x1000, 8, WRITE, 0));
     driver.descriptor(4, 0x8000, 32, INDIRECT, 0);
     driver.offer(4);
     let mut command = Vec::new();
@@ -279,12 +279,12 @@ fn malformed_indirect_tables_are_refused() {
 
     let driver = Driver::new();
     driver.descriptor(0, 0x8000, 32, INDIRECT, 0);
-    driver.descriptor_at(0x8000, 0, 0x9000, 16, INDIRECT, 0);
+    driver.put(0x8000, 0, Descriptor::new(0x9000, 16, INDIRECT, 0));
     driver.refuses(ChainError::NestedIndirect);
 
     let driver = Driver::new();
     driver.descriptor(0, 0x8000, 32, INDIRECT, 0);
-    driver.descriptor_at(0x8000, 0, DATA, 4, NEXT, 2);
+    driver.put(0x8000, 0, Descriptor::new(DATA, 4, NEXT, 2));
     driver.refuses(ChainError::NextOutOfRange(2));
 
     let driver = Driver::new();
@@ -298,9 +298,9 @@ fn over_long_command_is_read_in_part_and_answered() {
     let mut driver = Driver::new();
     let entries: u32 = 65_536;
     for i in 0..u64::from(entries - 1) {
-        driver.descriptor_at(0x10_0000, i, DATA, 4096, NEXT, u16::try_from(i + 1).unwrap());
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 4096, NEXT, u16::try_from(i + 1).unwrap()));
     }
-    driver.descriptor_at(0x10_0000, u64::from(entries - 1), DATA + 0x8000, 64, WRITE, 0);
+    driver.put(0x10_0000, u64::from(entries - 1), Descriptor::new(DATA + 0x8000, 64, WRITE, 0));
     driver.descriptor(0, 0x10_0000, entries * 16, INDIRECT, 0);
     driver.offer(0);
 
@@ -322,7 +322,7 @@ fn longer_chains_than_any_buffer_are_refused() {
     let mut driver = Driver::new();
     driver.memory = Arc::new(memory);
     for i in 0..65_536_u64 {
-        driver.descriptor_at(0x10_0000, i, DATA, 0, NEXT, u16::try_from((i + 1) % 65_536).unwrap());
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 0, NEXT, u16::try_from((i + 1) % 65_536).unwrap()));
     }
     driver.descriptor(0, 0x10_0000, 70_000 * 16, INDIRECT, 0);
     driver.refuses(ChainError::TooLong);
@@ -333,9 +333,9 @@ fn longer_chains_than_any_buffer_are_refused() {
 fn expensive_malformed_chains_end_the_turn() {
     let mut driver = Driver::new();
     for i in 0..65_535_u64 {
-        driver.descriptor_at(0x10_0000, i, DATA, 1, NEXT, u16::try_from(i + 1).unwrap());
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 1, NEXT, u16::try_from(i + 1).unwrap()));
     }
-    driver.descriptor_at(0x10_0000, 65_535, DATA, 1, NEXT, 0);
+    driver.put(0x10_0000, 65_535, Descriptor::new(DATA, 1, NEXT, 0));
     driver.descriptor(0, 0x10_0000, 65_536 * 16, INDIRECT, 0);
     for _ in 0..SIZE {
         driver.offer(0);
@@ -352,8 +352,8 @@ fn expensive_malformed_chains_end_the_turn() {
 #[test]
 fn turn_ends_with_its_budget() {
     let mut driver = Driver::new();
-    driver.ring.set_queue_size(CHAIN_BUDGET as u16 * 2);
-    driver.size = CHAIN_BUDGET as u16 * 2;
+    driver.size = 2 * u16::try_from(CHAIN_BUDGET).unwrap();
+    driver.ring.set_queue_size(driver.size);
     driver.descriptor(0, DATA, 1, 0, 0);
     for _ in 0..=CHAIN_BUDGET {
         driver.offer(0);

@@ -7,5 +7,6 @@ mod device;
 mod events;
 mod harness;
 mod methods;
+mod process;
 mod protocol;
 mod svmctl;

@@ -1,5 +1,9 @@
 //! Sessions and the registry from outside: real sockets, a real frontend, real rings.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::cast_possible_truncation, reason = "small constants of the tests")]
+#![expect(clippy::too_many_arguments, reason = "a descriptor has that many fields")]
+
 mod memory;
 mod registry;
 mod rings;

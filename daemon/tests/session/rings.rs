@@ -209,3 +209,37 @@ fn device_reset_is_a_new_driver() {
     assert_eq!(kind(&vmm.command(create_context(7).as_bytes())), VIRTIO_GPU_RESP_OK_NODATA);
     assert_eq!(contexts(&daemon), 1);
 }
+
+/// A kick file that cannot be read ends the framework's queue thread, which tells nobody: the session must end too.
+#[test]
+fn queue_thread_that_ends_takes_its_session_along() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    use std::io::{IoSlice, Write};
+    use std::mem::MaybeUninit;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use vhost::vhost_user::{Frontend, VhostUserFrontend};
+
+    let daemon = Daemon::start();
+    let socket = daemon.add("vm0");
+    let stream = UnixStream::connect(&socket).unwrap();
+    let mut frontend = crate::vmm::negotiate(Frontend::from_stream(stream.try_clone().unwrap(), 3));
+    // Not the eight bytes of an event, and then an end.
+    let (kick, mut end) = std::io::pipe().unwrap();
+    end.write_all(b"abc").unwrap();
+    drop(end);
+    // SET_VRING_KICK of ring 0, version 1, eight bytes.
+    let mut message = [12u32, 1, 8].map(u32::to_le_bytes).concat();
+    message.extend(0u64.to_le_bytes());
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [kick.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(&stream, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL).unwrap();
+    // The session may end before this is answered.
+    frontend.set_vring_enable(0, true).ok();
+    let reason = daemon.wait_disconnected();
+    assert!(reason.contains("queue thread"), "{reason}");
+    drop(frontend);
+    assert!(!Vmm::start(&socket).command(&[0; 24]).is_empty());
+}
