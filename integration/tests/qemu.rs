@@ -5,8 +5,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use integration::initramfs::FIRST_UID;
-use integration::provision::Vm;
+use integration::provision::{Kernel, Vm};
 use integration::qemu::{Guest, ROOT};
+use integration::svmd::{Options, Svmd};
+use serde_json::{Value, json};
+use virtio_gpu_svm::protocol::{CAPSET_SVM, CAPSET_SVM_VERSION, SVM_MAGIC, SvmConfig, VERSION_MAJOR};
+use zerocopy::FromBytes;
 
 /// Guests take whole processors.
 fn one_at_a_time() -> MutexGuard<'static, ()> {
@@ -106,4 +110,48 @@ fn qemu_ends_with_its_guest() -> Result<()> {
     ensure!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "QEMU is still there");
     ensure!(process.wait().is_err(), "a process outlived its guest");
     Ok(())
+}
+
+#[test]
+fn qemu_stock_virtio_gpu_driver_lists_our_capset() -> Result<()> {
+    let _turn = one_at_a_time();
+    let vm = Vm::open()?;
+    let kernel = vm.generic_kernel()?;
+    let svmd = Svmd::launch(&Options::default())?;
+    let looked = look_through_stock_driver(&vm, kernel, &svmd);
+    looked.with_context(|| format!("-- svmd's log --\n{}", svmd.log()))
+}
+
+fn look_through_stock_driver(vm: &Vm, kernel: Kernel, svmd: &Svmd) -> Result<()> {
+    let guest = Guest::builder("stock").kernel(kernel).vhost_user_gpu(svmd.socket("vm0")).boot(vm)?;
+    let listed = format!(
+        "[drm] cap set 0: id {CAPSET_SVM}, max-version {CAPSET_SVM_VERSION}, max-size {}",
+        size_of::<SvmConfig>()
+    );
+    let log = guest.check(ROOT, "dmesg")?;
+    ensure!(log.contains(&listed), "the driver does not say `{listed}`:\n{log}");
+
+    // What udev does for the users of a desktop.
+    guest.check(ROOT, "chmod 0666 /dev/dri/renderD128")?;
+    let arguments = format!("guest-drm /dev/dri/renderD128 {CAPSET_SVM} {}", size_of::<SvmConfig>());
+    let seen: Value = serde_json::from_str(&guest.check(FIRST_UID, arguments.as_str())?)?;
+    let expected = json!({
+        "3d_features": 1, "resource_blob": 1, "context_init": 1, "supported_capset_ids": 1u32 << CAPSET_SVM
+    });
+    ensure!(seen["parameters"] == expected, "{seen}");
+    let bytes = from_hex(seen["capset"].as_str().context("capset")?)?;
+    let capset = SvmConfig::read_from_bytes(&bytes).ok().context("the capset has another size")?;
+    ensure!(capset.magic.get() == SVM_MAGIC && capset.version_major.get() == VERSION_MAJOR, "{capset:?}");
+    ensure!(capset.num_devices.get() == 2, "{capset:?}");
+
+    // Contexts and resources come and go with the process; the driver logs each command that the device refuses.
+    let log = guest.check(ROOT, "dmesg")?;
+    let refused: Vec<&str> = log.lines().filter(|line| line.contains("*ERROR* response")).collect();
+    ensure!(refused.is_empty(), "{refused:?}");
+    guest.power_off()
+}
+
+fn from_hex(text: &str) -> Result<Vec<u8>> {
+    let digits = text.as_bytes().chunks(2);
+    digits.map(|pair| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?)).collect()
 }
