@@ -9,12 +9,15 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::provision::progress;
 
+const GUEST_PACKAGES: [&str; 2] = ["guest-agent", "guest-runner"];
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Symbols stay for backtraces; line tables of the standard library would be most of the file.
 const GUEST_FLAGS: &str = "-C target-feature=+crt-static -C strip=debuginfo";
@@ -40,53 +43,42 @@ impl Binaries {
     }
 }
 
-/// Builds the programs of these packages for this host.
+/// Builds all programs of the workspace for this host, with these features (`PACKAGE/FEATURE`) besides the default.
+///
+/// The whole workspace is selected, as by `cargo test --workspace` and `cargo demo`: the features of dependencies depend
+/// on the selection, and with another one everything that they reach would be compiled a second time.
 ///
 /// # Errors
 /// Fails when they do not compile; the compiler's messages are on stderr.
-pub fn build_host(packages: &[&str]) -> Result<Binaries> {
-    build_host_with(packages, &[])
-}
-
-/// The same with features, each as PACKAGE/FEATURE.
-///
-/// # Errors
-/// As [`build_host`].
-pub fn build_host_with(packages: &[&str], features: &[&str]) -> Result<Binaries> {
-    progress!("building {} for the host", packages.join(", "));
-    let mut command = cargo(packages)?;
+pub fn build_host(features: &[&str]) -> Result<Binaries> {
+    let mut command = cargo()?;
+    command.arg("--workspace");
     if !features.is_empty() {
         command.args(["--features", &features.join(",")]);
     }
-    build(command)
+    build(command, "programs for the host")
 }
 
-/// Builds the programs of these packages as static executables for a guest.
+/// Builds the programs of guests as static executables, once: the first process, the agent, what they run.
 ///
 /// # Errors
 /// Fails when they do not compile; the compiler's messages are on stderr.
-pub fn build_guest(packages: &[&str]) -> Result<Binaries> {
-    progress!("building {} for guests", packages.join(", "));
-    let mut command = cargo(packages)?;
+pub fn build_guest() -> Result<Binaries> {
+    static BUILT: Mutex<Option<Binaries>> = Mutex::new(None);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(programs) = &*built {
+        return Ok(programs.clone());
+    }
+    let mut command = cargo()?;
+    for package in GUEST_PACKAGES {
+        command.args(["--package", package]);
+    }
     // With an explicit target, flags reach neither build scripts nor procedural macros. The general variables would
     // take precedence over the one for the target.
     command.args(["--target", GUEST_TARGET]);
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
     command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", GUEST_FLAGS);
-    build(command)
-}
-
-/// What every guest boots with: its first process and the small programs that belong to it. Built once.
-///
-/// # Errors
-/// Fails as [`build_guest`] does.
-pub fn runner() -> Result<Binaries> {
-    static BUILT: Mutex<Option<Binaries>> = Mutex::new(None);
-    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*built {
-        Some(programs) => Ok(programs.clone()),
-        None => Ok(built.insert(build_guest(&["guest-runner"])?).clone()),
-    }
+    Ok(built.insert(build(command, "programs for guests")?).clone())
 }
 
 /// The target folder that the running program was built into.
@@ -102,14 +94,11 @@ pub fn target_folder() -> Result<PathBuf> {
     })
 }
 
-fn cargo(packages: &[&str]) -> Result<Command> {
+fn cargo() -> Result<Command> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(["build", "--quiet", "--bins", "--message-format=json-render-diagnostics"]);
     command.arg("--manifest-path").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml"));
     command.arg("--target-dir").arg(target_folder()?);
-    for package in packages {
-        command.args(["--package", package]);
-    }
     for (name, _) in std::env::vars_os() {
         if INHERITED.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
             command.env_remove(name);
@@ -118,7 +107,7 @@ fn cargo(packages: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
-fn build(mut command: Command) -> Result<Binaries> {
+fn build(mut command: Command, what: &str) -> Result<Binaries> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -126,8 +115,16 @@ fn build(mut command: Command) -> Result<Binaries> {
         .with_context(|| format!("{:?} does not start: is cargo installed?", command.get_program()))?;
     let stdout = child.stdout.take().context("cargo has no stdout")?;
     let mut programs = HashMap::new();
+    let mut compiled = 0u32;
+    let mut next_report = Instant::now() + PROGRESS_INTERVAL;
     for line in BufReader::new(stdout).lines() {
-        programs.extend(executable(&line?));
+        let line = line?;
+        programs.extend(executable(&line));
+        compiled += u32::from(is_compiled(&line));
+        if Instant::now() >= next_report {
+            progress!("building {what} ... {compiled} crates compiled");
+            next_report = Instant::now() + PROGRESS_INTERVAL;
+        }
     }
     let status = child.wait()?;
     ensure!(status.success(), "cargo build failed ({status}); its messages are above");
@@ -142,6 +139,12 @@ fn executable(line: &str) -> Option<(String, PathBuf)> {
     Some((name.to_owned(), PathBuf::from(path)))
 }
 
+/// Whether a message of cargo says that a crate was compiled, rather than found.
+fn is_compiled(line: &str) -> bool {
+    let message: Option<Value> = serde_json::from_str(line).ok();
+    message.and_then(|message| message.get("fresh")?.as_bool()) == Some(false)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,5 +157,12 @@ mod tests {
         let library = r#"{"reason":"compiler-artifact","target":{"name":"daemon"},"executable":null}"#;
         assert_eq!(executable(library), None);
         assert_eq!(executable("not json"), None);
+    }
+
+    #[test]
+    fn crate_counts_as_compiled_when_it_was_not_found() {
+        assert!(is_compiled(r#"{"reason":"compiler-artifact","fresh":false}"#));
+        assert!(!is_compiled(r#"{"reason":"compiler-artifact","fresh":true}"#));
+        assert!(!is_compiled(r#"{"reason":"build-finished","success":true}"#));
     }
 }

@@ -67,7 +67,7 @@ impl VmmKind {
 /// The stage cannot be set, or a step of the story cannot be made.
 pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
     let features: &[&str] = if stage.sabotage.is_some() { &["daemon/sabotage"] } else { &[] };
-    let programs = binaries::build_host_with(&["daemon", "guest-runner"], features)?;
+    let programs = binaries::build_host(features)?;
     let names: Vec<String> = (1..=stage.guests).map(|n| format!("guest{n}")).collect();
     let folder = open_folder()?;
     let mut options = Options { guests: names.clone(), devices: DEVICES, ..Options::default() };
@@ -97,8 +97,7 @@ fn machines(
 ) -> Result<Vec<Box<dyn Machine>>> {
     if vmm == VmmKind::Qemu {
         let vm = Vm::open()?;
-        let programs = binaries::build_guest(&["guest-agent"])?;
-        return boot_all(&vm, names, daemon, &programs);
+        return boot_all(&vm, names, daemon);
     }
     let host = |name: &String| {
         let ram = GuestRam::new(Layout::Flat { bytes: RAM_BYTES }, 1)?;
@@ -114,11 +113,11 @@ fn machines(
 }
 
 /// Boots all guests at the same time.
-fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd, programs: &Binaries) -> Result<Vec<Box<dyn Machine>>> {
+fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd) -> Result<Vec<Box<dyn Machine>>> {
     std::thread::scope(|scope| {
         let boot = |name: &String| {
             let (name, socket) = (name.clone(), daemon.socket(name));
-            scope.spawn(move || QemuMachine::boot(vm, &name, &socket, programs))
+            scope.spawn(move || QemuMachine::boot(vm, &name, &socket))
         };
         let booting: Vec<_> = names.iter().map(boot).collect();
         let join = |handle: std::thread::ScopedJoinHandle<'_, Result<QemuMachine>>| {

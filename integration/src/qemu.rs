@@ -1,6 +1,6 @@
 //! Boots a guest: QEMU with the generic vhost-user device as a virtio-gpu, an unmodified Debian kernel, our initramfs.
 //!
-//! The console goes to a file; the second serial port is the command channel ([`channel`]), over QEMU's stdin and stdout,
+//! All programs of [`binaries::build_guest`] are in the guest's `/bin`. The console goes to a file; the second serial port is the command channel ([`channel`]), over QEMU's stdin and stdout,
 //! so no socket can be left behind. A guest ends with its [`Guest`]: QEMU is killed and reaped on drop, and the kernel
 //! kills it should this process die first.
 //!
@@ -34,7 +34,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tempfile::TempDir;
 
-use crate::binaries::{self, Binaries};
+use crate::binaries;
 use crate::initramfs::Initramfs;
 use crate::provision::{Kernel, Vm};
 use channel::{Channel, Command as GuestCommand, Output, Process};
@@ -61,7 +61,6 @@ pub struct Builder {
     memory_mib: u32,
     cpus: u32,
     kernel: Option<Kernel>,
-    programs: Vec<(String, PathBuf)>,
     files: Vec<(String, Vec<u8>)>,
     gpu: Option<PathBuf>,
     parameters: String,
@@ -102,13 +101,6 @@ impl Builder {
     #[must_use]
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = Some(kernel);
-        self
-    }
-
-    /// Puts the programs into the guest's `/bin`.
-    #[must_use]
-    pub fn programs(mut self, programs: &Binaries) -> Self {
-        self.programs.extend(programs.iter().map(|(name, path)| (format!("bin/{name}"), path.to_owned())));
         self
     }
 
@@ -189,14 +181,10 @@ impl Builder {
     }
 
     fn write_initramfs(&self, path: &Path, kernel: &Kernel, busybox: &Path) -> Result<()> {
-        let runner = binaries::runner()?;
-        let mut archive = Initramfs::base(path, runner.get("guest-runner")?, busybox, kernel)?;
-        let others = runner.iter().filter(|(name, _)| *name != "guest-runner");
-        for (name, program) in others {
+        let programs = binaries::build_guest()?;
+        let mut archive = Initramfs::base(path, programs.get("guest-runner")?, busybox, kernel)?;
+        for (name, program) in programs.iter().filter(|(name, _)| *name != "guest-runner") {
             archive.copy(&format!("bin/{name}"), program)?;
-        }
-        for (place, program) in &self.programs {
-            archive.copy(place, program)?;
         }
         for (place, contents) in &self.files {
             archive.file(place, 0o644, contents)?;
@@ -246,7 +234,6 @@ impl Guest {
             memory_mib: 512,
             cpus: 1,
             kernel: None,
-            programs: Vec::new(),
             files: Vec::new(),
             gpu: None,
             parameters: String::new(),

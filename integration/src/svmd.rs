@@ -69,7 +69,7 @@ impl Svmd {
     /// It does not compile, or does not start.
     pub fn launch(options: &Options) -> Result<Self> {
         static PROGRAM: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-        let build = || Ok(crate::binaries::build_host(&["daemon"])?.get("svmd")?.to_owned());
+        let build = || Ok(crate::binaries::build_host(&[])?.get("svmd")?.to_owned());
         let program = PROGRAM.get_or_init(|| build().map_err(|cause: anyhow::Error| format!("{cause:#}")));
         let program = program.as_ref().map_err(|cause| anyhow::anyhow!("{cause}"))?;
         let folder = tempfile::tempdir()?;

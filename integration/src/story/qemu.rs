@@ -1,7 +1,6 @@
 //! Guests under QEMU: unmodified kernels, `svm-agent` as root, processes with uids of their own.
 
 use super::{Actor, Machine};
-use crate::binaries::Binaries;
 use crate::ledger::Answered;
 use crate::provision::Vm;
 use crate::qemu::channel::Process;
@@ -28,12 +27,8 @@ impl QemuMachine {
     ///
     /// # Errors
     /// It does not boot, or the agent does not come up; the console's tail is in the error.
-    pub fn boot(vm: &Vm, name: &str, socket: &Path, programs: &Binaries) -> Result<Self> {
-        let guest = Guest::builder(name)
-            .kernel(vm.cloud_kernel()?)
-            .vhost_user_gpu(socket)
-            .programs(programs)
-            .boot(vm)?;
+    pub fn boot(vm: &Vm, name: &str, socket: &Path) -> Result<Self> {
+        let guest = Guest::builder(name).kernel(vm.cloud_kernel()?).vhost_user_gpu(socket).boot(vm)?;
         let mut agent = guest.spawn(ROOT, "svm-agent serve --hold-answers")?;
         agent
             .wait_for_line(|line| line.contains("serving").then_some(()))
