@@ -42,4 +42,7 @@ impl Wiring for Direct {
     fn check(&self) -> Result<()> {
         Ok(())
     }
+    fn interrupts(&self, _queue: usize) -> Result<u64> {
+        Ok(0)
+    }
 }

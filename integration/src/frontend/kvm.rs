@@ -110,14 +110,6 @@ impl KvmMachine {
         Ok(Self { ram: ram.clone(), kicks, calls, wakes, order, requested, ended, _vm: vm })
     }
 
-    /// Interrupts of queue q that the vCPU has taken.
-    ///
-    /// # Errors
-    /// No such queue.
-    pub fn interrupts(&self, queue: usize) -> Result<u64> {
-        self.ram.load(boot::MAILBOX_INTERRUPTS + 8 * queue as u64)
-    }
-
     /// Ends the vCPU and waits for it.
     ///
     /// # Errors
@@ -164,6 +156,11 @@ impl Wiring for KvmMachine {
             Some(Ok(())) => bail!("the vCPU was stopped"),
             Some(Err(cause)) => bail!("the vCPU has ended: {cause}"),
         }
+    }
+
+    fn interrupts(&self, queue: usize) -> Result<u64> {
+        ensure!(queue < NUM_QUEUES, "no queue {queue}");
+        self.ram.load(boot::MAILBOX_INTERRUPTS + 8 * queue as u64)
     }
 }
 

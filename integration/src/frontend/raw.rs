@@ -119,11 +119,15 @@ impl RawRing {
         self.avail_idx
     }
 
-    /// The next chain that the device has given back, if any: its head, and how many bytes were written to it.
+    /// The next chain that the device has given back, if any: its head, and how many bytes were written to it. If there
+    /// is none, the device has been asked for an interrupt at the next one.
     ///
     /// # Errors
     /// The ring is not in guest memory.
     pub fn take_used(&mut self) -> Result<Option<(u32, u32)>> {
+        // VIRTIO_F_EVENT_IDX: the wish first, then the look; without that feature nobody reads it.
+        let used_event = self.addresses.avail + 4 + 2 * u64::from(self.addresses.size);
+        self.ram.store(used_event, self.used_seen)?;
         let used: u16 = self.ram.load(self.addresses.used + 2)?;
         if used == self.used_seen {
             return Ok(None);

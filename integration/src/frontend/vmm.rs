@@ -46,6 +46,11 @@ pub trait Wiring: Send + Sync {
     /// # Errors
     /// They cannot, and why.
     fn check(&self) -> Result<()>;
+    /// Interrupts of a queue that guest code has taken; 0 where the guest has no CPU.
+    ///
+    /// # Errors
+    /// No such queue.
+    fn interrupts(&self, queue: usize) -> Result<u64>;
 }
 
 /// A running VMM.
@@ -107,6 +112,22 @@ impl Vmm {
         connection.set_features(features)?;
         let connection = Mutex::new(connection);
         Ok(Self { ram: ram.clone(), wiring, connection, epoll, _stream: stream, features })
+    }
+
+    /// Whether the guest can still run.
+    ///
+    /// # Errors
+    /// It cannot, and why.
+    pub fn check(&self) -> Result<()> {
+        self.wiring.check()
+    }
+
+    /// Interrupts of a queue that guest code has taken; 0 where the guest has no CPU.
+    ///
+    /// # Errors
+    /// No such queue.
+    pub fn interrupts(&self, queue: usize) -> Result<u64> {
+        self.wiring.interrupts(queue)
     }
 
     /// Guest memory.

@@ -5,6 +5,7 @@ use super::scene::{
 };
 use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::errno::{EACCES, EEXIST, EFAULT, EINVAL, ENOENT, EOPNOTSUPP};
+use virtio_gpu_svm::protocol::event::FaultRecord;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OP_FILL, OP_NOP, Packet};
 use virtio_gpu_svm::protocol::request::*;
@@ -298,7 +299,7 @@ fn bad_runs(scene: &Scene) -> Vec<Row> {
 fn bad_answers(scene: &Scene) -> Vec<Row> {
     let gpa = scene.free_gpa(3);
     let run = scene.run(A, gpa, 1);
-    let answer = |ctx_id, fault, code, runs: &[PageRun]| {
+    let answer = |ctx_id, fault: &FaultRecord, code, runs: &[PageRun]| {
         let num_runs = u32::try_from(runs.len()).unwrap();
         bytes(&response(ctx_id, fault, code, num_runs), runs.as_bytes())
     };
