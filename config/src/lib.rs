@@ -1,1 +1,291 @@
-//! config
+//! The configuration of svmd: a TOML file, read into types and checked before anything is started.
+//!
+//! Strict: an unknown key is an error, so that a misspelt one is never silently a default. An error names the key and
+//! says what to do. `config/svmd.toml` is the reference: it shows every key with its default, and a test holds it to
+//! that.
+
+use serde::Deserialize;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+/// Most devices of one daemon.
+pub const MAX_DEVICES: usize = 64;
+/// Most engines of one device.
+pub const MAX_ENGINES: u32 = 64;
+/// Smallest GPU address space: one large leaf and a bit.
+pub const MIN_VA_BITS: u32 = 22;
+/// Largest GPU address space.
+pub const MAX_VA_BITS: u32 = 57;
+/// Most entries of a device's ledger.
+pub const MAX_LEDGER: usize = 1 << 24;
+/// Most bytes of a device's name: what the wire has room for.
+pub const MAX_DEVICE_NAME: usize = 32;
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be read.
+    #[error("cannot read {path:?}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong type.
+    #[error("{origin}: {message}")]
+    Syntax {
+        /// The file.
+        origin: String,
+        /// Line, key and cause.
+        message: String,
+    },
+    /// A value that cannot be.
+    #[error("{key}: {problem}")]
+    Value {
+        /// The key, as a path.
+        key: String,
+        /// What is wrong and what to do.
+        problem: String,
+    },
+}
+
+/// Everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `[daemon]`
+    pub daemon: Daemon,
+    /// `[[device]]`; [`Config::devices`] says what stands when there is none.
+    pub device: Vec<Device>,
+    /// `[limits]`
+    pub limits: Limits,
+    /// `[[guest]]`
+    pub guest: Vec<Guest>,
+}
+
+/// `[daemon]`: the process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Daemon {
+    /// Where the operator's commands arrive; none when absent.
+    pub control_socket: Option<PathBuf>,
+    /// Folders below which guest sockets may be made.
+    pub runtime_dirs: Vec<PathBuf>,
+    /// What is logged.
+    pub log: LogLevel,
+    /// Accept guest memory that its VMM could shrink.
+    pub allow_unsealed: bool,
+}
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Only what ends the daemon or a guest's session wrongly.
+    Error,
+    /// And what somebody should look at.
+    Warn,
+    /// And sessions that begin and end.
+    #[default]
+    Info,
+    /// And what happens inside them.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// `[[device]]`: a host device.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// What executes its jobs.
+    pub kind: DeviceKind,
+    /// Its name: 1 to 32 of `[A-Za-z0-9._-]`.
+    pub name: String,
+    /// Engines, each a thread.
+    #[serde(default = "default_engines")]
+    pub engines: u32,
+    /// GPU addresses are below `1 << va_bits`.
+    #[serde(default = "default_va_bits")]
+    pub va_bits: u32,
+    /// Faults that its own record keeps; 0 keeps none.
+    #[serde(default)]
+    pub ledger: usize,
+}
+
+/// What executes a device's jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// The embedded software GPU.
+    Soft,
+}
+
+/// `[limits]`: what one guest may use at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Contexts of a guest.
+    pub contexts: u32,
+    /// Faults of one context that wait for an answer.
+    pub pending_faults: u32,
+    /// Jobs of one context in flight.
+    pub jobs: u32,
+    /// Mappings of one GPU VM.
+    pub mappings: u32,
+    /// Blob resources of a guest.
+    pub resources: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { contexts: 4096, pending_faults: 256, jobs: 256, mappings: 65_536, resources: 4096 }
+    }
+}
+
+/// `[[guest]]`: a guest that is there from the start.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// Its name.
+    pub name: String,
+    /// Its vhost-user socket.
+    pub socket: PathBuf,
+    /// Names of the devices that it sees, in the order of its `dev_id`; all when absent.
+    pub devices: Option<Vec<String>>,
+}
+
+fn default_engines() -> u32 {
+    1
+}
+fn default_va_bits() -> u32 {
+    48
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Reads and checks a text; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Syntax`], [`Error::Value`].
+    pub fn parse(text: &str, origin: &str) -> Result<Self, Error> {
+        let config: Self = toml::from_str(text).map_err(|e| Error::Syntax {
+            origin: origin.to_owned(),
+            message: e.to_string().trim_end().to_owned(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The devices: those configured, else two soft ones.
+    pub fn devices(&self) -> Vec<Device> {
+        if !self.device.is_empty() {
+            return self.device.clone();
+        }
+        ["soft0", "soft1"]
+            .map(|name| Device {
+                kind: DeviceKind::Soft,
+                name: name.to_owned(),
+                engines: default_engines(),
+                va_bits: default_va_bits(),
+                ledger: 0,
+            })
+            .to_vec()
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        self.check_devices()?;
+        self.limits.check()?;
+        let known: HashSet<String> = self.devices().into_iter().map(|d| d.name).collect();
+        let mut names = HashSet::new();
+        for (i, guest) in self.guest.iter().enumerate() {
+            if !names.insert(&guest.name) {
+                return Err(value(
+                    format!("guest[{i}].name"),
+                    format!("{:?} is taken by an earlier guest", guest.name),
+                ));
+            }
+            for device in guest.devices.iter().flatten() {
+                if !known.contains(device) {
+                    let problem = format!(
+                        "there is no device {device:?}; add a [[device]] of that name or leave it out"
+                    );
+                    return Err(value(format!("guest[{i}].devices"), problem));
+                }
+            }
+            if guest.devices.as_ref().is_some_and(Vec::is_empty) {
+                let problem =
+                    "a guest without a device can do nothing; leave the key out to grant all".to_owned();
+                return Err(value(format!("guest[{i}].devices"), problem));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_devices(&self) -> Result<(), Error> {
+        if self.device.len() > MAX_DEVICES {
+            return Err(value("device", format!("{} devices, at most {MAX_DEVICES}", self.device.len())));
+        }
+        let mut names = HashSet::new();
+        for (i, device) in self.device.iter().enumerate() {
+            let key = |field: &str| format!("device[{i}].{field}");
+            let name_ok = (1..=MAX_DEVICE_NAME).contains(&device.name.len())
+                && device.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+            if !name_ok {
+                let problem = format!("{:?} is not 1 to {MAX_DEVICE_NAME} of A-Z a-z 0-9 . _ -", device.name);
+                return Err(value(key("name"), problem));
+            }
+            if !names.insert(&device.name) {
+                return Err(value(key("name"), format!("{:?} is taken by an earlier device", device.name)));
+            }
+            if !(1..=MAX_ENGINES).contains(&device.engines) {
+                return Err(value(key("engines"), format!("{} is not in 1..={MAX_ENGINES}", device.engines)));
+            }
+            if !(MIN_VA_BITS..=MAX_VA_BITS).contains(&device.va_bits) {
+                let problem = format!("{} is not in {MIN_VA_BITS}..={MAX_VA_BITS}", device.va_bits);
+                return Err(value(key("va_bits"), problem));
+            }
+            if device.ledger > MAX_LEDGER {
+                return Err(value(key("ledger"), format!("{} entries, at most {MAX_LEDGER}", device.ledger)));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Limits {
+    /// Each with its name and the most that the protocol allows.
+    fn check(&self) -> Result<(), Error> {
+        let all = [
+            ("contexts", self.contexts, 1 << 20),
+            ("pending_faults", self.pending_faults, 1 << 16),
+            ("jobs", self.jobs, 1 << 16),
+            ("mappings", self.mappings, 1 << 16),
+            ("resources", self.resources, 1 << 20),
+        ];
+        for (name, number, most) in all {
+            if !(1..=most).contains(&number) {
+                return Err(value(format!("limits.{name}"), format!("{number} is not in 1..={most}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn value(key: impl Into<String>, problem: String) -> Error {
+    Error::Value { key: key.into(), problem }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,21 @@
-//! daemon
+//! svmd as a library: everything but the command line, so that tests can run a daemon inside their process.
+//!
+//! [`registry`] owns the guests, whose [`socket`]s it makes; on a thread for each, `attendant` waits for a VMM and
+//! [`session`] serves it. Within a session
+//! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
+//! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
+//! [`devices`] are what it is all about; [`control`] is the door for whoever operates all this.
+
+mod attendant;
+pub mod control;
+pub mod devices;
+pub mod eventq;
+pub mod exit;
+pub mod fuse;
+pub mod guest_memory;
+pub mod queue;
+pub mod registry;
+mod relay;
+pub mod ring;
+pub mod session;
+pub mod socket;

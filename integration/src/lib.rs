@@ -1,1 +1,25 @@
-//! integration
+//! Drives the whole path in tests and demos: virtual machines, guests' processes, and the comparison of what devices,
+//! agents and jobs say about the same faults.
+//!
+//! * [`frontend`]: virtual machines without QEMU: no CPU at all, or a real vCPU.
+//! * [`qemu`]: virtual machines under QEMU; [`provision`] gets it and guest kernels, [`initramfs`] packs a guest's file
+//!   system.
+//! * [`binaries`]: builds the programs that run on the host and in guests; [`svmd`] starts the daemon.
+//! * [`guest`]: guests whose agent and processes run in this process.
+//! * [`ledger`]: whose fault was it, told three times and compared.
+//! * [`story`]: the case that the project exists for, on any kind of guest; [`demo`] is its command.
+//! * [`storm`]: many processes of many guests, all at the same addresses, fault at once.
+//! * [`random`]: repeatable randomness.
+
+pub mod binaries;
+pub mod demo;
+pub mod frontend;
+pub mod guest;
+pub mod initramfs;
+pub mod ledger;
+pub mod provision;
+pub mod qemu;
+pub mod random;
+pub mod storm;
+pub mod story;
+pub mod svmd;

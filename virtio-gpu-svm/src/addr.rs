@@ -87,7 +87,7 @@ impl PageRange {
     /// # Errors
     /// [`RangeError`], in the order of its variants.
     pub fn from_bytes(start: u64, length: u64, space_end: u64) -> Result<Self, RangeError> {
-        if start % PAGE_SIZE != 0 || length % PAGE_SIZE != 0 {
+        if !start.is_multiple_of(PAGE_SIZE) || !length.is_multiple_of(PAGE_SIZE) {
             return Err(RangeError::Unaligned { start, length });
         }
         if length == 0 {

@@ -247,14 +247,17 @@ pub trait Device: Send + Sync {
     /// Drops translations of the range; a large leaf that is cut goes whole. Cannot fail and does not wait.
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush;
 
+    /// What must be passed before everything unbound so far is surely unused.
+    fn flush(&self, asid: Asid) -> Flush;
+
+    /// Whether a ticket has been passed, or the GPU VM is gone.
+    fn has_flushed(&self, asid: Asid, ticket: Ticket) -> bool;
+
     /// Drops every translation to a region, waits for at most one engine slice, and forgets the region.
     fn drop_region(&self, asid: Asid, region_id: u64);
 
     /// Translations of a GPU VM now, in pages.
     fn resident_pages(&self, asid: Asid) -> u64;
-
-    /// Whether each page of the range has a translation, in order; at most 512 pages are told.
-    fn resident_map(&self, asid: Asid, range: PageRange) -> Vec<bool>;
 
     /// Checks packets as far as this can be done without memory.
     ///

@@ -1,9 +1,31 @@
-//! One guest: a VMM's session. Owns its contexts, its blob resources, its view of guest memory and its records.
+//! One guest: a VMM's session. Owns its contexts, its blob resources, its view of guest memory, and the order in which
+//! records leave.
+//!
+//! Commands come from one queue thread; engines announce records; the vhost-user thread changes memory and stops and
+//! starts the rings. Locks are taken in the order guest -> context; engines never take the guest's.
 
-use crate::info::{ContextStatus, GuestStatus};
-use crate::memory::MemoryTable;
-use crate::protocol::CONFIG_SIZE;
-use std::sync::Arc;
+use crate::context::{Context, NewContext};
+use crate::device::Ticket;
+use crate::event::{Notice, Record, Stamp, notice_record};
+use crate::host::{Host, Limits};
+use crate::info::{ContextStatus, Counters, GuestStatus, HostStats};
+use crate::memory::{MemoryTable, Region};
+use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES, EventHdr};
+use crate::protocol::gpu::GpuConfig;
+use crate::protocol::{
+    CONFIG_SIZE, MAX_BINDS, MAX_COMMAND_BYTES, MAX_PACKETS, MAX_RUNS, SVM_CONFIG_OFFSET, SVM_MAGIC,
+    SvmConfig, VERSION_MAJOR, VERSION_MINOR,
+};
+use crate::resource::Blob;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use zerocopy::IntoBytes;
+
+/// Longest wait for an engine to pass a checkpoint before it is looked at again; a guard against a lost wake-up, not a
+/// deadline.
+const RECHECK: Duration = Duration::from_millis(10);
 
 /// Told when a guest has records to deliver. Called from engine and queue threads, with no lock of the core held.
 pub trait EventPort: Send + Sync {
@@ -11,82 +33,557 @@ pub trait EventPort: Send + Sync {
     fn ready(&self);
 }
 
-/// Why an operator's request about a context failed.
+/// Why a request about a context or a resource was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum EvictError {
-    /// No such context.
+pub enum Error {
+    /// Not there.
     #[error("no context {0}")]
     NoContext(u32),
+    /// There already.
+    #[error("context {0} exists")]
+    ContextExists(u32),
+    /// Over the quota.
+    #[error("{0} contexts exist, which is the limit")]
+    TooManyContexts(u32),
+    /// Not there.
+    #[error("no resource {0}")]
+    NoResource(u32),
+    /// There already.
+    #[error("resource {0} exists")]
+    ResourceExists(u32),
+    /// Over the quota.
+    #[error("{0} resources exist, which is the limit")]
+    TooManyResources(u32),
+    /// There, but not attached.
+    #[error("resource {0} is not attached to the context")]
+    NotAttached(u32),
+}
+
+/// What a HELLO found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// Contexts of earlier incarnations that engines may still use.
+    pub retiring: u32,
+    /// Host devices of this guest.
+    pub num_devices: u32,
+}
+
+struct Resource {
+    blob: Arc<Blob>,
+    /// Contexts that may use it.
+    attached: HashSet<u32>,
+}
+
+#[derive(Default)]
+struct Inner {
+    contexts: BTreeMap<u32, Arc<Context>>,
+    resources: HashMap<u32, Resource>,
+    /// Destroyed, but a device still holds something of them; by generation.
+    retiring: HashMap<u64, (Arc<Context>, Farewell)>,
+    memory: Arc<MemoryTable>,
+    /// Of the driver; 0 before its HELLO.
+    incarnation: u64,
+    /// A QUIET record is due when nothing retires any more.
+    quiet_due: bool,
+    frozen: bool,
+}
+
+/// Whether the driver is told when a context has retired.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Farewell {
+    /// It asked for the context's end, and waits for it.
+    Record,
+    /// The context ended with its incarnation or session.
+    None,
+}
+
+#[derive(Default)]
+struct Outbox {
+    notices: VecDeque<Notice>,
+    /// Contexts with a record that waits, each once: one record a turn.
+    ready: VecDeque<Arc<Context>>,
 }
 
 /// One guest.
-pub struct Guest {}
+pub struct Guest {
+    name: Arc<str>,
+    host: Arc<Host>,
+    epoch: u64,
+    limits: Limits,
+    devices: Vec<usize>,
+    port: Arc<dyn EventPort>,
+    /// Guards contexts, resources, memory and the driver's life. Contexts may be locked under it.
+    inner: Mutex<Inner>,
+    /// Guards the order of records; nothing is locked under it.
+    outbox: Mutex<Outbox>,
+    sequence: AtomicU64,
+    /// Counts what engines have let go of, for those who wait for it.
+    passed: Mutex<u64>,
+    waiters: Condvar,
+}
 
 impl Guest {
+    pub(crate) fn new(
+        host: Arc<Host>,
+        name: &str,
+        epoch: u64,
+        limits: Limits,
+        devices: Vec<usize>,
+        port: Arc<dyn EventPort>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into(),
+            host,
+            epoch,
+            limits,
+            devices,
+            port,
+            inner: Mutex::default(),
+            outbox: Mutex::default(),
+            sequence: AtomicU64::new(0),
+            passed: Mutex::new(0),
+            waiters: Condvar::new(),
+        })
+    }
     /// Its name.
     pub fn name(&self) -> &str {
-        todo!()
+        &self.name
     }
-    /// Carries out one command of the control queue and writes the response, at most `room` bytes. Never waits.
-    pub fn control(&self, _request: &[u8], _response: &mut Vec<u8>, _room: usize) {
-        todo!()
+    /// Changes whenever state of this guest was lost: with each session.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+    pub(crate) fn shared_name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+    pub(crate) fn limits(&self) -> Limits {
+        self.limits
+    }
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn lock_outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Carries out one command of the control queue and writes the response, at most `room` bytes. Waits for nothing
+    /// but, on RESOURCE_UNREF, one slice of each engine.
+    pub fn control(self: &Arc<Self>, request: &[u8], response: &mut Vec<u8>, room: usize) {
+        crate::command::control(self, request, response, room);
     }
     /// The same for the cursor queue.
-    pub fn cursor(&self, _request: &[u8], _response: &mut Vec<u8>, _room: usize) {
-        todo!()
+    pub fn cursor(self: &Arc<Self>, request: &[u8], response: &mut Vec<u8>, room: usize) {
+        crate::command::cursor(self, request, response, room);
     }
-    /// Config space now.
+    /// The protocol's part of config space and the contents of the capset.
+    pub(crate) fn capset(&self) -> SvmConfig {
+        SvmConfig {
+            magic: SVM_MAGIC.into(),
+            version_major: VERSION_MAJOR.into(),
+            version_minor: VERSION_MINOR.into(),
+            daemon_epoch: self.epoch.into(),
+            num_devices: self.num_devices().into(),
+            max_contexts: self.limits.contexts.into(),
+            max_runs: MAX_RUNS.into(),
+            max_binds: MAX_BINDS.into(),
+            max_packets: MAX_PACKETS.into(),
+            max_mappings: self.limits.mappings.into(),
+            max_pending_faults: self.limits.pending_faults.into(),
+            max_jobs: self.limits.jobs.into(),
+            event_record_bytes: u32::try_from(EVENT_RECORD_BYTES).unwrap_or(u32::MAX).into(),
+            max_command_bytes: u32::try_from(MAX_COMMAND_BYTES).unwrap_or(u32::MAX).into(),
+            reserved: 0.into(),
+        }
+    }
+    /// Config space now. PROTOCOL 2.2.
     pub fn config_space(&self) -> [u8; CONFIG_SIZE] {
-        todo!()
+        let gpu = GpuConfig { num_capsets: 1.into(), ..GpuConfig::default() };
+        let mut space = [0; CONFIG_SIZE];
+        let capset = self.capset();
+        let (head, tail) = space.split_at_mut(SVM_CONFIG_OFFSET);
+        if gpu.write_to_prefix(head).is_err() || capset.write_to_prefix(tail).is_err() {
+            unreachable!("config space has room for both structs");
+        }
+        space
+    }
+    fn num_devices(&self) -> u32 {
+        u32::try_from(self.devices.len()).unwrap_or(u32::MAX)
+    }
+    /// The host device behind the guest's number of it.
+    pub fn host_device(&self, dev_id: u32) -> Option<usize> {
+        self.devices.get(usize::try_from(dev_id).ok()?).copied()
+    }
+    /// Whether the driver has said HELLO in this session.
+    pub(crate) fn greeted(&self) -> bool {
+        self.lock().incarnation != 0
+    }
+
+    /// Opens a driver's life: contexts and resources of an earlier incarnation are dropped. PROTOCOL 4.1.
+    pub(crate) fn hello(self: &Arc<Self>, incarnation: u64) -> Greeting {
+        if self.lock().incarnation != incarnation {
+            self.drop_everything();
+        }
+        let mut inner = self.lock();
+        inner.incarnation = incarnation;
+        let retiring = u32::try_from(inner.retiring.len()).unwrap_or(u32::MAX);
+        inner.quiet_due = retiring > 0;
+        Greeting { retiring, num_devices: self.num_devices() }
+    }
+
+    /// PROTOCOL 3.4.
+    pub(crate) fn context_create(self: &Arc<Self>, new: NewContext) -> Result<(), Error> {
+        let mut inner = self.lock();
+        if inner.contexts.contains_key(&new.ctx_id) {
+            return Err(Error::ContextExists(new.ctx_id));
+        }
+        let limit = usize::try_from(self.limits.contexts).unwrap_or(usize::MAX);
+        if inner.contexts.len().saturating_add(inner.retiring.len()) >= limit {
+            return Err(Error::TooManyContexts(self.limits.contexts));
+        }
+        let memory = Arc::clone(&inner.memory);
+        inner.contexts.insert(new.ctx_id, Context::new(new, self, memory));
+        Ok(())
+    }
+    /// A context of an id.
+    ///
+    /// # Errors
+    /// [`Error::NoContext`].
+    pub fn context(&self, ctx_id: u32) -> Result<Arc<Context>, Error> {
+        self.lock().contexts.get(&ctx_id).cloned().ok_or(Error::NoContext(ctx_id))
+    }
+    /// PROTOCOL 3.4: answered at once; a CONTEXT_RETIRED record tells when engines have let go.
+    pub(crate) fn context_destroy(self: &Arc<Self>, ctx_id: u32) -> Result<(), Error> {
+        let context = {
+            let mut inner = self.lock();
+            let context = inner.contexts.remove(&ctx_id).ok_or(Error::NoContext(ctx_id))?;
+            for resource in inner.resources.values_mut() {
+                resource.attached.remove(&ctx_id);
+            }
+            inner.retiring.insert(context.generation, (Arc::clone(&context), Farewell::Record));
+            context
+        };
+        self.end_context(&context);
+        Ok(())
+    }
+    /// Destroys a context that stands in the list of retiring ones.
+    fn end_context(self: &Arc<Self>, context: &Arc<Context>) {
+        if context.destroy() {
+            self.on_context_retired(context);
+        }
+    }
+    /// No device holds anything of a destroyed context any more.
+    pub(crate) fn on_context_retired(self: &Arc<Self>, context: &Arc<Context>) {
+        let (farewell, quiet) = {
+            let mut inner = self.lock();
+            let Some((_, farewell)) = inner.retiring.remove(&context.generation) else { return };
+            let quiet = inner.quiet_due && inner.retiring.is_empty();
+            inner.quiet_due &= !quiet;
+            (farewell, quiet.then_some(inner.incarnation))
+        };
+        self.host.remember(&context.counters());
+        let retired = Notice { kind: EVENT_CONTEXT_RETIRED, ctx_id: context.ctx_id, value: 0, errno: 0 };
+        let quiet = quiet.map(|value| Notice { kind: EVENT_QUIET, ctx_id: 0, value, errno: 0 });
+        let notices = [(farewell == Farewell::Record).then_some(retired), quiet];
+        self.lock_outbox().notices.extend(notices.into_iter().flatten());
+        self.port.ready();
+    }
+
+    /// PROTOCOL 3.5.
+    pub(crate) fn resource_create(&self, blob: Blob) -> Result<(), Error> {
+        let mut inner = self.lock();
+        let id = blob.resource_id;
+        if inner.resources.contains_key(&id) {
+            return Err(Error::ResourceExists(id));
+        }
+        if inner.resources.len() >= usize::try_from(self.limits.resources).unwrap_or(usize::MAX) {
+            return Err(Error::TooManyResources(self.limits.resources));
+        }
+        inner.resources.insert(id, Resource { blob: Arc::new(blob), attached: HashSet::new() });
+        Ok(())
+    }
+    /// PROTOCOL 3.5.
+    pub(crate) fn resource_attach(&self, ctx_id: u32, resource_id: u32) -> Result<(), Error> {
+        let mut inner = self.lock();
+        if !inner.contexts.contains_key(&ctx_id) {
+            return Err(Error::NoContext(ctx_id));
+        }
+        let resource = inner.resources.get_mut(&resource_id).ok_or(Error::NoResource(resource_id))?;
+        resource.attached.insert(ctx_id);
+        Ok(())
+    }
+    /// PROTOCOL 3.5: its mappings in the context are unmapped.
+    pub(crate) fn resource_detach(&self, ctx_id: u32, resource_id: u32) -> Result<(), Error> {
+        let context = {
+            let mut inner = self.lock();
+            let context = inner.contexts.get(&ctx_id).cloned().ok_or(Error::NoContext(ctx_id))?;
+            let resource = inner.resources.get_mut(&resource_id).ok_or(Error::NoResource(resource_id))?;
+            if !resource.attached.remove(&ctx_id) {
+                return Err(Error::NotAttached(resource_id));
+            }
+            context
+        };
+        context.unmap_blob(resource_id);
+        Ok(())
+    }
+    /// PROTOCOL 3.5: the guest frees the pages after the answer, so it waits until engines have let go.
+    pub(crate) fn resource_unref(&self, resource_id: u32) -> Result<(), Error> {
+        let (attached, contexts) = {
+            let mut inner = self.lock();
+            let resource = inner.resources.remove(&resource_id).ok_or(Error::NoResource(resource_id))?;
+            let attached = resource.attached.iter().filter_map(|ctx_id| inner.contexts.get(ctx_id).cloned());
+            (attached.collect::<Vec<_>>(), inner.contexts.values().cloned().collect::<Vec<_>>())
+        };
+        attached.iter().for_each(|context| context.unmap_blob(resource_id));
+        let flushes = contexts.iter().flat_map(|context| context.flush_all()).collect();
+        self.wait_flushed(flushes);
+        self.wait_until(|| {
+            let inner = self.lock();
+            inner.retiring.is_empty() && contexts.iter().all(|context| !context.is_retiring())
+        });
+        Ok(())
+    }
+    /// The blob of a resource that is attached to a context.
+    pub(crate) fn attached_blob(&self, ctx_id: u32, resource_id: u32) -> Result<Arc<Blob>, Error> {
+        let inner = self.lock();
+        let resource = inner.resources.get(&resource_id).ok_or(Error::NoResource(resource_id))?;
+        if !resource.attached.contains(&ctx_id) {
+            return Err(Error::NotAttached(resource_id));
+        }
+        Ok(Arc::clone(&resource.blob))
+    }
+
+    /// A context has records for the guest.
+    pub(crate) fn announce(&self, context: &Arc<Context>) {
+        self.lock_outbox().queue(context);
+        self.port.ready();
     }
     /// Whether there is a record to deliver.
     pub fn has_events(&self) -> bool {
-        todo!()
+        let outbox = self.lock_outbox();
+        !outbox.notices.is_empty() || !outbox.ready.is_empty()
     }
     /// Moves records into an event buffer of `room` bytes: clears `buf` and fills it with a header and as many records
-    /// as fit. Leaves `buf` empty when there is no record, or room for none.
-    pub fn fill_events(&self, _buf: &mut Vec<u8>, _room: usize) {
-        todo!()
+    /// as fit, one of each context in turn. Leaves `buf` empty when there is no record, or room for none. To be called
+    /// by one thread at a time. PROTOCOL 7.
+    pub fn fill_events(&self, buf: &mut Vec<u8>, room: usize) {
+        buf.clear();
+        let fits = room.saturating_sub(size_of::<EventHdr>()) / EVENT_RECORD_BYTES;
+        let first = self.sequence.load(Ordering::Relaxed);
+        let mut records = 0_u32;
+        while usize::try_from(records).is_ok_and(|records| records < fits) {
+            let Some(record) = self.next_record() else { break };
+            if buf.is_empty() {
+                buf.extend_from_slice(EventHdr::default().as_bytes());
+            }
+            buf.extend_from_slice(&record);
+            records = records.saturating_add(1);
+        }
+        let hdr = EventHdr {
+            num_records: records.into(),
+            flags: 0.into(),
+            daemon_epoch: self.epoch.into(),
+            sequence: first.into(),
+        };
+        if records > 0 && hdr.write_to_prefix(buf).is_err() {
+            unreachable!("the header was put there");
+        }
     }
+    fn next_record(&self) -> Option<Record> {
+        let stamp = || Stamp {
+            timestamp: self.host.now_ns(),
+            sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
+        };
+        loop {
+            let context = {
+                let mut outbox = self.lock_outbox();
+                if let Some(notice) = outbox.notices.pop_front() {
+                    return Some(notice_record(notice, stamp()));
+                }
+                outbox.next()?
+            };
+            let (record, more) = context.take_record(stamp);
+            if more {
+                self.lock_outbox().queue(&context);
+            }
+            if record.is_some() {
+                return record;
+            }
+        }
+    }
+
     /// Publishes a new memory table: what stood on removed regions is invalidated; waits for at most one slice of each
     /// engine.
-    pub fn set_memory(&self, _table: Arc<MemoryTable>) {
-        todo!()
+    pub fn set_memory(&self, table: Arc<MemoryTable>) {
+        let (gone, contexts) = {
+            let mut inner = self.lock();
+            let kept: HashSet<u64> = table.regions().iter().map(|region| region.id()).collect();
+            let old = std::mem::replace(&mut inner.memory, Arc::clone(&table));
+            let gone: Vec<Arc<Region>> =
+                old.regions().iter().filter(|region| !kept.contains(&region.id())).cloned().collect();
+            (gone, inner.contexts.values().cloned().collect::<Vec<_>>())
+        };
+        for context in contexts {
+            let vms = context.change_memory(&table, &gone);
+            for (device, asid) in vms {
+                gone.iter().for_each(|region| self.host.device_of(device).drop_region(asid, region.id()));
+            }
+        }
     }
     /// The memory table now.
     pub fn memory(&self) -> Arc<MemoryTable> {
-        todo!()
+        Arc::clone(&self.lock().memory)
     }
     /// The rings stopped: stops this guest's jobs; on return no engine touches its memory.
     pub fn freeze(&self) {
-        todo!()
+        let contexts: Vec<Arc<Context>> = {
+            let mut inner = self.lock();
+            inner.frozen = true;
+            inner.contexts.values().cloned().collect()
+        };
+        let flushes = contexts.iter().flat_map(|context| context.set_frozen(true)).collect();
+        self.wait_flushed(flushes);
+        self.wait_until(|| {
+            self.lock().retiring.is_empty() && contexts.iter().all(|context| !context.is_retiring())
+        });
     }
     /// The rings run again with the driver that left them.
     pub fn thaw(&self) {
-        todo!()
+        let contexts: Vec<Arc<Context>> = {
+            let mut inner = self.lock();
+            inner.frozen = false;
+            inner.contexts.values().cloned().collect()
+        };
+        for context in contexts {
+            context.set_frozen(false);
+        }
+        self.port.ready();
     }
     /// The rings run again from nothing: the driver began anew; drops every context and resource.
-    pub fn reset(&self) {
-        todo!()
+    pub fn reset(self: &Arc<Self>) {
+        self.drop_everything();
+        let mut inner = self.lock();
+        inner.incarnation = 0;
+        inner.frozen = false;
     }
-    /// The session ended: as [`Guest::reset`], and the guest leaves the host's list.
-    pub fn close(&self) {
-        todo!()
+    /// The session ended: as [`Guest::reset`], and the guest leaves the host's list. On return no engine touches its
+    /// memory.
+    pub fn close(self: &Arc<Self>) {
+        self.reset();
+        self.wait_until(|| self.lock().retiring.is_empty());
+        self.host.forget_guest(self);
+    }
+    /// Drops contexts and resources, and every record that waits.
+    fn drop_everything(self: &Arc<Self>) {
+        let contexts = {
+            let mut inner = self.lock();
+            inner.resources.clear();
+            inner.quiet_due = false;
+            for (_, farewell) in inner.retiring.values_mut() {
+                *farewell = Farewell::None;
+            }
+            let contexts: Vec<_> = std::mem::take(&mut inner.contexts).into_values().collect();
+            for context in &contexts {
+                inner.retiring.insert(context.generation, (Arc::clone(context), Farewell::None));
+            }
+            contexts
+        };
+        contexts.iter().for_each(|context| self.end_context(context));
+        *self.lock_outbox() = Outbox::default();
+    }
+
+    /// Wakes who waits for engines.
+    pub(crate) fn wake_waiters(&self) {
+        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        *passed = passed.wrapping_add(1);
+        self.waiters.notify_all();
+    }
+    /// Waits until engines have passed tickets of GPU VMs: at most one slice each.
+    fn wait_flushed(&self, flushes: Vec<(usize, crate::device::Asid, Ticket)>) {
+        self.wait_until(|| {
+            flushes
+                .iter()
+                .all(|(device, asid, ticket)| self.host.device_of(*device).has_flushed(*asid, *ticket))
+        });
+    }
+    fn wait_until(&self, done: impl Fn() -> bool) {
+        loop {
+            let before = *self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+            if done() {
+                return;
+            }
+            let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+            if *passed == before {
+                // Both ends of the wait lead to another look at what is waited for.
+                drop(self.waiters.wait_timeout(passed, RECHECK).unwrap_or_else(PoisonError::into_inner));
+            }
+        }
+    }
+
+    /// GPU VMs alive on a host device.
+    pub(crate) fn vms_on(&self, device: usize) -> usize {
+        let contexts: Vec<Arc<Context>> = self.lock().contexts.values().cloned().collect();
+        contexts.iter().flat_map(|context| context.asids()).filter(|(on, _)| *on == device).count()
+    }
+    /// Adds this guest's counts.
+    pub(crate) fn add_to(&self, stats: &mut HostStats) {
+        let (alive, all) = {
+            let inner = self.lock();
+            let retiring = inner.retiring.values().map(|(context, _)| Arc::clone(context));
+            (inner.contexts.len(), inner.contexts.values().cloned().chain(retiring).collect::<Vec<_>>())
+        };
+        stats.contexts = stats.contexts.saturating_add(alive);
+        let mut sum = Counters::default();
+        for context in all {
+            stats.gpu_vms = stats.gpu_vms.saturating_add(context.load().0);
+            sum.add(&context.counters());
+        }
+        stats.counters.add(&sum);
     }
     /// What it looks like.
     pub fn status(&self) -> GuestStatus {
-        todo!()
+        let inner = self.lock();
+        let regions = inner.memory.regions();
+        GuestStatus {
+            name: self.name.to_string(),
+            epoch: self.epoch,
+            incarnation: inner.incarnation,
+            devices: self.devices.clone(),
+            contexts: inner.contexts.len(),
+            retiring: inner.retiring.len(),
+            resources: inner.resources.len(),
+            memory_bytes: regions.iter().map(|region| region.size()).fold(0, u64::saturating_add),
+            memory_regions: regions.len(),
+            pending_faults: inner.contexts.values().map(|c| c.load().1).fold(0, usize::saturating_add),
+            frozen: inner.frozen,
+        }
     }
     /// Its contexts, by id.
     pub fn contexts(&self) -> Vec<ContextStatus> {
-        todo!()
+        let contexts: Vec<Arc<Context>> = self.lock().contexts.values().cloned().collect();
+        contexts.iter().map(|context| context.status()).collect()
     }
     /// Drops the translations of a context, on one host device or on all; the next accesses fault. Returns the pages
     /// that had a translation.
     ///
     /// # Errors
-    /// [`EvictError`].
-    pub fn evict(&self, _ctx_id: u32, _device: Option<usize>) -> Result<u64, EvictError> {
-        todo!()
+    /// [`Error::NoContext`].
+    pub fn evict(&self, ctx_id: u32, device: Option<usize>) -> Result<u64, Error> {
+        Ok(self.context(ctx_id)?.evict(device))
+    }
+}
+
+impl Outbox {
+    fn queue(&mut self, context: &Arc<Context>) {
+        if !context.queued.swap(true, Ordering::Relaxed) {
+            self.ready.push_back(Arc::clone(context));
+        }
+    }
+    fn next(&mut self) -> Option<Arc<Context>> {
+        let context = self.ready.pop_front()?;
+        context.queued.store(false, Ordering::Relaxed);
+        Some(context)
     }
 }

@@ -1,9 +1,17 @@
-//! All guests and all devices of one daemon.
+//! All guests and all devices of one daemon. Here a device's events find the context that owns them.
 
-use crate::device::Device;
+use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
+use crate::fault::router::Router;
 use crate::guest::{EventPort, Guest};
-use crate::info::{DeviceStatus, FaultTrace, HostStats};
-use std::sync::Arc;
+use crate::info::{Counters, DeviceStatus, FaultTrace, HostStats};
+use crate::protocol::errno::ECANCELED;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Faults that are remembered for people.
+pub const RECENT_FAULTS: usize = 1024;
 
 /// What one guest may use at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,48 +28,247 @@ pub struct Limits {
     pub resources: u32,
 }
 
+struct Slot {
+    device: Arc<dyn Device>,
+    router: Router,
+    faults_raised: AtomicU64,
+}
+
+/// How many there are, and the most there have been.
+#[derive(Default)]
+pub(crate) struct Gauge {
+    now: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+impl Gauge {
+    pub(crate) fn enter(&self) {
+        let now = self.now.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        self.peak.fetch_max(now, Ordering::Relaxed);
+    }
+    pub(crate) fn leave(&self) {
+        self.now.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The last faults that came to an end.
+#[derive(Default)]
+pub(crate) struct Traces {
+    /// Guards the list only.
+    last: Mutex<VecDeque<FaultTrace>>,
+}
+
+impl Traces {
+    pub(crate) fn push(&self, trace: FaultTrace) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.len() >= RECENT_FAULTS {
+            last.pop_front();
+        }
+        last.push_back(trace);
+    }
+}
+
 /// All guests and all devices of one daemon.
-pub struct Host {}
+pub struct Host {
+    slots: Vec<Slot>,
+    /// Guards the list of guests; nothing is called under it.
+    guests: Mutex<BTreeMap<String, Arc<Guest>>>,
+    /// Sums over contexts and guests that are gone, and faults that had no owner.
+    past: Mutex<Counters>,
+    pub(crate) pending_vms: Gauge,
+    pub(crate) traces: Traces,
+    started: Instant,
+    next_epoch: AtomicU64,
+    next_generation: AtomicU64,
+    next_job: AtomicU64,
+}
 
 impl Host {
     /// A host with these devices; their index is their place in the list.
-    pub fn new(_devices: Vec<Arc<dyn Device>>) -> Arc<Self> {
-        todo!()
+    pub fn new(devices: Vec<Arc<dyn Device>>) -> Arc<Self> {
+        let slot = |device| Slot { device, router: Router::default(), faults_raised: AtomicU64::new(0) };
+        // Epochs must differ between two lives of the daemon: begin with the time of day.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let epoch = u64::try_from(now.as_nanos()).unwrap_or(1);
+        Arc::new(Self {
+            slots: devices.into_iter().map(slot).collect(),
+            guests: Mutex::new(BTreeMap::new()),
+            past: Mutex::new(Counters::default()),
+            pending_vms: Gauge::default(),
+            traces: Traces::default(),
+            started: Instant::now(),
+            next_epoch: AtomicU64::new(epoch),
+            next_generation: AtomicU64::new(1),
+            next_job: AtomicU64::new(1),
+        })
     }
     /// Begins a guest's session: its VMM has connected. `devices` are the host devices granted to it, in the order of
     /// its `dev_id`; `port` is told when the guest has records to deliver.
     pub fn open_guest(
         self: &Arc<Self>,
-        _name: &str,
-        _limits: Limits,
-        _devices: &[usize],
-        _port: Arc<dyn EventPort>,
+        name: &str,
+        limits: Limits,
+        devices: &[usize],
+        port: Arc<dyn EventPort>,
     ) -> Arc<Guest> {
-        todo!()
+        let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
+        let guest = Guest::new(Arc::clone(self), name, epoch, limits, devices.to_vec(), port);
+        self.lock_guests().insert(name.to_owned(), Arc::clone(&guest));
+        guest
+    }
+    pub(crate) fn forget_guest(&self, guest: &Arc<Guest>) {
+        let mut guests = self.lock_guests();
+        if guests.get(guest.name()).is_some_and(|known| Arc::ptr_eq(known, guest)) {
+            guests.remove(guest.name());
+        }
+    }
+    fn lock_guests(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Guest>>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// The devices.
     pub fn devices(&self) -> Vec<DeviceStatus> {
-        todo!()
+        let guests = self.guests();
+        let alive = |device| guests.iter().map(|guest| guest.vms_on(device)).fold(0, usize::saturating_add);
+        (0..).zip(&self.slots).map(|(index, slot)| slot.status(index, alive(index))).collect()
     }
     /// The device of an index.
-    pub fn device(&self, _index: usize) -> Option<&Arc<dyn Device>> {
-        todo!()
+    pub fn device(&self, index: usize) -> Option<&Arc<dyn Device>> {
+        self.slots.get(index).map(|slot| &slot.device)
+    }
+    /// The device of an index that was taken from a GPU VM or a grant.
+    pub(crate) fn device_of(&self, index: usize) -> &Arc<dyn Device> {
+        &self.slot(index).device
+    }
+    pub(crate) fn router_of(&self, index: usize) -> &Router {
+        &self.slot(index).router
+    }
+    fn slot(&self, index: usize) -> &Slot {
+        let Some(slot) = self.slots.get(index) else {
+            unreachable!("no device {index} of {}", self.slots.len())
+        };
+        slot
     }
     /// Guests connected now, by name.
     pub fn guests(&self) -> Vec<Arc<Guest>> {
-        todo!()
+        self.lock_guests().values().cloned().collect()
     }
     /// Counts of the whole host.
     pub fn stats(&self) -> HostStats {
-        todo!()
+        let guests = self.guests();
+        let mut stats = HostStats {
+            guests: guests.len(),
+            pending_vms: self.pending_vms.now.load(Ordering::Relaxed),
+            peak_pending_vms: self.pending_vms.peak.load(Ordering::Relaxed),
+            counters: *self.lock_past(),
+            ..HostStats::default()
+        };
+        for guest in guests {
+            guest.add_to(&mut stats);
+        }
+        stats
     }
     /// The last faults that came to an end, the newest last; at most `limit`.
-    pub fn recent_faults(&self, _limit: usize) -> Vec<FaultTrace> {
-        todo!()
+    pub fn recent_faults(&self, limit: usize) -> Vec<FaultTrace> {
+        let last = self.traces.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.iter().skip(last.len().saturating_sub(limit)).cloned().collect()
+    }
+    /// Keeps the counts of a context that goes.
+    pub(crate) fn remember(&self, counters: &Counters) {
+        self.lock_past().add(counters);
+    }
+    fn lock_past(&self) -> MutexGuard<'_, Counters> {
+        self.past.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// Nanoseconds since the daemon's start.
+    pub(crate) fn now_ns(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+    pub(crate) fn next_generation(&self) -> u64 {
+        self.next_generation.fetch_add(1, Ordering::Relaxed)
+    }
+    pub(crate) fn next_job(&self) -> JobId {
+        JobId(self.next_job.fetch_add(1, Ordering::Relaxed))
     }
     /// Misroutes the faults of neighbouring asids to each other. To show that checks fail.
     #[cfg(feature = "sabotage")]
     pub fn sabotage_swap_asids(&self) {
-        todo!()
+        self.slots.iter().for_each(|slot| slot.router.swap_neighbours());
+    }
+}
+
+impl Slot {
+    fn status(&self, device: usize, alive: usize) -> DeviceStatus {
+        let info = self.device.info();
+        DeviceStatus {
+            device,
+            name: info.name.clone(),
+            va_bits: info.va_bits,
+            engines: info.num_engines,
+            fault_model: match info.fault_model {
+                FaultModel::Replayable => "replayable",
+                FaultModel::KernelResolved => "kernel-resolved",
+                FaultModel::None => "none",
+            },
+            address_model: match info.address_model {
+                AddressModel::Any => "any",
+                AddressModel::Identity => "identity",
+            },
+            gpu_vms: alive,
+            retiring: self.router.taken().saturating_sub(alive),
+            faults_raised: self.faults_raised.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Events for Host {
+    fn fault(&self, device: usize, fault: Fault) {
+        let slot = self.slot(device);
+        slot.faults_raised.fetch_add(1, Ordering::Relaxed);
+        match slot.router.route(fault.asid) {
+            Some(owner) => owner.context.on_fault(device, owner.vm_id, &fault),
+            None => {
+                self.remember(&Counters { faults_raised: 1, faults_dropped: 1, ..Counters::default() });
+                slot.device.resume(fault.stop, Verdict::Fail(ECANCELED));
+            }
+        }
+    }
+    fn job_done(&self, device: usize, asid: Asid, job: JobId, end: JobEnd) {
+        if let Some(owner) = self.slot(device).router.lookup_owner(asid) {
+            owner.context.on_job_done(job, end);
+        }
+    }
+    fn flushed(&self, device: usize, asid: Asid, ticket: Ticket) {
+        if let Some(owner) = self.slot(device).router.lookup_owner(asid) {
+            owner.context.on_flushed(device, asid, Some(ticket));
+            owner.context.wake_guest();
+        }
+    }
+    fn retired(&self, device: usize, asid: Asid) {
+        if let Some(owner) = self.slot(device).router.free_asid(asid) {
+            owner.context.on_retired(device, asid);
+        }
+    }
+}
+
+impl Counters {
+    /// Adds another's counts.
+    pub fn add(&mut self, other: &Self) {
+        let sum = |a: &mut u64, b: u64| *a = a.saturating_add(b);
+        sum(&mut self.faults_raised, other.faults_raised);
+        sum(&mut self.faults_served_locally, other.faults_served_locally);
+        sum(&mut self.faults_answered, other.faults_answered);
+        sum(&mut self.faults_refused, other.faults_refused);
+        sum(&mut self.faults_dropped, other.faults_dropped);
+        sum(&mut self.faults_throttled, other.faults_throttled);
+        sum(&mut self.faults_reported, other.faults_reported);
+        sum(&mut self.faults_coalesced, other.faults_coalesced);
+        sum(&mut self.answers_stale, other.answers_stale);
+        sum(&mut self.runs_installed, other.runs_installed);
+        sum(&mut self.runs_refused, other.runs_refused);
+        sum(&mut self.invalidations, other.invalidations);
+        sum(&mut self.jobs_submitted, other.jobs_submitted);
+        sum(&mut self.jobs_done, other.jobs_done);
+        sum(&mut self.jobs_failed, other.jobs_failed);
+        sum(&mut self.jobs_dropped, other.jobs_dropped);
     }
 }

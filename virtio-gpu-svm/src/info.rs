@@ -67,8 +67,6 @@ pub struct ContextStatus {
     pub name: String,
     /// Its capset.
     pub capset_id: u32,
-    /// Why it was lost: errno, positive; 0 while it is alive.
-    pub lost: i32,
     /// Pages of its address space that are known (A side).
     pub known_pages: u64,
     /// Last invalidation accepted.

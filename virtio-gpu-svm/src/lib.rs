@@ -7,12 +7,26 @@
 //! bytes -> [`command`] -> [`context`] -> [`address_space`] (the A side), [`gpu_vm`] (the C side) -> [`page_table`] ->
 //! [`device`].
 
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::arithmetic_side_effects))]
+
 pub mod protocol;
 
 #[cfg(feature = "device")]
 pub mod addr;
 #[cfg(feature = "device")]
+pub mod address_space;
+#[cfg(feature = "device")]
+pub mod command;
+#[cfg(feature = "device")]
+pub mod context;
+#[cfg(feature = "device")]
 pub mod device;
+#[cfg(feature = "device")]
+pub mod event;
+#[cfg(feature = "device")]
+pub mod fault;
+#[cfg(feature = "device")]
+pub mod gpu_vm;
 #[cfg(feature = "device")]
 pub mod guest;
 #[cfg(feature = "device")]
@@ -20,4 +34,10 @@ pub mod host;
 #[cfg(feature = "device")]
 pub mod info;
 #[cfg(feature = "device")]
+pub mod invalidation;
+#[cfg(feature = "device")]
 pub mod memory;
+#[cfg(feature = "device")]
+pub mod page_table;
+#[cfg(feature = "device")]
+pub mod resource;

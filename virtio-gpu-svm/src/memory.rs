@@ -108,7 +108,9 @@ impl MemoryTable {
         for region in &regions {
             let (gpa, size) = (region.gpa().0, region.size());
             let end = gpa.checked_add(size).filter(|end| *end <= GUEST_PA_END);
-            let (Some(end), true, true) = (end, size > 0, gpa % PAGE_SIZE == 0 && size % PAGE_SIZE == 0) else {
+            let (Some(end), true, true) =
+                (end, size > 0, gpa.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE))
+            else {
                 return Err(TableError::BadRange { gpa, size });
             };
             if gpa < free_from {

@@ -37,7 +37,7 @@ impl Agent {
         self.answer(fault, 0);
     }
 
-    /// Translates and answers. The table is read after the sequence, under one lock, so `as_of` is never too new.
+    /// Translates and answers; a fault whose context is ending needs no answer, the device drops it. The table is read after the sequence, under one lock, so `as_of` is never too new.
     fn answer(&self, fault: FaultRecord, retries: u32) {
         let token = self.token();
         let mut state = self.lock();
@@ -45,17 +45,19 @@ impl Agent {
         let window = if retries < MAX_RETRIES { self.options.fault_around_pages } else { 0 };
         let runs = state.pages_for(&fault, window, as_of);
         let code = if runs.is_empty() { Answer::Invalid } else { Answer::Success };
-        let owner = state.contexts.get(&fault.ctx_id.get()).map(|context| context.owner.pid);
-        if owner.is_none() {
+        let context = state.contexts.get(&fault.ctx_id.get());
+        let living = context.filter(|context| context.state != ContextState::Retiring);
+        let Some(pid) = living.map(|context| context.owner.pid) else {
             state.ledger.counts().unowned += 1;
-        }
+            return;
+        };
         let pending = PendingAnswer {
             fault,
             code,
             pages: runs.iter().map(|run| run.pages.get()).sum(),
             runs: u32::try_from(runs.len()).unwrap_or(u32::MAX),
             retries,
-            pid: owner.unwrap_or(0),
+            pid,
         };
         state.answers.insert(token, pending);
         drop(state);
@@ -100,6 +102,11 @@ impl Agent {
             pid: pending.pid,
         };
         self.lock().ledger.record(entry);
+    }
+
+    /// Holds back the answers to faults from now on, until [`Self::release_answers`].
+    pub fn hold_answers(&self) {
+        self.lock().held.get_or_insert_default();
     }
 
     /// Lets held answers go and holds none back any more. Returns how many there were.

@@ -23,6 +23,8 @@ pub enum Request {
     Status,
     /// [`crate::agent::LedgerReport`] with entries.
     Ledger,
+    /// Holds answers back: `{"holding": true}`.
+    Hold,
     /// Lets held answers go: `{"released": n}`.
     Release,
 }
@@ -32,12 +34,15 @@ impl Request {
         match self {
             Self::Status => "status",
             Self::Ledger => "ledger",
+            Self::Hold => "hold",
             Self::Release => "release",
         }
     }
 
     fn parse(line: &str) -> Option<Self> {
-        [Self::Status, Self::Ledger, Self::Release].into_iter().find(|request| request.name() == line)
+        [Self::Status, Self::Ledger, Self::Hold, Self::Release]
+            .into_iter()
+            .find(|request| request.name() == line)
     }
 }
 
@@ -98,10 +103,16 @@ fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
     let document = match Request::parse(line.trim_end()) {
         Some(Request::Status) => serde_json::to_vec(&agent.status())?,
         Some(Request::Ledger) => serde_json::to_vec(&agent.ledger(true))?,
+        Some(Request::Hold) => {
+            agent.hold_answers();
+            serde_json::to_vec(&serde_json::json!({ "holding": true }))?
+        }
         Some(Request::Release) => {
             serde_json::to_vec(&serde_json::json!({ "released": agent.release_answers() }))?
         }
-        None => serde_json::to_vec(&serde_json::json!({ "error": "ask for status, ledger or release" }))?,
+        None => {
+            serde_json::to_vec(&serde_json::json!({ "error": "ask for status, ledger, hold or release" }))?
+        }
     };
     stream.write_all(&document)
 }

@@ -36,7 +36,7 @@ fn access_name(access: u32) -> &'static str {
 fn advice(errno: i32) -> &'static str {
     match errno {
         errno::EFAULT => "; the CPU address behind it is in no arena of this process",
-        errno::ENOENT => "; nothing is bound there",
+        errno::EINVAL => "; nothing is bound there",
         errno::EPERM => "; it is bound read-only",
         errno::ECANCELED => "; the context or GPU VM was destroyed meanwhile",
         _ => "",

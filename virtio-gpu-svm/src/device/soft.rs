@@ -1,1 +1,320 @@
-//! The embedded software GPU.
+//! The embedded software GPU: replayable faults, any address, fixed-function packets. Always built, several per daemon.
+//!
+//! Owns GPU VMs (`sched` says who runs, `mem` what they see), jobs (`packet`) and the device's own record of its
+//! faults (`ledger`). The library has no threads: the daemon lends one thread per engine, which calls
+//! [`SoftDevice::run_engine`] and stays there until [`SoftDevice::shutdown`].
+//!
+//! An engine runs a job for a *slice* of about 30 us. In a slice it uses translations freely; between slices, and so
+//! while a job is parked at a fault or waits for a semaphore, it holds none: that is the checkpoint of every flush.
+//!
+//! # Locks
+//! The scheduler's mutex: a few lines at a time, nothing is called under it. A VM's memory lock: an engine reads in it
+//! for a slice; see `mem`. Never two at once. Events are called with neither.
+//!
+//! Ends of jobs of one ring are told in order: the next job starts when the end of the one before was told.
+//! Nothing is reported when no engine runs, retirement of VMs included: engines are the only ones that call up.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+mod ledger;
+mod mem;
+mod packet;
+mod sched;
+
+use super::{
+    AddressModel, Asid, Device, DeviceInfo, Error, Events, Extent, FaultModel, Flush, Job, LedgerEntry,
+    StopId, Ticket, Verdict, VmLabel,
+};
+use crate::addr::{GpuAddr, PageRange};
+use crate::protocol::job::{OPCODES, Packet};
+use ledger::Ledger;
+use mem::VmMemory;
+use packet::{ActiveJob, SliceEnd};
+use sched::{Nap, Next, Report, Sched, Turn, Vm};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+/// What a software GPU is to be.
+#[derive(Clone, Debug)]
+pub struct SoftConfig {
+    /// Its index on this host, as it is named in events.
+    pub index: usize,
+    /// For people; at most 32 bytes.
+    pub name: String,
+    /// Engines, at least 1; each needs a thread.
+    pub engines: u8,
+    /// GPU addresses are below `1 << va_bits`; 22 to 57.
+    pub va_bits: u32,
+    /// Keep a record of this many faults.
+    pub ledger: Option<usize>,
+}
+
+/// A software GPU.
+pub struct SoftDevice {
+    index: usize,
+    info: DeviceInfo,
+    events: OnceLock<Weak<dyn Events>>,
+    sched: Mutex<Sched>,
+    /// Sleeping engines.
+    idle: Condvar,
+    /// Kept apart from the scheduler, because a snapshot copies all of it.
+    ledger: Option<Mutex<Ledger>>,
+    faults_raised: AtomicU64,
+    panics: AtomicU64,
+}
+
+impl SoftDevice {
+    /// A GPU that does nothing until it is started and has engines.
+    ///
+    /// # Panics
+    /// If the configuration leaves the ranges that it names.
+    pub fn new(config: SoftConfig) -> Arc<Self> {
+        let SoftConfig { index, name, engines, va_bits, ledger } = config;
+        assert!(engines > 0, "a GPU without engines");
+        assert!((22..=57).contains(&va_bits), "a GPU of {va_bits} address bits");
+        let info = DeviceInfo {
+            name,
+            va_bits,
+            num_engines: u32::from(engines),
+            opcodes: OPCODES,
+            fault_model: FaultModel::Replayable,
+            address_model: AddressModel::Any,
+        };
+        Arc::new(Self {
+            index,
+            info,
+            events: OnceLock::new(),
+            sched: Mutex::new(Sched::new(engines)),
+            idle: Condvar::new(),
+            ledger: ledger.map(|capacity| Mutex::new(Ledger::new(capacity))),
+            faults_raised: AtomicU64::new(0),
+            panics: AtomicU64::new(0),
+        })
+    }
+
+    /// Says who is told; engines work from now on. The device does not keep its owner alive.
+    ///
+    /// # Panics
+    /// If it was started before.
+    pub fn start(&self, events: Weak<dyn Events>) {
+        assert!(self.events.set(events).is_ok(), "device {} was started twice", self.index);
+        self.sched().start();
+        self.idle.notify_all();
+    }
+
+    /// Is an engine until [`SoftDevice::shutdown`]. The calling thread is lent for it.
+    ///
+    /// # Panics
+    /// If there is no such engine, or another thread is it.
+    pub fn run_engine(&self, engine: u8) {
+        let mut sched = self.sched();
+        sched.attach(engine);
+        let mut next = self.next(sched, engine);
+        loop {
+            next = match next {
+                Next::Run(turn) => self.run_turn(turn, engine),
+                Next::Retire(vm) => {
+                    let asid = vm.asid;
+                    drop(vm);
+                    self.emit(|events| events.retired(self.index, asid));
+                    self.next(self.sched(), engine)
+                }
+                Next::Exit => break,
+            }
+        }
+        self.sched().detach(engine);
+    }
+
+    /// Makes every engine return after its slice. Jobs stay where they are; nothing is reported any more.
+    pub fn shutdown(&self) {
+        self.sched().stop();
+        self.idle.notify_all();
+    }
+
+    /// Faults raised so far.
+    pub fn faults_raised(&self) -> u64 {
+        self.faults_raised.load(Ordering::Relaxed)
+    }
+
+    /// Panics contained so far: of packets, and of whoever was told. Each one is a bug.
+    pub fn panics(&self) -> u64 {
+        self.panics.load(Ordering::Relaxed)
+    }
+}
+
+impl SoftDevice {
+    /// Runs a slice, passes the checkpoint, reports, and takes the next.
+    fn run_turn(&self, mut turn: Turn, engine: u8) -> Next {
+        let end = self.run_slice(&mut turn);
+        let mut sched = self.sched();
+        let (report, over) = sched.end_turn(engine, turn, end);
+        if report.is_none() && over.is_none() {
+            return self.next(sched, engine);
+        }
+        self.release(sched);
+        drop(over);
+        let told = report.as_ref().map(Report::told);
+        if let Some(report) = report {
+            self.deliver(report);
+        }
+        let mut sched = self.sched();
+        if let Some(told) = told {
+            sched.end_report(told);
+        }
+        self.next(sched, engine)
+    }
+
+    fn run_slice(&self, turn: &mut Turn) -> SliceEnd {
+        let Turn { vm, job, .. } = turn;
+        let end = 1u64.wrapping_shl(self.info.va_bits);
+        let slice = catch_unwind(AssertUnwindSafe(|| job.run(vm.memory.view().memory(), end)));
+        vm.memory.reclaim();
+        slice.unwrap_or_else(|_| {
+            self.panics.fetch_add(1, Ordering::Relaxed);
+            job.panicked()
+        })
+    }
+
+    /// Reports what a slice brought; no lock is held.
+    fn deliver(&self, report: Report) {
+        let Report { vm, fault, done, flushed, .. } = report;
+        if let Some(fault) = fault {
+            self.faults_raised.fetch_add(1, Ordering::Relaxed);
+            if let Some(ledger) = &self.ledger {
+                let (page, access) = (fault.addr.page(), fault.access);
+                let entry = LedgerEntry { label: vm.label.clone(), asid: vm.asid, page, access };
+                ledger.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
+            }
+            self.emit(|events| events.fault(self.index, fault));
+        }
+        if let Some((job, end)) = done {
+            self.emit(|events| events.job_done(self.index, vm.asid, job, end));
+        }
+        if let Some(ticket) = flushed {
+            self.emit(|events| events.flushed(self.index, vm.asid, ticket));
+        }
+    }
+
+    /// Tells the core, if it is still there. Its panic is its own: the engine serves others.
+    fn emit(&self, tell: impl FnOnce(&dyn Events)) {
+        let Some(events) = self.events.get().and_then(Weak::upgrade) else { return };
+        if catch_unwind(AssertUnwindSafe(|| tell(&*events))).is_err() {
+            self.panics.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The engine's next work; sleeps until there is some.
+    fn next(&self, mut sched: MutexGuard<'_, Sched>, engine: u8) -> Next {
+        loop {
+            match sched.next(engine) {
+                Ok(next) => {
+                    self.release(sched);
+                    return next;
+                }
+                Err(Nap(None)) => {
+                    sched = self.idle.wait(sched).unwrap_or_else(PoisonError::into_inner);
+                    sched.end_sleep(Nap(None));
+                }
+                Err(Nap(Some(time))) => {
+                    let woken = self.idle.wait_timeout(sched, time).unwrap_or_else(PoisonError::into_inner);
+                    sched = woken.0;
+                    sched.end_sleep(Nap(Some(time)));
+                }
+            }
+        }
+    }
+
+    /// Changes the schedule, and wakes an engine if that gave it work.
+    fn schedule<R>(&self, change: impl FnOnce(&mut Sched) -> R) -> R {
+        let mut sched = self.sched();
+        let result = change(&mut sched);
+        self.release(sched);
+        result
+    }
+
+    fn release(&self, sched: MutexGuard<'_, Sched>) {
+        let wake = sched.wants_engine();
+        drop(sched);
+        if wake {
+            self.idle.notify_one();
+        }
+    }
+
+    /// Nothing panics under this lock but a broken invariant of ours; others must be able to go on.
+    fn sched(&self) -> MutexGuard<'_, Sched> {
+        self.sched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Device for SoftDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+        let vm = Arc::new(Vm { asid, label, memory: VmMemory::new(self.info.va_bits) });
+        self.sched().vm_create(vm)
+    }
+
+    fn vm_destroy(&self, asid: Asid) {
+        drop(self.schedule(|sched| sched.vm_destroy(asid)));
+    }
+
+    fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
+        assert_eq!(addr, addr.page_start(), "bind at an address within a page");
+        let vm = self.sched().live_vm(asid)?;
+        vm.memory.bind(addr.page(), extents).map_err(|_| Error::OutOfMemory)
+    }
+
+    fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
+        let Some(vm) = self.sched().vm(asid) else { return Flush::Done };
+        vm.memory.unbind(range);
+        // Slices that begin from here on find the range empty; those that run may have translated before.
+        self.sched().flush(asid)
+    }
+
+    fn flush(&self, asid: Asid) -> Flush {
+        self.sched().flush(asid)
+    }
+
+    fn has_flushed(&self, asid: Asid, ticket: Ticket) -> bool {
+        self.sched().has_flushed(asid, ticket)
+    }
+
+    fn drop_region(&self, asid: Asid, region_id: u64) {
+        let Some(vm) = self.sched().vm(asid) else { return };
+        vm.memory.drop_region(region_id);
+    }
+
+    fn resident_pages(&self, asid: Asid) -> u64 {
+        let vm = self.sched().vm(asid);
+        vm.map_or(0, |vm| vm.memory.resident_pages())
+    }
+
+    fn check_packets(&self, packets: &[Packet]) -> Result<(), Error> {
+        packet::check(packets, 1u64.wrapping_shl(self.info.va_bits))
+    }
+
+    fn submit(&self, asid: Asid, job: Job) -> Result<(), Error> {
+        let ring = job.ring_idx;
+        let job = Box::new(ActiveJob::new(job));
+        self.schedule(|sched| sched.submit(asid, ring, job))
+    }
+
+    fn resume(&self, stop: StopId, verdict: Verdict) {
+        self.schedule(|sched| sched.resume(stop, verdict));
+    }
+
+    fn set_frozen(&self, asid: Asid, frozen: bool) -> Flush {
+        self.schedule(|sched| sched.set_frozen(asid, frozen))
+    }
+
+    fn ledger(&self) -> (Vec<LedgerEntry>, u64) {
+        let Some(ledger) = &self.ledger else { return (Vec::new(), 0) };
+        ledger.lock().unwrap_or_else(PoisonError::into_inner).snapshot()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,84 @@
+//! What is accepted, what is refused, and in which words.
+
+use super::*;
+
+fn refused(text: &str) -> String {
+    Config::parse(text, "test.toml").unwrap_err().to_string()
+}
+
+#[test]
+fn empty_text_gives_two_soft_devices() {
+    let config = Config::parse("", "test.toml").unwrap();
+    let devices = config.devices();
+    let names: Vec<_> = devices.iter().map(|d| d.name.as_str()).collect();
+    assert_eq!(names, ["soft0", "soft1"]);
+    assert!(devices.iter().all(|d| d.engines == 1 && d.va_bits == 48 && d.ledger == 0));
+    assert_eq!(config.limits, Limits::default());
+}
+
+#[test]
+fn reference_file_states_the_defaults() {
+    let text = include_str!("../svmd.toml");
+    let written = Config::parse(text, "svmd.toml").unwrap();
+    let default = Config::default();
+    assert_eq!(written.devices(), default.devices());
+    assert_eq!(written.limits, default.limits);
+    assert_eq!(written.daemon, default.daemon);
+    assert!(written.guest.is_empty());
+}
+
+/// The commented examples of the reference file must not rot either.
+#[test]
+fn reference_file_uncommented_is_valid() {
+    let text: String = include_str!("../svmd.toml")
+        .lines()
+        .map(|line| line.strip_prefix("#= ").unwrap_or(line))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    let config = Config::parse(&text, "svmd.toml").unwrap();
+    assert_eq!(config.guest.len(), 1);
+    assert!(config.daemon.control_socket.is_some());
+}
+
+#[test]
+fn unknown_key_is_named() {
+    for text in [
+        "colour = 1",
+        "[daemon]\ncolour = 1",
+        "[limits]\ncolour = 1",
+        "[[device]]\nkind='soft'\nname='a'\ncolour=1",
+    ] {
+        let message = refused(text);
+        assert!(message.contains("colour") && message.starts_with("test.toml"), "{message}");
+    }
+}
+
+#[test]
+fn bad_values_name_their_key() {
+    let device = |rest: &str| format!("[[device]]\nkind = 'soft'\nname = 'a'\n{rest}");
+    let cases = [
+        (device("engines = 0"), "device[0].engines"),
+        (device("engines = 65"), "device[0].engines"),
+        (device("va_bits = 21"), "device[0].va_bits"),
+        (device("va_bits = 58"), "device[0].va_bits"),
+        (device("ledger = 16777217"), "device[0].ledger"),
+        (device("") + "\n" + &device(""), "device[1].name"),
+        ("[[device]]\nkind = 'soft'\nname = 'a b'".to_owned(), "device[0].name"),
+        ("[limits]\njobs = 0".to_owned(), "limits.jobs"),
+        ("[limits]\nmappings = 65537".to_owned(), "limits.mappings"),
+        ("[[guest]]\nname='g'\nsocket='/x'\ndevices=['gpu9']".to_owned(), "guest[0].devices"),
+        ("[[guest]]\nname='g'\nsocket='/x'\ndevices=[]".to_owned(), "guest[0].devices"),
+        ("[[guest]]\nname='g'\nsocket='/x'\n[[guest]]\nname='g'\nsocket='/y'".to_owned(), "guest[1].name"),
+    ];
+    for (text, key) in cases {
+        let message = refused(&text);
+        assert!(message.starts_with(key), "{text}: {message}");
+    }
+}
+
+#[test]
+fn wrong_types_and_kinds_are_refused() {
+    assert!(refused("[daemon]\nlog = 'loud'").contains("loud"));
+    assert!(refused("[[device]]\nkind = 'hard'\nname = 'a'").contains("hard"));
+    assert!(refused("[limits]\njobs = -1").contains("jobs"));
+}

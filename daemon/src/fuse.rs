@@ -1,0 +1,141 @@
+//! What ends one guest's session, and only that: a fuse that any thread may blow.
+//!
+//! A session has threads of the framework, its guest's queue thread, and visits from engines. Whichever of them finds
+//! that it cannot go on blows the fuse: the first reason is kept, the connection is shut down, and the thread that
+//! serves the guest tidies up. Also the one place where faults of a guest are logged, at a bounded rate.
+
+use crate::guest_memory;
+use crate::queue::{ChainError, RingError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use vhost_user_backend::ShutdownHandle;
+
+/// Why a session ended, other than that its VMM left.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The operator removed the guest, or the daemon is ending.
+    #[error("removed")]
+    Removed,
+    /// A fault of ours.
+    #[error("internal fault while {0}; the session's state was dropped")]
+    Panicked(&'static str),
+    /// The framework's queue thread ended: a kick file that cannot be read.
+    #[error("its queue thread ended (a kick file could not be read)")]
+    QueueThread,
+    /// Its memory was refused.
+    #[error(transparent)]
+    Memory(#[from] guest_memory::Error),
+    /// It broke the vhost-user protocol, or used a part of it that was not offered.
+    #[error("vhost-user: {0}")]
+    Protocol(String),
+    /// The session could not be set up.
+    #[error("cannot {action}: {reason}")]
+    Start {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+}
+
+impl Failure {
+    /// A step of the start that failed.
+    pub fn start(action: &'static str, error: &dyn std::fmt::Display) -> Self {
+        Self::Start { action, reason: error.to_string() }
+    }
+}
+
+/// See the module.
+pub struct Fuse {
+    guest: Arc<str>,
+    reason: OnceLock<Arc<Failure>>,
+    /// Guards the handle until it is used; a section is one move.
+    shutdown: Mutex<Option<ShutdownHandle>>,
+    log: LogLimit,
+    chains_refused: AtomicU64,
+}
+
+impl Fuse {
+    /// A fuse for a guest of this name.
+    pub fn new(guest: &str) -> Self {
+        Self {
+            guest: guest.into(),
+            reason: OnceLock::new(),
+            shutdown: Mutex::new(None),
+            log: LogLimit::default(),
+            chains_refused: AtomicU64::new(0),
+        }
+    }
+
+    /// Names the connection to be shut down; at once if the fuse has blown before.
+    pub fn arm(&self, handle: Option<ShutdownHandle>) {
+        *self.lock() = handle;
+        if self.reason.get().is_some() {
+            self.cut();
+        }
+    }
+
+    /// Ends the session for this reason, unless it has one already.
+    pub fn blow(&self, failure: Failure) {
+        if self.reason.set(Arc::new(failure)).is_ok() {
+            self.cut();
+        }
+    }
+
+    /// The reason, if it has blown.
+    pub fn reason(&self) -> Option<Arc<Failure>> {
+        self.reason.get().cloned()
+    }
+
+    /// Chains that were given back unread so far.
+    pub fn chains_refused(&self) -> u64 {
+        self.chains_refused.load(Ordering::Relaxed)
+    }
+
+    /// Tells of a queue that is not served any more. Once per stop of the ring: the ring is latched.
+    pub fn report_ring(&self, queue: &'static str, error: RingError) {
+        tracing::warn!(guest = %self.guest, queue, %error, "queue failed; it is ignored until the driver resets it");
+    }
+
+    /// Tells of malformed chains.
+    pub fn report_chain(&self, queue: &'static str, error: ChainError, count: u32) {
+        let total = self.chains_refused.fetch_add(u64::from(count), Ordering::Relaxed);
+        if self.log.admits() {
+            let total = total.saturating_add(u64::from(count));
+            tracing::warn!(guest = %self.guest, queue, %error, total, "malformed chains given back unread");
+        }
+    }
+
+    fn cut(&self) {
+        let handle = self.lock().take();
+        if let Some(handle) = handle {
+            handle.shutdown();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<ShutdownHandle>> {
+        self.shutdown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Admits one line in [`LogLimit::PAUSE`].
+#[derive(Default)]
+struct LogLimit {
+    /// Guards the time of the last line; a section is one comparison.
+    last: Mutex<Option<Instant>>,
+}
+
+impl LogLimit {
+    const PAUSE: Duration = Duration::from_secs(10);
+
+    fn admits(&self) -> bool {
+        let now = Instant::now();
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let admitted = last.is_none_or(|then| now.duration_since(then) >= Self::PAUSE);
+        if admitted {
+            *last = Some(now);
+        }
+        admitted
+    }
+}

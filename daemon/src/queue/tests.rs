@@ -1,0 +1,485 @@
+//! Rings written by hand, legal and hostile, against [`Turn`].
+
+use super::*;
+use vhost_user_backend::VringT;
+use vm_memory::{Bytes, GuestMemoryAtomic};
+
+const SIZE: u16 = 16;
+const DESC: u64 = 0x1000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const DATA: u64 = 0x1_0000;
+const MEMORY_END: u64 = 0x40_0000;
+const MEMORY_BYTES: usize = 0x40_0000;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// The next chain, which must be there.
+fn chain(turn: &mut Turn<'_>, command: &mut Vec<u8>) -> Token {
+    match turn.next(command).unwrap() {
+        Next::Chain(token) => token,
+        other => panic!("{other:?}"),
+    }
+}
+
+struct Driver {
+    memory: Arc<GuestMemoryMmap>,
+    ring: Ring,
+    avail: u16,
+    size: u16,
+}
+
+impl Driver {
+    fn new() -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
+        let memory = Arc::new(memory);
+        let ring = Ring::new(GuestMemoryAtomic::from(Arc::clone(&memory)), 1024).unwrap();
+        ring.set_queue_size(SIZE);
+        ring.set_queue_info(DESC, AVAIL, USED).unwrap();
+        ring.set_queue_ready(true);
+        ring.set_enabled(true);
+        Self { memory, ring, avail: 0, size: SIZE }
+    }
+    fn put(&self, table: u64, index: u64, descriptor: Descriptor) {
+        self.memory.write_obj(descriptor, GuestAddress(table + 16 * index)).unwrap();
+    }
+    fn descriptor(&self, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
+        self.put(DESC, index.into(), Descriptor::new(addr, len, flags, next));
+    }
+    fn offer(&mut self, head: u16) {
+        let slot = AVAIL + 4 + 2 * u64::from(self.avail % self.size);
+        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        self.set_avail(self.avail.wrapping_add(1));
+    }
+    fn set_avail(&mut self, idx: u16) {
+        self.avail = idx;
+        self.memory.write_obj(idx, GuestAddress(AVAIL + 2)).unwrap();
+    }
+    fn turn(&self) -> Turn<'_> {
+        self.try_turn().unwrap().unwrap()
+    }
+    fn try_turn(&self) -> Result<Option<Turn<'_>>, RingError> {
+        Turn::begin(&self.ring, || Arc::clone(&self.memory))
+    }
+    /// (id, len) of the used entries.
+    fn used(&self) -> Vec<(u32, u32)> {
+        let idx: u16 = self.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        let entry = |i: u16| {
+            let at = USED + 4 + 8 * u64::from(i % self.size);
+            (
+                self.memory.read_obj(GuestAddress(at)).unwrap(),
+                self.memory.read_obj(GuestAddress(at + 4)).unwrap(),
+            )
+        };
+        (0..idx).map(entry).collect()
+    }
+    /// Offers chain 0, which must be given back unread for this cause.
+    fn refuses(mut self, cause: ChainError) {
+        self.offer(0);
+        let mut command = Vec::new();
+        let mut turn = self.turn();
+        assert!(matches!(turn.next(&mut command), Ok(Next::Empty | Next::Spent)));
+        assert_eq!(turn.refused(), Some((cause, 1)));
+        drop(turn);
+        assert_eq!(self.used(), [(0, 0)]);
+    }
+}
+
+#[test]
+fn command_and_answer_pass_through_scattered_buffers() {
+    let mut driver = Driver::new();
+    driver.memory.write_slice(b"hello ", GuestAddress(DATA)).unwrap();
+    driver.memory.write_slice(b"world", GuestAddress(DATA + 0x1000)).unwrap();
+    driver.descriptor(3, DATA, 6, NEXT, 7);
+    driver.descriptor(7, DATA + 0x1000, 5, NEXT, 1);
+    driver.descriptor(1, DATA + 0x2000, 2, NEXT | WRITE, 2);
+    driver.descriptor(2, DATA + 0x3000, 4, WRITE, 0);
+    driver.offer(3);
+
+    let mut command = Vec::new();
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut command);
+    assert_eq!((command.as_slice(), token.room()), (&b"hello world"[..], 6));
+    turn.complete(token, b"abcde").unwrap();
+    assert!(matches!(turn.next(&mut command), Ok(Next::Empty)));
+    turn.finish().unwrap();
+
+    assert_eq!(driver.used(), [(3, 5)]);
+    let mut written = [0; 3];
+    driver.memory.read_slice(&mut written, GuestAddress(DATA + 0x3000)).unwrap();
+    assert_eq!(&written, b"cde");
+}
+
+#[test]
+fn answer_is_cut_to_the_room() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT, 1);
+    driver.descriptor(1, DATA + 0x1000, 3, WRITE, 0);
+    driver.offer(0);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.complete(token, b"abcdef").unwrap();
+    drop(turn);
+    assert_eq!(driver.used(), [(0, 3)]);
+    assert_eq!(driver.memory.read_obj::<u8>(GuestAddress(DATA + 0x1003)).unwrap(), 0);
+}
+
+#[test]
+fn no_writable_buffer_is_answered_with_length_zero() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 4, 0, 0);
+    driver.offer(0);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    assert_eq!(token.room(), 0);
+    turn.complete(token, b"answer").unwrap();
+    drop(turn);
+    assert_eq!(driver.used(), [(0, 0)]);
+}
+
+#[test]
+fn put_back_chain_is_taken_again() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 64, WRITE, 0);
+    driver.offer(0);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.put_back(token);
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.complete(token, b"x").unwrap();
+    drop(turn);
+    assert_eq!(driver.used(), [(0, 1)]);
+}
+
+#[test]
+#[should_panic(expected = "was not given back")]
+fn dropped_token_is_a_fault() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 64, WRITE, 0);
+    driver.offer(0);
+    let mut turn = driver.turn();
+    drop(chain(&mut turn, &mut Vec::new()));
+}
+
+#[test]
+fn malformed_chain_does_not_stop_the_next() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT, 0);
+    driver.descriptor(5, DATA, 4, 0, 0);
+    driver.offer(0);
+    driver.offer(5);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.complete(token, b"").unwrap();
+    assert_eq!(turn.refused(), Some((ChainError::Cycle, 1)));
+    drop(turn);
+    assert_eq!(driver.used(), [(0, 0), (5, 0)]);
+}
+
+#[test]
+fn self_loop_and_two_cycle_are_refused() {
+    let driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT, 0);
+    driver.refuses(ChainError::Cycle);
+
+    let driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT, 1);
+    driver.descriptor(1, DATA, 4, NEXT, 0);
+    driver.refuses(ChainError::Cycle);
+}
+
+#[test]
+fn next_beyond_the_table_is_refused() {
+    let driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT, SIZE);
+    driver.refuses(ChainError::NextOutOfRange(SIZE.into()));
+}
+
+#[test]
+fn readable_after_writable_is_refused() {
+    let driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT | WRITE, 1);
+    driver.descriptor(1, DATA, 4, 0, 0);
+    driver.refuses(ChainError::ReadableAfterWritable);
+}
+
+#[test]
+fn empty_writable_buffer_still_orders_the_chain() {
+    let driver = Driver::new();
+    driver.descriptor(0, DATA, 0, NEXT | WRITE, 1);
+    driver.descriptor(1, DATA, 4, 0, 0);
+    driver.refuses(ChainError::ReadableAfterWritable);
+}
+
+#[test]
+fn buffers_outside_memory_are_refused() {
+    for (addr, len) in
+        [(MEMORY_END - 2, 4), (MEMORY_END, 1), (u64::MAX, 1), (u64::MAX - 1, 4), (DATA, u32::MAX)]
+    {
+        for flags in [0, WRITE] {
+            let driver = Driver::new();
+            driver.descriptor(0, addr, len, flags, 0);
+            driver.refuses(ChainError::OutsideMemory(addr));
+        }
+    }
+}
+
+#[test]
+fn last_byte_of_memory_is_a_buffer() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, MEMORY_END - 1, 1, 0, 0);
+    driver.offer(0);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.complete(token, b"").unwrap();
+}
+
+#[test]
+fn more_than_4_gib_of_buffers_are_refused() {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0xffff_f000)]).unwrap();
+    let mut driver = Driver::new();
+    driver.memory = Arc::new(memory);
+    driver.descriptor(0, DATA, 0xf000_0000, NEXT, 1);
+    driver.descriptor(1, DATA, 0x1000_0000, 0, 0);
+    driver.refuses(ChainError::TooManyBytes);
+}
+
+#[test]
+fn indirect_table_is_walked() {
+    let mut driver = Driver::new();
+    driver.memory.write_slice(b"abcd", GuestAddress(DATA)).unwrap();
+    driver.put(0x8000, 0, Descriptor::new(DATA, 4, NEXT, 1));
+    driver.put(0x8000, 1, Descriptor::new(DATA + 0x1000, 8, WRITE, 0));
+    driver.descriptor(4, 0x8000, 32, INDIRECT, 0);
+    driver.offer(4);
+    let mut command = Vec::new();
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut command);
+    assert_eq!((command.as_slice(), token.room()), (&b"abcd"[..], 8));
+    turn.complete(token, b"ok").unwrap();
+    drop(turn);
+    assert_eq!(driver.used(), [(4, 2)]);
+}
+
+#[test]
+fn malformed_indirect_tables_are_refused() {
+    let driver = Driver::new();
+    driver.descriptor(0, 0x8000, 24, INDIRECT, 0);
+    driver.refuses(ChainError::IndirectLength(24));
+
+    let driver = Driver::new();
+    driver.descriptor(0, 0x8000, 0, INDIRECT, 0);
+    driver.refuses(ChainError::IndirectLength(0));
+
+    let driver = Driver::new();
+    driver.descriptor(0, 0x8000, 32, INDIRECT | NEXT, 1);
+    driver.refuses(ChainError::IndirectAndNext);
+
+    let driver = Driver::new();
+    driver.descriptor(0, 0x8000, 32, INDIRECT, 0);
+    driver.put(0x8000, 0, Descriptor::new(0x9000, 16, INDIRECT, 0));
+    driver.refuses(ChainError::NestedIndirect);
+
+    let driver = Driver::new();
+    driver.descriptor(0, 0x8000, 32, INDIRECT, 0);
+    driver.put(0x8000, 0, Descriptor::new(DATA, 4, NEXT, 2));
+    driver.refuses(ChainError::NextOutOfRange(2));
+
+    let driver = Driver::new();
+    driver.descriptor(0, MEMORY_END, 32, INDIRECT, 0);
+    driver.refuses(ChainError::OutsideMemory(MEMORY_END));
+}
+
+/// A stock driver describes a large buffer of an unprivileged process like this: it is answered, not refused.
+#[test]
+fn over_long_command_is_read_in_part_and_answered() {
+    let mut driver = Driver::new();
+    let entries: u32 = 65_536;
+    for i in 0..u64::from(entries - 1) {
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 4096, NEXT, u16::try_from(i + 1).unwrap()));
+    }
+    driver.put(0x10_0000, u64::from(entries - 1), Descriptor::new(DATA + 0x8000, 64, WRITE, 0));
+    driver.descriptor(0, 0x10_0000, entries * 16, INDIRECT, 0);
+    driver.offer(0);
+
+    let mut command = Vec::new();
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut command);
+    assert_eq!((command.len(), token.room()), (MAX_COMMAND_BYTES + 1, 64));
+    turn.complete(token, b"no").unwrap();
+    // Its cost counts: the rest of the ring waits for the next turn.
+    assert!(matches!(turn.next(&mut command), Ok(Next::Spent)));
+    drop(turn);
+    assert_eq!(driver.used(), [(0, 2)]);
+}
+
+#[test]
+fn longer_chains_than_any_buffer_are_refused() {
+    // A table of 70,000 entries that all lead back to the first 65,536: only those can be named by `next`.
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x80_0000)]).unwrap();
+    let mut driver = Driver::new();
+    driver.memory = Arc::new(memory);
+    for i in 0..65_536_u64 {
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 0, NEXT, u16::try_from((i + 1) % 65_536).unwrap()));
+    }
+    driver.descriptor(0, 0x10_0000, 70_000 * 16, INDIRECT, 0);
+    driver.refuses(ChainError::TooLong);
+}
+
+/// Many heads on one huge malformed table: each turn pays for one of them.
+#[test]
+fn expensive_malformed_chains_end_the_turn() {
+    let mut driver = Driver::new();
+    for i in 0..65_535_u64 {
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 1, NEXT, u16::try_from(i + 1).unwrap()));
+    }
+    driver.put(0x10_0000, 65_535, Descriptor::new(DATA, 1, NEXT, 0));
+    driver.descriptor(0, 0x10_0000, 65_536 * 16, INDIRECT, 0);
+    for _ in 0..SIZE {
+        driver.offer(0);
+    }
+    for turns in 1..=u32::from(SIZE) {
+        let mut turn = driver.turn();
+        assert!(matches!(turn.next(&mut Vec::new()), Ok(Next::Spent)));
+        assert_eq!(turn.refused(), Some((ChainError::Cycle, 1)));
+        drop(turn);
+        assert_eq!(driver.used().len(), turns as usize);
+    }
+}
+
+#[test]
+fn turn_ends_with_its_budget() {
+    let mut driver = Driver::new();
+    driver.size = 2 * u16::try_from(CHAIN_BUDGET).unwrap();
+    driver.ring.set_queue_size(driver.size);
+    driver.descriptor(0, DATA, 1, 0, 0);
+    for _ in 0..=CHAIN_BUDGET {
+        driver.offer(0);
+    }
+    let mut served = Vec::new();
+    for _ in 0..2 {
+        let mut turn = driver.turn();
+        while let Next::Chain(token) = turn.next(&mut Vec::new()).unwrap() {
+            turn.complete(token, b"").unwrap();
+        }
+        served.push(turn.used);
+    }
+    assert_eq!(served, [CHAIN_BUDGET, 1]);
+}
+
+#[test]
+fn available_index_that_jumps_breaks_the_ring() {
+    for idx in [SIZE + 1, 0x8000, u16::MAX] {
+        let mut driver = Driver::new();
+        driver.set_avail(idx);
+        let mut turn = driver.turn();
+        assert_eq!(turn.next(&mut Vec::new()).unwrap_err(), RingError::AvailIndex);
+    }
+}
+
+#[test]
+fn head_beyond_the_ring_breaks_it() {
+    let mut driver = Driver::new();
+    driver.offer(SIZE);
+    let mut turn = driver.turn();
+    assert_eq!(turn.next(&mut Vec::new()).unwrap_err(), RingError::HeadOutOfRange(SIZE));
+}
+
+#[test]
+fn rings_outside_memory_or_on_each_other_are_not_served() {
+    let rings = [
+        (MEMORY_END - 16, AVAIL, USED),
+        (DESC, MEMORY_END - 2, USED),
+        (DESC, AVAIL, MEMORY_END - 4),
+        (DESC, AVAIL, MEMORY_END),
+        (DESC, 0, USED),
+        (DESC, DESC, USED),
+        (DESC, AVAIL, AVAIL),
+        (DESC, AVAIL, DESC + 16),
+        (DESC, AVAIL, AVAIL + 32),
+    ];
+    for (desc, avail, used) in rings {
+        let driver = Driver::new();
+        driver.ring.set_queue_info(desc, avail, used).unwrap();
+        assert!(matches!(driver.try_turn(), Err(RingError::BadRings)), "{desc:#x} {avail:#x} {used:#x}");
+    }
+}
+
+#[test]
+fn size_that_is_none_is_not_served() {
+    let driver = Driver::new();
+    driver.ring.set_queue_size(3);
+    assert!(matches!(driver.try_turn(), Err(RingError::BadSize)));
+    driver.ring.set_queue_size(SIZE);
+    assert!(driver.try_turn().unwrap().is_some());
+}
+
+#[test]
+fn stopped_disabled_and_failed_rings_rest() {
+    let driver = Driver::new();
+    driver.ring.set_enabled(false);
+    assert!(driver.try_turn().unwrap().is_none());
+    driver.ring.set_enabled(true);
+    driver.ring.set_queue_ready(false);
+    assert!(driver.try_turn().unwrap().is_none());
+    driver.ring.set_queue_ready(true);
+    driver.ring.fail();
+    assert!(driver.try_turn().unwrap().is_none());
+    driver.ring.clear_failure();
+    assert!(driver.try_turn().unwrap().is_some());
+}
+
+#[test]
+fn rearming_sees_what_arrived_meanwhile() {
+    let mut driver = Driver::new();
+    driver.ring.set_queue_event_idx(true);
+    driver.descriptor(0, DATA, 4, 0, 0);
+    let memory = Arc::clone(&driver.memory);
+    driver.offer(0);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.complete(token, b"").unwrap();
+    assert!(!turn.rearm().unwrap());
+    memory.write_obj(2u16, GuestAddress(AVAIL + 2)).unwrap();
+    assert!(turn.rearm().unwrap());
+    // The event index asks for the very next buffer.
+    let avail_event: u16 = memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE))).unwrap();
+    assert_eq!(avail_event, 1);
+}
+
+/// The call file is used only when the driver asked for it, and a full one stops nobody.
+#[test]
+fn driver_is_interrupted_where_it_asked() {
+    use rustix::event::{EventfdFlags, eventfd};
+    let mut driver = Driver::new();
+    // A blocking eventfd: the ring must make it non-blocking.
+    let call = std::fs::File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    driver.ring.set_queue_event_idx(true);
+    driver.ring.set_call(Some(call.try_clone().unwrap()));
+    let signalled = || {
+        let mut count = [0; 8];
+        rustix::io::read(&call, &mut count).map(|_| u64::from_ne_bytes(count)).unwrap_or(0)
+    };
+    let serve = |driver: &mut Driver| {
+        driver.descriptor(0, DATA, 4, 0, 0);
+        driver.offer(0);
+        let mut turn = driver.turn();
+        let token = chain(&mut turn, &mut Vec::new());
+        turn.complete(token, b"").unwrap();
+        turn.finish().unwrap();
+    };
+    let used_event = GuestAddress(AVAIL + 4 + 2 * u64::from(SIZE));
+    driver.memory.write_obj(0u16, used_event).unwrap();
+    serve(&mut driver);
+    assert_eq!(signalled(), 1);
+    driver.memory.write_obj(5u16, used_event).unwrap();
+    serve(&mut driver);
+    assert_eq!(signalled(), 0);
+
+    driver.memory.write_obj(2u16, used_event).unwrap();
+    rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    serve(&mut driver);
+    assert_eq!(driver.used().len(), 3);
+}

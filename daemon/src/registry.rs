@@ -1,0 +1,353 @@
+//! All guests of the daemon: their names, their sockets, what they are granted.
+//!
+//! Called by the command line, the configuration and the control socket, from any thread. Each guest has a seat
+//! with a thread of its own (`attendant`) that serves one VMM after the other. Adding and removing are
+//! idempotent, and refused before anything is changed.
+
+use crate::attendant::{Attendant, Door, Seat};
+use crate::eventq::Waker;
+use crate::session::Setup;
+use crate::socket::RuntimeDirs;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use virtio_gpu_svm::guest::Guest;
+use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::info::GuestStatus;
+
+/// Most bytes of a guest's name.
+pub const MAX_NAME: usize = 64;
+
+/// What holds for every guest.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Guest sockets may be made only below these folders.
+    pub runtime_dirs: Vec<PathBuf>,
+    /// What one guest may use at once.
+    pub limits: Limits,
+    /// Accept guest memory that its VMM could shrink under us.
+    pub allow_unsealed: bool,
+}
+
+/// Where a guest's VMM reaches the daemon.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// A socket that the daemon makes.
+    Path(PathBuf),
+    /// A listening vhost-user socket that was inherited.
+    Listener(OwnedFd),
+    /// A connected vhost-user socket that was inherited: one session, then the guest stays without.
+    Connected(OwnedFd),
+}
+
+impl Endpoint {
+    fn label(&self) -> String {
+        match self {
+            Self::Path(path) => path.display().to_string(),
+            Self::Listener(fd) | Self::Connected(fd) => format!("fd:{}", fd.as_raw_fd()),
+        }
+    }
+}
+
+/// A guest to be added.
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// Its name: 1 to 64 of `[A-Za-z0-9._-]`, not `.` or `..`.
+    pub name: String,
+    /// Its socket.
+    pub socket: Endpoint,
+    /// Names of the host devices granted to it, in the order of its `dev_id`; all when absent.
+    pub devices: Option<Vec<String>>,
+}
+
+/// Why a guest was not added. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AddError {
+    /// The name has other characters than it may have, or too many.
+    #[error("guest name {0:?} is not 1 to 64 of A-Z a-z 0-9 . _ -")]
+    BadName(String),
+    /// A guest of that name has another socket or other devices.
+    #[error("guest {name:?} is there already, with socket {socket:?}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// The socket of the guest that is there.
+        socket: String,
+    },
+    /// The path leads elsewhere than below a runtime folder.
+    #[error("socket {0:?} is not below a runtime folder of this daemon (--runtime-dir)")]
+    SocketOutsideRuntimeDirs(PathBuf),
+    /// Another guest, a live program or something that is no socket has that path.
+    #[error("socket {0:?} is in use")]
+    SocketInUse(PathBuf),
+    /// No host device has that name.
+    #[error("no device {0:?} on this host")]
+    UnknownDevice(String),
+    /// The daemon is ending.
+    #[error("the daemon is ending")]
+    ShuttingDown,
+    /// The host kernel refused.
+    #[error("cannot {action} {path:?}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A guest, as it is listed.
+#[derive(Clone, Debug, Serialize)]
+pub struct GuestEntry {
+    /// Its name.
+    pub name: String,
+    /// Its socket's path, or `fd:N` of an inherited one.
+    pub socket: String,
+    /// Names of the host devices granted to it, in the order of its `dev_id`.
+    pub devices: Vec<String>,
+    /// Whether a VMM is connected.
+    pub connected: bool,
+    /// Sessions begun so far.
+    pub sessions: u64,
+    /// Why the last session ended, unless the VMM just left.
+    pub last_error: Option<String>,
+    /// The core's view of it while a VMM is connected.
+    pub status: Option<GuestStatus>,
+}
+
+/// What happened to a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RegistryEvent {
+    /// It was added.
+    GuestAdded {
+        /// Its name.
+        name: String,
+    },
+    /// It was removed.
+    GuestRemoved {
+        /// Its name.
+        name: String,
+    },
+    /// Its VMM connected.
+    GuestConnected {
+        /// Its name.
+        name: String,
+    },
+    /// Its VMM left or was dropped.
+    GuestDisconnected {
+        /// Its name.
+        name: String,
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// Called with each event, from the thread that caused it and with no lock held. Must not wait.
+pub type Subscriber = Box<dyn Fn(&RegistryEvent) + Send + Sync>;
+
+/// All guests of the daemon.
+pub struct Registry {
+    host: Arc<Host>,
+    options: Options,
+    runtime_dirs: RuntimeDirs,
+    /// Names of the host's devices, by index.
+    device_names: Vec<String>,
+    /// Guards the list of guests. Held while a socket is made, so that two calls cannot make the same one; never while
+    /// a session begins or ends.
+    guests: Mutex<Guests>,
+    subscribers: Arc<Subscribers>,
+}
+
+#[derive(Default)]
+struct Guests {
+    by_name: BTreeMap<String, Arc<Seat>>,
+    closed: bool,
+}
+
+impl Registry {
+    /// A registry without guests.
+    pub fn new(host: Arc<Host>, options: Options) -> Arc<Self> {
+        let device_names = host.devices().into_iter().map(|device| device.name).collect();
+        let runtime_dirs = RuntimeDirs::new(&options.runtime_dirs);
+        let (guests, subscribers) = (Mutex::default(), Arc::default());
+        Arc::new(Self { host, options, runtime_dirs, device_names, guests, subscribers })
+    }
+
+    /// Adds a guest and listens for its VMM. `Ok(false)`: the same guest was there already.
+    ///
+    /// # Errors
+    /// [`AddError`].
+    pub fn add(&self, spec: GuestSpec) -> Result<bool, AddError> {
+        if !is_guest_name(&spec.name) {
+            return Err(AddError::BadName(spec.name));
+        }
+        let devices = self.resolve_devices(spec.devices.as_deref())?;
+        let endpoint = match spec.socket {
+            Endpoint::Path(path) => Endpoint::Path(self.runtime_dirs.resolve(&path)?),
+            inherited => inherited,
+        };
+        let label = endpoint.label();
+
+        let mut guests = self.lock();
+        if guests.closed {
+            return Err(AddError::ShuttingDown);
+        }
+        if let Some(there) = guests.by_name.get(&spec.name) {
+            if there.socket == label && there.devices == devices {
+                return Ok(false);
+            }
+            return Err(AddError::NameTaken { name: spec.name, socket: there.socket.clone() });
+        }
+        if let Endpoint::Path(path) = &endpoint
+            && guests.by_name.values().any(|seat| seat.socket == label)
+        {
+            return Err(AddError::SocketInUse(path.clone()));
+        }
+        let failed = |action, source| AddError::Io { action, path: PathBuf::from(&label), source };
+        let door = Door::open(endpoint)?;
+        let stop = Waker::new().map_err(|e| failed("make an event for", e))?;
+        let seat = Arc::new(Seat {
+            name: spec.name.clone(),
+            socket: label.clone(),
+            devices,
+            stop,
+            live: Mutex::default(),
+            thread: Mutex::default(),
+        });
+        let attendant = Attendant {
+            seat: Arc::clone(&seat),
+            setup: Setup {
+                host: Arc::clone(&self.host),
+                name: spec.name.clone(),
+                limits: self.options.limits,
+                devices: seat.devices.clone(),
+                allow_unsealed: self.options.allow_unsealed,
+            },
+            subscribers: Arc::clone(&self.subscribers),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("guest {}", spec.name))
+            .spawn(move || attendant.run(door))
+            .map_err(|e| failed("start a thread for", e))?;
+        *lock(&seat.thread) = Some(thread);
+        guests.by_name.insert(spec.name.clone(), seat);
+        drop(guests);
+        tracing::info!(guest = %spec.name, socket = %label, "guest added");
+        self.subscribers.tell(&RegistryEvent::GuestAdded { name: spec.name });
+        Ok(true)
+    }
+
+    /// Removes a guest: ends its session and removes the socket that was made for it. On return nothing of it is left.
+    /// `false`: it was not there.
+    pub fn remove(&self, name: &str) -> bool {
+        let Some(seat) = self.lock().by_name.remove(name) else { return false };
+        seat.stop_and_join();
+        tracing::info!(guest = %name, "guest removed");
+        self.subscribers.tell(&RegistryEvent::GuestRemoved { name: name.to_owned() });
+        true
+    }
+
+    /// All guests by name.
+    pub fn list(&self) -> Vec<GuestEntry> {
+        let seats: Vec<_> = self.lock().by_name.values().cloned().collect();
+        seats.iter().map(|seat| self.describe(seat)).collect()
+    }
+
+    /// One guest.
+    pub fn get(&self, name: &str) -> Option<GuestEntry> {
+        self.seat(name).map(|seat| self.describe(&seat))
+    }
+
+    /// The core's guest of that name, while a VMM is connected.
+    pub fn guest(&self, name: &str) -> Option<Arc<Guest>> {
+        self.seat(name)?.session().map(|session| Arc::clone(session.guest()))
+    }
+
+    /// The host.
+    pub fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    /// Ends all sessions and removes all sockets; nothing can be added any more.
+    pub fn shutdown(&self) {
+        let seats = {
+            let mut guests = self.lock();
+            guests.closed = true;
+            std::mem::take(&mut guests.by_name)
+        };
+        for seat in seats.values() {
+            seat.stop();
+        }
+        for (name, seat) in seats {
+            seat.stop_and_join();
+            self.subscribers.tell(&RegistryEvent::GuestRemoved { name });
+        }
+    }
+
+    /// Has `subscriber` called with every event from now on.
+    pub fn subscribe(&self, subscriber: Subscriber) {
+        self.subscribers.0.write().unwrap_or_else(PoisonError::into_inner).push(subscriber);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Guests> {
+        lock(&self.guests)
+    }
+
+    fn seat(&self, name: &str) -> Option<Arc<Seat>> {
+        self.lock().by_name.get(name).cloned()
+    }
+
+    fn resolve_devices(&self, names: Option<&[String]>) -> Result<Vec<usize>, AddError> {
+        let Some(names) = names else { return Ok((0..self.device_names.len()).collect()) };
+        let index = |name: &String| {
+            let found = self.device_names.iter().position(|device| device == name);
+            found.ok_or_else(|| AddError::UnknownDevice(name.clone()))
+        };
+        names.iter().map(index).collect()
+    }
+
+    fn describe(&self, seat: &Seat) -> GuestEntry {
+        let (session, sessions, last_error) = {
+            let live = lock(&seat.live);
+            (live.session.clone(), live.sessions, live.last_error.clone())
+        };
+        let device_name = |index: &usize| self.device_names.get(*index).cloned();
+        GuestEntry {
+            name: seat.name.clone(),
+            socket: seat.socket.clone(),
+            devices: seat.devices.iter().filter_map(device_name).collect(),
+            connected: session.is_some(),
+            sessions,
+            last_error,
+            status: session.map(|session| session.guest().status()),
+        }
+    }
+}
+
+fn is_guest_name(name: &str) -> bool {
+    (1..=MAX_NAME).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && name != "."
+        && name != ".."
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Sections are single assignments; a panic cannot leave them half done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Default)]
+pub(crate) struct Subscribers(RwLock<Vec<Subscriber>>);
+
+impl Subscribers {
+    pub(crate) fn tell(&self, event: &RegistryEvent) {
+        for subscriber in self.0.read().unwrap_or_else(PoisonError::into_inner).iter() {
+            subscriber(event);
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! Which memory is accepted.
+
+use crate::Daemon;
+use crate::vmm::{Vmm, connect, memfd, region};
+use std::fs::File;
+use vhost::VhostBackend;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+
+/// Refused: the session ended, and the reason says this.
+fn refused(daemon: &Daemon, frontend: Frontend, words: &str) {
+    let reason = daemon.wait_disconnected();
+    assert!(reason.contains(words), "{reason}");
+    assert_eq!(daemon.registry.get("vm0").unwrap().last_error, Some(reason));
+    drop(frontend);
+}
+
+#[test]
+fn sealed_memory_is_accepted_and_told() {
+    let daemon = Daemon::start();
+    let frontend = connect(&daemon.add("vm0"));
+    let file = memfd(0x20_0000, true);
+    frontend
+        .set_mem_table(&[region(&file, 0, 0x10_0000, 0), region(&file, 0x4000_0000, 0x10_0000, 0x10_0000)])
+        .unwrap();
+    let status = daemon.registry.get("vm0").unwrap().status.unwrap();
+    assert_eq!((status.memory_regions, status.memory_bytes), (2, 0x20_0000));
+}
+
+#[test]
+fn unsealed_memory_is_refused() {
+    let daemon = Daemon::start();
+    let frontend = connect(&daemon.add("vm0"));
+    let file = memfd(0x10_0000, false);
+    assert!(frontend.set_mem_table(&[region(&file, 0, 0x10_0000, 0)]).is_err());
+    refused(&daemon, frontend, "--allow-unsealed");
+}
+
+#[test]
+fn unsealed_memory_is_accepted_where_that_is_allowed() {
+    let daemon = Daemon::start_with(true);
+    let frontend = connect(&daemon.add("vm0"));
+    let file = memfd(0x10_0000, false);
+    frontend.set_mem_table(&[region(&file, 0, 0x10_0000, 0)]).unwrap();
+}
+
+#[test]
+fn region_beyond_its_file_is_refused() {
+    for (allow_unsealed, bytes, offset) in
+        [(false, 0x20_0000, 0), (false, 0x10_0000, 0x1000), (true, 0x4000_0000, 0)]
+    {
+        let daemon = Daemon::start_with(allow_unsealed);
+        let frontend = connect(&daemon.add("vm0"));
+        let file = memfd(0x10_0000, !allow_unsealed);
+        assert!(frontend.set_mem_table(&[region(&file, 0, bytes, offset)]).is_err());
+        daemon.wait_disconnected();
+    }
+}
+
+#[test]
+fn overlap_and_odd_regions_are_refused() {
+    let file = memfd(0x20_0000, true);
+    let tables = [
+        vec![region(&file, 0, 0x10_0000, 0), region(&file, 0x8_0000, 0x10_0000, 0x10_0000)],
+        vec![region(&file, 0x800, 0x1000, 0)],
+        vec![region(&file, 0, 0x1800, 0)],
+        vec![region(&file, 1 << 46, 0x1000, 0)],
+    ];
+    for table in tables {
+        let daemon = Daemon::start();
+        let frontend = connect(&daemon.add("vm0"));
+        assert!(frontend.set_mem_table(&table).is_err());
+        daemon.wait_disconnected();
+    }
+}
+
+#[test]
+fn too_many_regions_are_refused() {
+    let daemon = Daemon::start();
+    let mut frontend = connect(&daemon.add("vm0"));
+    let file = memfd(0x1000 * 65, true);
+    let mut added = 0;
+    while added < 65 && frontend.add_mem_region(&region(&file, added << 20, 0x1000, added << 12)).is_ok() {
+        added += 1;
+    }
+    assert_eq!(added, 64);
+    refused(&daemon, frontend, "at most 64");
+}
+
+#[test]
+fn file_that_is_no_memory_is_refused() {
+    let daemon = Daemon::start_with(true);
+    let frontend = connect(&daemon.add("vm0"));
+    let file = File::options().read(true).write(true).open("/dev/zero").unwrap();
+    assert!(frontend.set_mem_table(&[region(&file, 0, 0x10_0000, 0)]).is_err());
+    daemon.wait_disconnected();
+}
+
+#[test]
+fn region_that_stays_keeps_its_identity() {
+    let daemon = Daemon::start();
+    let mut frontend = connect(&daemon.add("vm0"));
+    let file = memfd(0x20_0000, true);
+    let (low, high) = (region(&file, 0, 0x10_0000, 0), region(&file, 0x4000_0000, 0x10_0000, 0x10_0000));
+    let ids = || -> Vec<u64> {
+        let table = daemon.registry.guest("vm0").unwrap().memory();
+        table.regions().iter().map(|region| region.id()).collect()
+    };
+    frontend.set_mem_table(&[low]).unwrap();
+    let first = ids();
+    frontend.add_mem_region(&high).unwrap();
+    assert_eq!(ids()[0], first[0]);
+    let second = ids();
+    frontend.set_mem_table(&[low, high]).unwrap();
+    assert_eq!(ids(), second);
+    frontend.remove_mem_region(&low).unwrap();
+    assert_eq!(ids(), second[1..]);
+    // The same memory at another offset is another region.
+    frontend.set_mem_table(&[region(&file, 0x4000_0000, 0x10_0000, 0)]).unwrap();
+    assert_ne!(ids(), second[1..]);
+}
+
+#[test]
+fn rings_survive_a_new_table_and_rest_without_memory() {
+    let daemon = Daemon::start();
+    let mut vmm = Vmm::start(&daemon.add("vm0"));
+    vmm.send_memory();
+    assert!(!vmm.command(&[0; 24]).is_empty());
+    // A table without the rings' memory: the next kick finds no rings, and that is the end of that queue only.
+    let file = memfd(0x1000, true);
+    vmm.frontend.set_mem_table(&[region(&file, 1 << 32, 0x1000, 0)]).unwrap();
+    vmm.corrupt_avail(0, 1);
+    vmm.frontend.get_features().unwrap();
+    assert!(daemon.registry.get("vm0").unwrap().connected);
+}

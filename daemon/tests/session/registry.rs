@@ -1,0 +1,138 @@
+//! Guests are added and removed: what is idempotent, what is refused, what happens in the file system.
+
+use crate::vmm::Vmm;
+use crate::{Daemon, spec};
+use daemon::registry::{AddError, GuestSpec, RegistryEvent};
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+#[test]
+fn add_and_remove_are_idempotent() {
+    let daemon = Daemon::start();
+    let path = daemon.path("vm0.sock");
+    assert!(daemon.registry.add(spec("vm0", &path)).unwrap());
+    assert!(!daemon.registry.add(spec("vm0", &path)).unwrap());
+    // The same place under another name of it.
+    fs::create_dir(daemon.path("sub")).unwrap();
+    assert!(!daemon.registry.add(spec("vm0", &daemon.path("sub/../vm0.sock"))).unwrap());
+    assert!(daemon.registry.remove("vm0"));
+    assert!(!daemon.registry.remove("vm0"));
+    assert!(!path.exists());
+    assert_eq!(daemon.event(), RegistryEvent::GuestAdded { name: "vm0".into() });
+    assert_eq!(daemon.event(), RegistryEvent::GuestRemoved { name: "vm0".into() });
+    assert!(daemon.events.try_recv().is_err());
+}
+
+#[test]
+fn bad_names_are_refused() {
+    let daemon = Daemon::start();
+    let long = "a".repeat(65);
+    for name in ["", ".", "..", "a b", "a/b", "ä", "a\0", long.as_str()] {
+        let refused = daemon.registry.add(spec(name, &daemon.path("x.sock")));
+        assert!(matches!(refused, Err(AddError::BadName(_))), "{name:?}");
+    }
+    let longest = "a".repeat(64);
+    assert!(daemon.registry.add(spec(&longest, &daemon.path("x.sock"))).unwrap());
+}
+
+#[test]
+fn taken_names_and_sockets_are_refused() {
+    let daemon = Daemon::start();
+    let path = daemon.add("vm0");
+    let other = daemon.registry.add(spec("vm0", &daemon.path("other.sock")));
+    assert!(matches!(other, Err(AddError::NameTaken { .. })));
+    let shared = daemon.registry.add(spec("vm1", &path));
+    assert!(matches!(shared, Err(AddError::SocketInUse(_))));
+    assert!(!daemon.path("other.sock").exists());
+    // Refusals have disturbed nobody.
+    assert!(!Vmm::start(&path).command(&[0; 24]).is_empty());
+    assert_eq!(daemon.registry.get("vm0").unwrap().sessions, 1);
+}
+
+#[test]
+fn sockets_outside_the_runtime_folders_are_refused() {
+    let daemon = Daemon::start();
+    let outside = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(outside.path(), daemon.path("link")).unwrap();
+    let paths = [
+        outside.path().join("vm0.sock"),
+        daemon.path("../vm0.sock"),
+        daemon.path("link/vm0.sock"),
+        daemon.path(".."),
+        PathBuf::from("/"),
+        PathBuf::from("/nonexistent/vm0.sock"),
+    ];
+    for path in paths {
+        let refused = daemon.registry.add(spec("vm0", &path));
+        assert!(matches!(refused, Err(AddError::SocketOutsideRuntimeDirs(_))), "{path:?}: {refused:?}");
+    }
+    assert!(fs::read_dir(outside.path()).unwrap().next().is_none());
+    // Below is enough.
+    fs::create_dir(daemon.path("sub")).unwrap();
+    assert!(daemon.registry.add(spec("vm0", &daemon.path("sub/vm0.sock"))).unwrap());
+}
+
+#[test]
+fn missing_folder_and_over_long_path_are_io_errors() {
+    let daemon = Daemon::start();
+    for path in [daemon.path("missing/vm0.sock"), daemon.path(&"a".repeat(120))] {
+        let refused = daemon.registry.add(spec("vm0", &path));
+        assert!(matches!(refused, Err(AddError::Io { .. })), "{path:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn unknown_device_is_refused() {
+    let daemon = Daemon::start();
+    let devices = Some(vec!["gpu9".to_owned()]);
+    let refused = daemon.registry.add(GuestSpec { devices, ..spec("vm0", &daemon.path("vm0.sock")) });
+    assert!(matches!(refused, Err(AddError::UnknownDevice(name)) if name == "gpu9"));
+    assert!(!daemon.path("vm0.sock").exists());
+}
+
+#[test]
+fn live_socket_of_another_program_is_left_alone() {
+    let daemon = Daemon::start();
+    let path = daemon.path("vm0.sock");
+    let other = UnixListener::bind(&path).unwrap();
+    assert!(matches!(daemon.registry.add(spec("vm0", &path)), Err(AddError::SocketInUse(_))));
+    assert!(path.exists());
+    drop(other);
+    assert!(daemon.registry.add(spec("vm0", &path)).unwrap());
+}
+
+#[test]
+fn files_that_are_no_sockets_are_left_alone() {
+    let daemon = Daemon::start();
+    let path = daemon.path("vm0.sock");
+    let refused =
+        |path: &Path| matches!(daemon.registry.add(spec("vm0", path)), Err(AddError::SocketInUse(_)));
+    fs::write(&path, "precious").unwrap();
+    assert!(refused(&path));
+    assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    std::os::unix::fs::symlink("nowhere", daemon.path("link.sock")).unwrap();
+    assert!(refused(&daemon.path("link.sock")));
+    fs::create_dir(daemon.path("dir.sock")).unwrap();
+    assert!(refused(&daemon.path("dir.sock")));
+}
+
+#[test]
+fn socket_is_for_its_owner_only() {
+    let daemon = Daemon::start();
+    let meta = fs::symlink_metadata(daemon.add("vm0")).unwrap();
+    assert!(meta.file_type().is_socket());
+    assert_eq!(meta.permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn socket_that_was_replaced_is_not_removed() {
+    let daemon = Daemon::start();
+    let path = daemon.add("vm0");
+    fs::remove_file(&path).unwrap();
+    let other = UnixListener::bind(&path).unwrap();
+    assert!(daemon.registry.remove("vm0"));
+    assert!(path.exists());
+    drop(other);
+}

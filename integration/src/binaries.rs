@@ -1,0 +1,158 @@
+//! Builds and finds the programs of this workspace that tests and the demo start: the daemon's for the host, and
+//! statically linked ones for guests, whose file system has no libraries.
+//!
+//! `cargo` is run from within `cargo test` and `cargo run`, which hold no lock while they run a program, into the same
+//! target folder and profile. The paths come from cargo's own messages, so no layout is assumed.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::provision::progress;
+
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Symbols stay for backtraces; line tables of the standard library would be most of the file.
+const GUEST_FLAGS: &str = "-C target-feature=+crt-static -C strip=debuginfo";
+/// Set by the cargo that runs us for its own child; some would make build scripts run again.
+const INHERITED: [&str; 3] = ["CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_BIN_"];
+
+/// Built programs by name.
+#[derive(Clone, Debug, Default)]
+pub struct Binaries(HashMap<String, PathBuf>);
+
+impl Binaries {
+    /// The path of a program.
+    ///
+    /// # Errors
+    /// Fails when no such program was built.
+    pub fn get(&self, name: &str) -> Result<&Path> {
+        self.0.get(name).map(PathBuf::as_path).with_context(|| format!("program {name} was not built"))
+    }
+
+    /// Every program with its name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.0.iter().map(|(name, path)| (name.as_str(), path.as_path()))
+    }
+}
+
+/// Builds the programs of these packages for this host.
+///
+/// # Errors
+/// Fails when they do not compile; the compiler's messages are on stderr.
+pub fn build_host(packages: &[&str]) -> Result<Binaries> {
+    build_host_with(packages, &[])
+}
+
+/// The same with features, each as PACKAGE/FEATURE.
+///
+/// # Errors
+/// As [`build_host`].
+pub fn build_host_with(packages: &[&str], features: &[&str]) -> Result<Binaries> {
+    progress!("building {} for the host", packages.join(", "));
+    let mut command = cargo(packages)?;
+    if !features.is_empty() {
+        command.args(["--features", &features.join(",")]);
+    }
+    build(command)
+}
+
+/// Builds the programs of these packages as static executables for a guest.
+///
+/// # Errors
+/// Fails when they do not compile; the compiler's messages are on stderr.
+pub fn build_guest(packages: &[&str]) -> Result<Binaries> {
+    progress!("building {} for guests", packages.join(", "));
+    let mut command = cargo(packages)?;
+    // With an explicit target, flags reach neither build scripts nor procedural macros. The general variables would
+    // take precedence over the one for the target.
+    command.args(["--target", GUEST_TARGET]);
+    command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", GUEST_FLAGS);
+    build(command)
+}
+
+/// What every guest boots with: its first process and the small programs that belong to it. Built once.
+///
+/// # Errors
+/// Fails as [`build_guest`] does.
+pub fn runner() -> Result<Binaries> {
+    static BUILT: Mutex<Option<Binaries>> = Mutex::new(None);
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*built {
+        Some(programs) => Ok(programs.clone()),
+        None => Ok(built.insert(build_guest(&["guest-runner"])?).clone()),
+    }
+}
+
+/// The target folder that the running program was built into.
+///
+/// # Errors
+/// Fails when the program was moved out of it.
+pub fn target_folder() -> Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    // cargo marks the folder as a cache, for the benefit of backup programs.
+    let folder = program.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    folder.map(Path::to_owned).with_context(|| {
+        format!("{} is not inside a cargo target folder: start it with cargo", program.display())
+    })
+}
+
+fn cargo(packages: &[&str]) -> Result<Command> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(["build", "--quiet", "--bins", "--message-format=json-render-diagnostics"]);
+    command.arg("--manifest-path").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml"));
+    command.arg("--target-dir").arg(target_folder()?);
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    for (name, _) in std::env::vars_os() {
+        if INHERITED.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
+            command.env_remove(name);
+        }
+    }
+    Ok(command)
+}
+
+fn build(mut command: Command) -> Result<Binaries> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{:?} does not start: is cargo installed?", command.get_program()))?;
+    let stdout = child.stdout.take().context("cargo has no stdout")?;
+    let mut programs = HashMap::new();
+    for line in BufReader::new(stdout).lines() {
+        programs.extend(executable(&line?));
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "cargo build failed ({status}); its messages are above");
+    Ok(Binaries(programs))
+}
+
+/// The program that a message of cargo announces.
+fn executable(line: &str) -> Option<(String, PathBuf)> {
+    let message: Value = serde_json::from_str(line).ok()?;
+    let path = message.get("executable")?.as_str()?;
+    let name = message.get("target")?.get("name")?.as_str()?;
+    Some((name.to_owned(), PathBuf::from(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executable_is_taken_from_an_artifact_message_only() {
+        let artifact =
+            r#"{"reason":"compiler-artifact","target":{"name":"svmd"},"executable":"/t/debug/svmd"}"#;
+        assert_eq!(executable(artifact), Some(("svmd".into(), "/t/debug/svmd".into())));
+        let library = r#"{"reason":"compiler-artifact","target":{"name":"daemon"},"executable":null}"#;
+        assert_eq!(executable(library), None);
+        assert_eq!(executable("not json"), None);
+    }
+}

@@ -1,0 +1,137 @@
+//! `cargo demo`: sets the stage for the story on the kind of guests that was asked for, and tells it.
+
+use crate::binaries::{self, Binaries};
+use crate::frontend::Profile;
+use crate::frontend::ram::{GuestRam, Layout};
+use crate::frontend::vmm::Vmm;
+use crate::provision::Vm;
+use crate::story::host::HostMachine;
+use crate::story::qemu::QemuMachine;
+use crate::story::{Machine, Plan, Report, Story};
+use crate::svmd::{Options, Svmd};
+use anyhow::{Context, Result};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use tempfile::TempDir;
+
+/// Host devices of the story.
+const DEVICES: usize = 2;
+/// Guest memory of a guest without QEMU.
+const RAM_BYTES: u64 = 64 << 20;
+
+/// How guests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum VmmKind {
+    /// Virtual machines under QEMU, with Debian's unmodified cloud kernel
+    Qemu,
+    /// No CPU: real sockets, rings, memory and processes, but no guest kernel
+    Inproc,
+    /// As inproc, but every doorbell and interrupt goes through a vCPU (needs /dev/kvm)
+    Kvm,
+}
+
+/// What may be broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sabotage {
+    /// Route the faults of two contexts to each other
+    SwapAsid,
+}
+
+/// What the demo is to show.
+#[derive(Clone, Copy, Debug)]
+pub struct Stage {
+    /// How guests run.
+    pub vmm: VmmKind,
+    /// Guests.
+    pub guests: usize,
+    /// Processes of each.
+    pub processes: usize,
+    /// What is broken on purpose.
+    pub sabotage: Option<Sabotage>,
+}
+
+impl VmmKind {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Inproc => "inproc",
+            Self::Kvm => "kvm",
+        }
+    }
+}
+
+/// Builds what is needed, starts a daemon and guests, and tells the story.
+///
+/// # Errors
+/// The stage cannot be set, or a step of the story cannot be made.
+pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
+    let features: &[&str] = if stage.sabotage.is_some() { &["daemon/sabotage"] } else { &[] };
+    let programs = binaries::build_host_with(&["daemon", "guest-runner"], features)?;
+    let names: Vec<String> = (1..=stage.guests).map(|n| format!("guest{n}")).collect();
+    let folder = open_folder()?;
+    let mut options = Options { guests: names.clone(), devices: DEVICES, ..Options::default() };
+    if let Some(Sabotage::SwapAsid) = stage.sabotage {
+        options.arguments = vec!["--sabotage".into(), "swap-asid".into()];
+    }
+    let daemon = Svmd::start(programs.get("svmd")?, folder.path(), &options)?;
+    let machines = machines(stage.vmm, &names, &daemon, &programs, &folder)?;
+    let plan = Plan {
+        vmm: stage.vmm.name(),
+        processes: stage.processes,
+        devices: DEVICES,
+        sabotaged: stage.sabotage.is_some(),
+    };
+    let report = Story::new(plan, &daemon, &machines, narrate).tell()?;
+    drop(machines);
+    daemon.stop()?;
+    Ok(report)
+}
+
+fn machines(
+    vmm: VmmKind,
+    names: &[String],
+    daemon: &Svmd,
+    programs: &Binaries,
+    folder: &TempDir,
+) -> Result<Vec<Box<dyn Machine>>> {
+    if vmm == VmmKind::Qemu {
+        let vm = Vm::open()?;
+        let programs = binaries::build_guest(&["guest-agent"])?;
+        return boot_all(&vm, names, daemon, &programs);
+    }
+    let host = |name: &String| {
+        let ram = GuestRam::new(Layout::Flat { bytes: RAM_BYTES }, 1)?;
+        let socket = daemon.socket(name);
+        let vmm = match vmm {
+            VmmKind::Kvm => Vmm::with_vcpu(&socket, &ram, Profile::Qemu)?,
+            VmmKind::Inproc | VmmKind::Qemu => Vmm::without_cpu(&socket, &ram, Profile::CloudHypervisor)?,
+        };
+        let machine = HostMachine::start(name, vmm, folder.path(), programs.get("story-process")?)?;
+        Ok(Box::new(machine) as Box<dyn Machine>)
+    };
+    names.iter().map(host).collect()
+}
+
+/// Boots all guests at the same time.
+fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd, programs: &Binaries) -> Result<Vec<Box<dyn Machine>>> {
+    std::thread::scope(|scope| {
+        let boot = |name: &String| {
+            let (name, socket) = (name.clone(), daemon.socket(name));
+            scope.spawn(move || QemuMachine::boot(vm, &name, &socket, programs))
+        };
+        let booting: Vec<_> = names.iter().map(boot).collect();
+        let join = |handle: std::thread::ScopedJoinHandle<'_, Result<QemuMachine>>| {
+            let booted = handle.join().ok().context("a boot panicked")??;
+            Ok(Box::new(booted) as Box<dyn Machine>)
+        };
+        booting.into_iter().map(join).collect()
+    })
+}
+
+/// A folder that processes of other users can enter.
+fn open_folder() -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
+    Ok(folder)
+}

@@ -1,0 +1,254 @@
+//! A process of a simulated guest: its address space, its context, its jobs.
+
+use crate::frontend::ram::GuestRam;
+use anyhow::{Context, Result, bail, ensure};
+use guest_agent::agent::{Agent, EventSink, Owner};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+use virtio_gpu_svm::protocol::PAGE_SIZE;
+use virtio_gpu_svm::protocol::errno;
+use virtio_gpu_svm::protocol::event::{EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord};
+use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::request::{
+    BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr, RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND,
+    SVM_REQ_VM_CREATE, VmBind, VmCreate, VmCreateRsp,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// How long a job may take; only what hangs takes as long.
+const JOB_PATIENCE: Duration = Duration::from_secs(120);
+
+/// A process' GPU VM on one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuVm {
+    /// Its id in the context.
+    pub vm_id: u32,
+    /// Its id in the device's fault reports.
+    pub asid: u32,
+}
+
+/// A process.
+pub struct SimulatedProcess {
+    agent: Arc<Agent>,
+    ram: Arc<GuestRam>,
+    ctx_id: u32,
+    /// Page number of the process -> guest-physical address.
+    pages: BTreeMap<u64, u64>,
+    vms: BTreeMap<u32, GpuVm>,
+    jobs: Receiver<JobRecord>,
+}
+
+/// Sorts out the ends of jobs; a process hears of its own only.
+struct JobSink(Sender<JobRecord>);
+
+impl EventSink for JobSink {
+    fn push(&self, record: &[u8; EVENT_RECORD_BYTES]) {
+        if let Ok(job) = JobRecord::read_from_bytes(record)
+            && job.kind.get() == EVENT_JOB_DONE
+        {
+            // A process that has gone does not wait for its jobs.
+            self.0.send(job).ok();
+        }
+    }
+}
+
+impl SimulatedProcess {
+    pub(super) fn new(agent: &Arc<Agent>, ram: &Arc<GuestRam>, name: &str) -> Result<Self> {
+        let (sender, jobs) = channel();
+        let owner = Owner { name: name.into(), ..Owner::default() };
+        let ctx_id = agent.create_context(owner, Arc::new(JobSink(sender)))?;
+        let (agent, ram) = (agent.clone(), ram.clone());
+        Ok(Self { agent, ram, ctx_id, pages: BTreeMap::new(), vms: BTreeMap::new(), jobs })
+    }
+
+    /// Its context at the daemon.
+    pub fn ctx_id(&self) -> u32 {
+        self.ctx_id
+    }
+
+    /// Makes memory at its CPU addresses `[va, va + bytes)`. Returns what names it.
+    ///
+    /// # Errors
+    /// The agent refused.
+    pub fn map_memory(&mut self, va: u64, bytes: u64) -> Result<u64> {
+        let arena = self.agent.create_arena(self.ctx_id, va, bytes)?;
+        self.pages.extend((va / PAGE_SIZE..).zip(arena.pages));
+        Ok(arena.id)
+    }
+
+    /// Gives memory back; on return no engine uses it.
+    ///
+    /// # Errors
+    /// The agent refused.
+    pub fn unmap_memory(&mut self, arena: u64, va: u64, bytes: u64) -> Result<()> {
+        self.agent.free_arena(self.ctx_id, arena)?;
+        self.pages.retain(|page, _| !(va..va + bytes).contains(&(page * PAGE_SIZE)));
+        Ok(())
+    }
+
+    /// Writes to its own memory.
+    ///
+    /// # Errors
+    /// It has none there: a real process would have got a signal.
+    pub fn write(&self, va: u64, bytes: &[u8]) -> Result<()> {
+        self.each_page(va, bytes.len(), |gpa, range| self.ram.write(gpa, &bytes[range]))
+    }
+
+    /// Reads its own memory.
+    ///
+    /// # Errors
+    /// It has none there.
+    pub fn read(&self, va: u64, bytes: &mut [u8]) -> Result<()> {
+        self.each_page(va, bytes.len(), |gpa, range| self.ram.read(gpa, &mut bytes[range]))
+    }
+
+    /// Reads a word of its own memory.
+    ///
+    /// # Errors
+    /// It has none there.
+    pub fn read_word(&self, va: u64) -> Result<u64> {
+        let mut bytes = [0; 8];
+        self.read(va, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn each_page(
+        &self,
+        va: u64,
+        len: usize,
+        mut act: impl FnMut(u64, std::ops::Range<usize>) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let at = va + done as u64;
+            let page = self.pages.get(&(at / PAGE_SIZE));
+            let gpa = page.with_context(|| format!("the process has no memory at {at:#x}"))? + at % PAGE_SIZE;
+            let end = len.min(done + usize::try_from(PAGE_SIZE - at % PAGE_SIZE)?);
+            act(gpa, done..end)?;
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// Creates its GPU VM on a device.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn create_vm(&mut self, dev_id: u32) -> Result<GpuVm> {
+        let hdr = header::<VmCreate>(SVM_REQ_VM_CREATE, 0)?;
+        let request = VmCreate { hdr, dev_id: dev_id.into(), ..VmCreate::default() };
+        let reply: VmCreateRsp = self.request(&request, &[])?;
+        let vm = GpuVm { vm_id: reply.vm_id.get(), asid: reply.asid.get() };
+        self.vms.insert(dev_id, vm);
+        Ok(vm)
+    }
+
+    /// Its GPU VM on a device.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn vm(&self, dev_id: u32) -> Result<GpuVm> {
+        self.vms.get(&dev_id).copied().with_context(|| format!("no GPU VM on device {dev_id}"))
+    }
+
+    /// Shows its memory A..B at C..D of its GPU VM: `[va, va + bytes)` at `gpu_addr`.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn bind(&self, dev_id: u32, gpu_addr: u64, va: u64, bytes: u64) -> Result<()> {
+        let op = BindOp {
+            op: BIND_OP_MAP_USERPTR.into(),
+            addr: gpu_addr.into(),
+            range: bytes.into(),
+            obj_offset: va.into(),
+            ..BindOp::default()
+        };
+        self.vm_bind(dev_id, op)
+    }
+
+    /// Takes a range out of its GPU VM.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn unbind(&self, dev_id: u32, gpu_addr: u64, bytes: u64) -> Result<()> {
+        let op = BindOp {
+            op: BIND_OP_UNMAP.into(),
+            addr: gpu_addr.into(),
+            range: bytes.into(),
+            ..BindOp::default()
+        };
+        self.vm_bind(dev_id, op)
+    }
+
+    fn vm_bind(&self, dev_id: u32, op: BindOp) -> Result<()> {
+        let hdr = header::<VmBind>(SVM_REQ_VM_BIND, size_of::<BindOp>())?;
+        let request = VmBind { hdr, vm_id: self.vm(dev_id)?.vm_id.into(), num_binds: 1.into() };
+        self.request::<RspHdr>(&request, op.as_bytes()).map(drop)
+    }
+
+    /// Launches a job. Returns its id.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn exec(&self, dev_id: u32, ring_idx: u32, user_data: u64, packets: &[Packet]) -> Result<u64> {
+        let request = Exec {
+            hdr: header::<Exec>(SVM_REQ_EXEC, size_of_val(packets))?,
+            vm_id: self.vm(dev_id)?.vm_id.into(),
+            ring_idx: ring_idx.into(),
+            num_packets: u32::try_from(packets.len())?.into(),
+            flags: 0.into(),
+            user_data: user_data.into(),
+        };
+        Ok(self.request::<ExecRsp>(&request, packets.as_bytes())?.job_id.get())
+    }
+
+    /// Waits for the next job of this process to end, well or not.
+    ///
+    /// # Errors
+    /// None ends.
+    pub fn wait_job(&self) -> Result<JobRecord> {
+        let waited = self.jobs.recv_timeout(JOB_PATIENCE);
+        waited.with_context(|| format!("no job of context {} ends", self.ctx_id))
+    }
+
+    /// Waits for the next job to end, which must be well.
+    ///
+    /// # Errors
+    /// None ends, or not well.
+    pub fn finish_job(&self) -> Result<JobRecord> {
+        let job = self.wait_job()?;
+        let (status, addr) = (job.status.get(), job.addr.get());
+        ensure!(
+            status == 0,
+            "a job of context {} ends with {} in packet {} at {addr:#x}",
+            self.ctx_id,
+            errno::name(status),
+            job.packet.get()
+        );
+        Ok(job)
+    }
+
+    /// Ends the process, whatever it has in flight.
+    pub fn exit(self) {
+        self.agent.destroy_context(self.ctx_id);
+    }
+
+    fn request<T: FromBytes>(&self, request: &(impl IntoBytes + Immutable), tail: &[u8]) -> Result<T> {
+        let payload = [request.as_bytes(), tail].concat();
+        let response = self.agent.submit(self.ctx_id, &payload, size_of::<T>())?;
+        if response.status() != 0 {
+            bail!("the device refuses with {}", errno::name(response.status()));
+        }
+        let (reply, _) = T::read_from_prefix(response.tail())
+            .map_err(|_| anyhow::anyhow!("a reply of {} bytes", response.tail().len()))?;
+        Ok(reply)
+    }
+}
+
+/// The header of a request with `tail` bytes behind its fixed part.
+fn header<T>(cmd: u32, tail: usize) -> Result<ReqHdr> {
+    let len = u32::try_from(size_of::<T>() + tail)?;
+    Ok(ReqHdr { cmd: cmd.into(), len: len.into(), ..ReqHdr::default() })
+}

@@ -1,0 +1,91 @@
+//! Guests under QEMU: unmodified kernels, `svm-agent` as root, processes with uids of their own.
+
+use super::{Actor, Machine};
+use crate::binaries::Binaries;
+use crate::ledger::Answered;
+use crate::provision::Vm;
+use crate::qemu::channel::Process;
+use crate::qemu::{Guest, ROOT};
+use anyhow::{Context, Result, ensure};
+use guest_agent::agent::LedgerReport;
+use serde_json::Value;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Where the agent listens in the guest.
+const AGENT_SOCKET: &str = "/run/svm-agent.sock";
+
+/// A guest and its agent.
+pub struct QemuMachine {
+    name: Arc<str>,
+    guest: Guest,
+    /// Killed with the guest.
+    _agent: Process,
+}
+
+impl QemuMachine {
+    /// Boots a guest on the daemon's socket and starts an agent that holds its answers back.
+    ///
+    /// # Errors
+    /// It does not boot, or the agent does not come up; the console's tail is in the error.
+    pub fn boot(vm: &Vm, name: &str, socket: &Path, programs: &Binaries) -> Result<Self> {
+        let guest = Guest::builder(name)
+            .kernel(vm.cloud_kernel()?)
+            .vhost_user_gpu(socket)
+            .programs(programs)
+            .boot(vm)?;
+        let mut agent = guest.spawn(ROOT, "svm-agent serve --hold-answers")?;
+        agent
+            .wait_for_line(|line| line.contains("serving").then_some(()))
+            .with_context(|| format!("svm-agent of {name}: {}", agent.output()))?;
+        Ok(Self { name: name.into(), guest, _agent: agent })
+    }
+    /// The guest.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+impl Machine for QemuMachine {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+    fn spawn(&self, uid: u32, arguments: &[String]) -> Result<Box<dyn Actor>> {
+        let mut argv = vec!["story-process".to_owned()];
+        argv.extend_from_slice(arguments);
+        Ok(Box::new(QemuActor(self.guest.spawn(uid, argv)?)))
+    }
+    fn agent_socket(&self) -> String {
+        AGENT_SOCKET.into()
+    }
+    fn hold_answers(&self, hold: bool) -> Result<()> {
+        self.guest.check(ROOT, if hold { "svm-agent hold" } else { "svm-agent release" }).map(drop)
+    }
+    fn answers(&self, devices: &[usize]) -> Result<Vec<Answered>> {
+        let text = self.guest.check(ROOT, "svm-agent ledger --json")?;
+        let report: LedgerReport = serde_json::from_str(&text).with_context(|| format!("ledger: {text}"))?;
+        ensure!(
+            report.forgotten == 0,
+            "the agent of {} has forgotten {} answers",
+            self.name,
+            report.forgotten
+        );
+        report.entries.iter().map(|entry| Answered::from_agent(&self.name, devices, entry)).collect()
+    }
+}
+
+struct QemuActor(Process);
+
+impl Actor for QemuActor {
+    fn tell(&mut self, command: &str) -> Result<()> {
+        self.0.write_line(command)
+    }
+    fn answer(&mut self) -> Result<Value> {
+        self.0.wait_for_line(|line| serde_json::from_str(line).ok())
+    }
+    fn end(&mut self) -> Result<()> {
+        let output = self.0.wait()?;
+        ensure!(output.code == Some(0), "{output}");
+        Ok(())
+    }
+}

@@ -1,0 +1,288 @@
+//! The A side: what is known of one guest process' CPU address space, virtual page -> guest-physical page.
+//!
+//! Supplied by the guest, dropped by invalidation, shared by all GPU VMs of the context. Owned by
+//! [`crate::context::Context`], under its lock. Translations are kept per 2 MiB leaf, and so is the invalidation
+//! sequence: a run of pages that was translated before an invalidation of its leaf is refused ([`Install::Raced`]),
+//! and an unrelated munmap does not starve a fault. Leaves that do not exist share one sequence.
+
+use crate::addr::PageRange;
+use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
+use std::collections::BTreeMap;
+
+/// log2 of the pages of a leaf.
+pub const LEAF_PAGES_SHIFT: u32 = LEAF_SIZE.trailing_zeros() - PAGE_SHIFT;
+/// Pages of a leaf.
+pub const LEAF_PAGES: u64 = 1 << LEAF_PAGES_SHIFT;
+const LEAF_SLOTS: usize = 512;
+const _: () = assert!(LEAF_SLOTS.ilog2() == LEAF_PAGES_SHIFT);
+/// Most leaves of one address space.
+pub const MAX_LEAVES: usize = 65_536;
+
+const PRESENT: u64 = 1 << 63;
+const READONLY: u64 = 1 << 62;
+const GPA_PAGE: u64 = (1 << 52) - 1;
+
+/// A page that the guest has supplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// Guest-physical page number.
+    pub gpa_page: u64,
+    /// Whether the process itself may only read it.
+    pub readonly: bool,
+}
+
+impl Page {
+    fn encode(self) -> u64 {
+        PRESENT | (self.gpa_page & GPA_PAGE) | if self.readonly { READONLY } else { 0 }
+    }
+    fn decode(entry: u64) -> Option<Self> {
+        (entry & PRESENT != 0).then_some(Self { gpa_page: entry & GPA_PAGE, readonly: entry & READONLY != 0 })
+    }
+    /// The page `n` further in a contiguous run.
+    pub fn plus(self, n: u64) -> Self {
+        Self { gpa_page: self.gpa_page.wrapping_add(n), ..self }
+    }
+}
+
+/// A checked run of pages: contiguous in both spaces, inside guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Pages of the process.
+    pub va: PageRange,
+    /// What the first of them is.
+    pub first: Page,
+    /// The sequence that the guest held before it translated.
+    pub as_of: u64,
+}
+
+/// What became of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Install {
+    /// It stands.
+    Done,
+    /// An invalidation of its leaf is newer; nothing of it was installed.
+    Raced,
+    /// It contradicts a page that is known and was not invalidated; nothing of it was installed.
+    Conflict,
+    /// Too many leaves; nothing of it was installed.
+    Full,
+}
+
+enum Pages {
+    Empty,
+    /// The whole leaf is one run.
+    Large(Page),
+    Small(Box<[u64; LEAF_SLOTS]>),
+}
+
+struct Leaf {
+    /// Last invalidation that touched it.
+    invalidated: u64,
+    known: u64,
+    pages: Pages,
+}
+
+/// The A side of one context.
+#[derive(Default)]
+pub struct AddressSpace {
+    leaves: BTreeMap<u64, Leaf>,
+    /// Last invalidation accepted.
+    seq: u64,
+    /// Last invalidation that touched a leaf which does not exist.
+    absent_invalidated: u64,
+    known: u64,
+}
+
+impl AddressSpace {
+    /// Last invalidation accepted; the newest `as_of` that a run may carry.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+    /// Pages known.
+    pub fn known_pages(&self) -> u64 {
+        self.known
+    }
+    /// What a page is, if it is known.
+    pub fn lookup(&self, page: u64) -> Option<Page> {
+        self.leaves.get(&(page >> LEAF_PAGES_SHIFT))?.page(page & (LEAF_PAGES - 1))
+    }
+    /// The first page of the leaf that holds `page`, if the whole leaf is one run.
+    pub fn lookup_large(&self, page: u64) -> Option<Page> {
+        match self.leaves.get(&(page >> LEAF_PAGES_SHIFT))?.pages {
+            Pages::Large(first) => Some(first),
+            Pages::Empty | Pages::Small(_) => None,
+        }
+    }
+    /// Gives the leaf of a page a sequence of its own, so that an answer which is on its way races only with
+    /// invalidations of this leaf. Without effect when there are too many leaves.
+    pub fn expect(&mut self, page: u64) {
+        let index = page >> LEAF_PAGES_SHIFT;
+        if self.leaves.len() < MAX_LEAVES {
+            self.obtain_leaf(index);
+        }
+    }
+    /// Installs a run, all of it or nothing.
+    pub fn install(&mut self, run: &Run) -> Install {
+        let leaves = leaves_of(run.va);
+        let mut missing = 0_usize;
+        for index in leaves.clone() {
+            let invalidated = match self.leaves.get(&index) {
+                Some(leaf) => leaf.invalidated,
+                None => {
+                    missing = missing.saturating_add(1);
+                    self.absent_invalidated
+                }
+            };
+            if invalidated > run.as_of {
+                return Install::Raced;
+            }
+        }
+        if self.leaves.len().saturating_add(missing) > MAX_LEAVES {
+            return Install::Full;
+        }
+        if leaves
+            .clone()
+            .any(|index| self.leaves.get(&index).is_some_and(|leaf| leaf.contradicts(run, index)))
+        {
+            return Install::Conflict;
+        }
+        for index in leaves {
+            let (part, slots) = part_of(run.va, index);
+            let first = run.first.plus(part.start.wrapping_sub(run.va.start));
+            let leaf = self.obtain_leaf(index);
+            let before = leaf.known;
+            leaf.fill(slots, first);
+            let after = leaf.known;
+            self.known = self.known.wrapping_add(after).wrapping_sub(before);
+        }
+        Install::Done
+    }
+    /// Drops a range and returns the new sequence. Touches only leaves that exist.
+    pub fn invalidate(&mut self, range: PageRange) -> u64 {
+        self.seq = self.seq.saturating_add(1);
+        let (seq, leaves) = (self.seq, leaves_of(range));
+        let wanted = leaves.end.wrapping_sub(leaves.start);
+        let mut emptied = Vec::new();
+        let mut existing = 0_u64;
+        for (index, leaf) in self.leaves.range_mut(leaves) {
+            existing = existing.saturating_add(1);
+            let before = leaf.known;
+            leaf.clear(part_of(range, *index).1);
+            leaf.invalidated = seq;
+            self.known = self.known.wrapping_sub(before.wrapping_sub(leaf.known));
+            if leaf.known == 0 {
+                emptied.push(*index);
+            }
+        }
+        if existing < wanted || !emptied.is_empty() {
+            self.absent_invalidated = seq;
+        }
+        for index in emptied {
+            self.leaves.remove(&index);
+        }
+        seq
+    }
+    /// Forgets every page for which `gone(gpa_page)` holds: its memory was taken away by the VMM.
+    pub fn forget(&mut self, gone: impl Fn(u64) -> bool) {
+        for leaf in self.leaves.values_mut() {
+            let before = leaf.known;
+            for slot in 0..LEAF_PAGES {
+                if leaf.page(slot).is_some_and(|page| gone(page.gpa_page)) {
+                    leaf.clear(slot..slot.saturating_add(1));
+                }
+            }
+            self.known = self.known.wrapping_sub(before.wrapping_sub(leaf.known));
+        }
+    }
+    fn obtain_leaf(&mut self, index: u64) -> &mut Leaf {
+        let invalidated = self.absent_invalidated;
+        self.leaves.entry(index).or_insert(Leaf { invalidated, known: 0, pages: Pages::Empty })
+    }
+}
+
+impl Leaf {
+    fn page(&self, slot: u64) -> Option<Page> {
+        match &self.pages {
+            Pages::Empty => None,
+            Pages::Large(first) => Some(first.plus(slot)),
+            Pages::Small(entries) => Page::decode(*entries.get(usize::try_from(slot).ok()?)?),
+        }
+    }
+    /// Whether a known page would become another one, or lose rights, behind the back of GPU VMs that use it.
+    fn contradicts(&self, run: &Run, index: u64) -> bool {
+        let (part, slots) = part_of(run.va, index);
+        let first = run.first.plus(part.start.wrapping_sub(run.va.start));
+        self.known != 0
+            && slots.zip(0..).any(|(slot, n)| {
+                self.page(slot).is_some_and(|known| {
+                    let new = first.plus(n);
+                    known.gpa_page != new.gpa_page || (new.readonly && !known.readonly)
+                })
+            })
+    }
+    fn fill(&mut self, slots: std::ops::Range<u64>, first: Page) {
+        if slots == (0..LEAF_PAGES) {
+            self.pages = Pages::Large(first);
+            self.known = LEAF_PAGES;
+            return;
+        }
+        let mut added = 0_u64;
+        for (entry, n) in self.small(slots).iter_mut().zip(0..) {
+            added = added.saturating_add(u64::from(*entry & PRESENT == 0));
+            *entry = first.plus(n).encode();
+        }
+        self.known = self.known.saturating_add(added);
+    }
+    fn clear(&mut self, slots: std::ops::Range<u64>) {
+        if self.known == 0 || slots == (0..LEAF_PAGES) {
+            self.pages = Pages::Empty;
+            self.known = 0;
+            return;
+        }
+        let mut dropped = 0_u64;
+        for entry in self.small(slots) {
+            dropped = dropped.saturating_add(u64::from(*entry & PRESENT != 0));
+            *entry = 0;
+        }
+        self.known = self.known.saturating_sub(dropped);
+    }
+    /// Its entries at `slots`, one by one from now on.
+    fn small(&mut self, slots: std::ops::Range<u64>) -> &mut [u64] {
+        let entries = match &self.pages {
+            Pages::Small(_) => None,
+            Pages::Empty => Some(Box::new([0; LEAF_SLOTS])),
+            Pages::Large(first) => {
+                let mut entries = Box::new([0; LEAF_SLOTS]);
+                entries.iter_mut().zip(0..).for_each(|(entry, n)| *entry = first.plus(n).encode());
+                Some(entries)
+            }
+        };
+        if let Some(entries) = entries {
+            self.pages = Pages::Small(entries);
+        }
+        match &mut self.pages {
+            Pages::Small(entries) => usize::try_from(slots.start)
+                .ok()
+                .zip(usize::try_from(slots.end).ok())
+                .and_then(|(start, end)| entries.get_mut(start..end))
+                .unwrap_or_default(),
+            Pages::Empty | Pages::Large(_) => &mut [],
+        }
+    }
+}
+
+fn leaves_of(range: PageRange) -> std::ops::Range<u64> {
+    let last = range.end.saturating_sub(1) >> LEAF_PAGES_SHIFT;
+    (range.start >> LEAF_PAGES_SHIFT)..last.saturating_add(1)
+}
+
+/// The pages of a range in one leaf, and their slots there.
+fn part_of(range: PageRange, index: u64) -> (PageRange, std::ops::Range<u64>) {
+    let base = index << LEAF_PAGES_SHIFT;
+    let part =
+        PageRange { start: range.start.max(base), end: range.end.min(base.saturating_add(LEAF_PAGES)) };
+    (part, part.start.saturating_sub(base)..part.end.saturating_sub(base))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,246 @@
+//! A SUBMIT_3D payload: requests of an unprivileged process about its own context. No guest-physical address appears
+//! in it, and none would be believed. PROTOCOL 5.
+//!
+//! Requests are carried out in order and end at the first refusal. Each has its reply at the place it names in the
+//! reply area; that the reply fits is checked before the request takes effect.
+
+use super::{Error, Result, whole, with_list, zero};
+use crate::addr::PageRange;
+use crate::context::{Bind, Context};
+use crate::gpu_vm::{Backing, GpuVa, State};
+use crate::guest::Guest;
+use crate::protocol::job::Packet;
+use crate::protocol::request::*;
+use crate::protocol::{
+    GUEST_VA_END, MAX_BINDS, MAX_PACKETS, MAX_REQUESTS, MAX_RESPONSE_BYTES, MAX_RINGS, PAGE_SHIFT,
+};
+use std::sync::Arc;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Whose requests these are.
+pub struct Submission<'a> {
+    /// The guest.
+    pub guest: &'a Arc<Guest>,
+    /// The context.
+    pub context: &'a Arc<Context>,
+    /// Whether the driver wants the response when everything has been done.
+    pub fenced: bool,
+}
+
+/// A request's index and positive errno.
+type Refused = (u32, i32);
+
+impl Submission<'_> {
+    /// Carries out a payload. Returns the reply area, at most `room` bytes, and the request that was refused, if any.
+    ///
+    /// # Errors
+    /// The payload is no list of requests; nothing was done.
+    pub fn run(&self, payload: &[u8], room: usize) -> Result<(Vec<u8>, Option<Refused>)> {
+        let requests = split(payload)?;
+        let mut area = ReplyArea { bytes: Vec::new(), room: room.min(MAX_RESPONSE_BYTES) };
+        for (index, (hdr, bytes)) in (0..).zip(requests) {
+            if let Err(error) = self.request(&hdr, bytes, &mut area) {
+                let errno = error.errno();
+                area.refuse(&hdr, errno, error.detail());
+                return Ok((area.bytes, Some((index, errno))));
+            }
+        }
+        Ok((area.bytes, None))
+    }
+
+    fn request(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
+        match hdr.cmd.get() {
+            SVM_REQ_VM_CREATE => self.vm_create(hdr, bytes, area),
+            SVM_REQ_VM_DESTROY => {
+                let request: VmRef = whole(bytes)?;
+                zero(request.reserved.get() == 0)?;
+                area.reserve::<RspHdr>(hdr)?;
+                self.context.vm_destroy(request.vm_id.get())?;
+                area.put(hdr, RspHdr::default());
+                Ok(())
+            }
+            SVM_REQ_VM_BIND => self.vm_bind(hdr, bytes, area),
+            SVM_REQ_EXEC => self.exec(hdr, bytes, area),
+            SVM_REQ_VM_GET_PROPERTY => self.vm_get_property(hdr, bytes, area),
+            other => Err(Error::UnknownCommand(other)),
+        }
+    }
+
+    fn vm_create(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
+        let request: VmCreate = whole(bytes)?;
+        zero(request.flags.get() == 0 && request.reserved.get() == 0)?;
+        area.reserve::<VmCreateRsp>(hdr)?;
+        let dev_id = request.dev_id.get();
+        let device = self.guest.host_device(dev_id).ok_or(Error::NoDevice(dev_id))?;
+        let (vm_id, asid) = self.context.vm_create(dev_id, device)?;
+        let va_bits = self.guest.host().device_of(device).info().va_bits;
+        area.put(
+            hdr,
+            VmCreateRsp {
+                vm_id: vm_id.into(),
+                asid: asid.0.into(),
+                va_bits: va_bits.into(),
+                ..VmCreateRsp::default()
+            },
+        );
+        Ok(())
+    }
+
+    fn vm_bind(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
+        let (request, ops) =
+            with_list::<VmBind, BindOp>(bytes, |request| request.num_binds.get(), MAX_BINDS)?;
+        if ops.is_empty() {
+            return Err(Error::Count);
+        }
+        area.reserve::<RspHdr>(hdr)?;
+        let vm_id = request.vm_id.get();
+        let va_bits =
+            self.context.vm_property(vm_id, |vm, _| self.guest.host().device_of(vm.device).info().va_bits)?;
+        let space_end = 1_u64.checked_shl(va_bits).unwrap_or(u64::MAX);
+        let mut binds = Vec::with_capacity(ops.len());
+        for (index, op) in (0..).zip(ops) {
+            let bind = self.bind_op(op, space_end);
+            binds.push(bind.map_err(|error| Error::Request { index, errno: error.errno() })?);
+        }
+        self.context.bind(vm_id, &binds)?;
+        area.put(hdr, RspHdr::default());
+        Ok(())
+    }
+
+    /// xe's argument rules as far as there are such arguments here.
+    fn bind_op(&self, op: &BindOp, space_end: u64) -> Result<Bind> {
+        zero(op.reserved.get() == 0 && op.reserved2.get() == 0 && op.flags.get() & !BIND_READONLY == 0)?;
+        let range = PageRange::from_bytes(op.addr.get(), op.range.get(), space_end)?;
+        let (readonly, resource_id) = (op.flags.get() & BIND_READONLY != 0, op.resource_id.get());
+        match op.op.get() {
+            BIND_OP_MAP => {
+                let blob = self.guest.attached_blob(self.context.ctx_id, resource_id)?;
+                let end = blob.pages.checked_shl(PAGE_SHIFT).ok_or(Error::Value)?;
+                let part = PageRange::from_bytes(op.obj_offset.get(), op.range.get(), end)?;
+                Ok(Bind::Map(GpuVa { range, backing: Backing::Blob(blob, part.start), readonly }))
+            }
+            BIND_OP_MAP_USERPTR => {
+                zero(resource_id == 0)?;
+                let cpu = PageRange::from_bytes(op.obj_offset.get(), op.range.get(), GUEST_VA_END)?;
+                Ok(Bind::Map(GpuVa { range, backing: Backing::Userptr(cpu.start), readonly }))
+            }
+            BIND_OP_UNMAP => {
+                zero(resource_id == 0 && op.obj_offset.get() == 0 && op.flags.get() == 0)?;
+                Ok(Bind::Unmap(range))
+            }
+            _ => Err(Error::Value),
+        }
+    }
+
+    fn exec(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
+        let (request, packets) =
+            with_list::<Exec, Packet>(bytes, |request| request.num_packets.get(), MAX_PACKETS)?;
+        zero(request.flags.get() == 0)?;
+        if packets.is_empty() {
+            return Err(Error::Count);
+        }
+        if request.ring_idx.get() >= MAX_RINGS {
+            return Err(Error::Value);
+        }
+        // A response held back until a job is done would break the order of responses; the job's record tells.
+        if self.fenced {
+            return Err(Error::Unsupported);
+        }
+        area.reserve::<ExecRsp>(hdr)?;
+        let (vm_id, ring_idx) = (request.vm_id.get(), request.ring_idx.get());
+        let job = self.context.exec(vm_id, ring_idx, request.user_data.get(), packets.to_vec())?;
+        area.put(hdr, ExecRsp { job_id: job.0.into(), ..ExecRsp::default() });
+        Ok(())
+    }
+
+    fn vm_get_property(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
+        let request: VmRef = whole(bytes)?;
+        zero(request.reserved.get() == 0)?;
+        area.reserve::<VmProperty>(hdr)?;
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let property = self.context.vm_property(request.vm_id.get(), |vm, resident_pages| {
+            let (state, errno, addr) = match vm.state {
+                State::Usable => (VM_USABLE, 0, 0),
+                State::Unusable { errno, addr } => (VM_UNUSABLE, errno, addr),
+            };
+            VmProperty {
+                state: state.into(),
+                first_errno: errno.saturating_neg().into(),
+                error_addr: addr.into(),
+                resident_pages: resident_pages.into(),
+                num_mappings: count(vm.mappings.len()).into(),
+                num_jobs: count(vm.jobs).into(),
+                pending_faults: count(vm.pending_faults).into(),
+                asid: vm.asid.0.into(),
+                dev_id: vm.dev_id.into(),
+                ..VmProperty::default()
+            }
+        })?;
+        area.put(hdr, property);
+        Ok(())
+    }
+}
+
+/// Cuts a payload into requests; all headers are checked before the first request is carried out.
+fn split(payload: &[u8]) -> Result<Vec<(ReqHdr, &[u8])>> {
+    let (mut rest, mut requests) = (payload, Vec::new());
+    while !rest.is_empty() {
+        let (hdr, _) = ReqHdr::read_from_prefix(rest).map_err(|_| Error::Length)?;
+        let len = usize::try_from(hdr.len.get()).map_err(|_| Error::Length)?;
+        if len < size_of::<ReqHdr>() || !len.is_multiple_of(8) || !hdr.rsp_off.get().is_multiple_of(8) {
+            return Err(Error::Length);
+        }
+        let (request, after) = rest.split_at_checked(len).ok_or(Error::Length)?;
+        if requests.len() == MAX_REQUESTS {
+            return Err(Error::Count);
+        }
+        requests.push((hdr, request));
+        rest = after;
+    }
+    if requests.is_empty() { Err(Error::Length) } else { Ok(requests) }
+}
+
+/// The device-writable bytes behind the response's head.
+struct ReplyArea {
+    /// Written so far; what no reply covers is zero.
+    bytes: Vec<u8>,
+    room: usize,
+}
+
+impl ReplyArea {
+    /// Makes sure that a reply fits.
+    fn reserve<T>(&mut self, hdr: &ReqHdr) -> Result<()> {
+        let start = usize::try_from(hdr.rsp_off.get()).map_err(|_| Error::Length)?;
+        let end = start.checked_add(size_of::<T>()).filter(|end| *end <= self.room).ok_or(Error::Length)?;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        Ok(())
+    }
+    /// Writes a reply whose header is still empty.
+    fn put<T: IntoBytes + Immutable>(&mut self, hdr: &ReqHdr, reply: T) {
+        self.write(hdr, reply.as_bytes(), 0, 0);
+    }
+    /// Writes the header of a refusal, if it fits.
+    fn refuse(&mut self, hdr: &ReqHdr, errno: i32, detail: u32) {
+        if self.reserve::<RspHdr>(hdr).is_ok() {
+            self.write(hdr, RspHdr::default().as_bytes(), errno, detail);
+        }
+    }
+    fn write(&mut self, hdr: &ReqHdr, reply: &[u8], errno: i32, detail: u32) {
+        let start = usize::try_from(hdr.rsp_off.get()).unwrap_or(usize::MAX);
+        let Some(place) = self.bytes.get_mut(start..).and_then(|rest| rest.get_mut(..reply.len())) else {
+            unreachable!("the reply was reserved");
+        };
+        place.copy_from_slice(reply);
+        let head = RspHdr {
+            len: u32::try_from(reply.len()).unwrap_or(u32::MAX).into(),
+            seqno: hdr.seqno,
+            ret: errno.saturating_neg().into(),
+            detail: detail.into(),
+        };
+        if head.write_to_prefix(place).is_err() {
+            unreachable!("every reply begins with a header");
+        }
+    }
+}

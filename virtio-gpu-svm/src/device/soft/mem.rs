@@ -1,0 +1,457 @@
+//! A GPU VM's memory: its page table, the regions that the table points into, and every access that engines make.
+//!
+//! The one module of the software GPU that dereferences guest memory. Guests, their VMMs and other engines read and
+//! write the same bytes at any time, so there is never a reference to them: only volatile and atomic operations (and
+//! one instruction) through raw pointers, inside [`Span`]s that a [`View`] hands out.
+//!
+//! Why a span is valid: a table word names memory of a [`Region`] that [`Inner::regions`] holds, both are in one
+//! `RwLock`, and a region leaves only under its write lock, after its words. A view is a read lock, held for one
+//! slice; spans borrow from it. So no engine can be in memory that went away, whatever the core forgets; *flushes*
+//! are for the guest's semantics, not for our memory safety.
+//!
+//! Holding this lock for a slice is meant: nobody waits for it but [`VmMemory::drop_region`], which is there to wait,
+//! and table reclaim, which only tries.
+
+#![expect(unsafe_code, reason = "guest memory is reached through raw pointers; see the text above")]
+
+use crate::addr::PageRange;
+use crate::device::{Access, Extent};
+use crate::memory::Region;
+use crate::page_table::{OutOfMemory, PageTable, Run, Walk};
+use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+
+/// Most bytes of page tables of one GPU VM: enough for 64 GiB of scattered pages, or 32768 lone ones.
+const MAX_TABLE_BYTES: usize = 128 << 20;
+/// With this many empty tables a VM waits until no engine is in it, so that they can go.
+const RECLAIM_PRESSURE: usize = 256;
+/// `PROT_READ | PROT_WRITE` of mmap(2).
+const PROT_READ_WRITE: i32 = 3;
+
+/// A 64-bit word, and the alignment that word operations need.
+pub const WORD: u64 = 8;
+
+// Host addresses are kept in u64 table words, and guest memory is little-endian.
+const _: () = assert!(usize::BITS == u64::BITS && cfg!(target_endian = "little"));
+
+struct Inner {
+    table: PageTable,
+    /// By id: every region that the table may point into.
+    regions: Mutex<HashMap<u64, Arc<Region>>>,
+}
+
+/// The memory of one GPU VM.
+pub struct VmMemory {
+    inner: RwLock<Inner>,
+    /// Of the table's emptied blocks, readable without the lock.
+    emptied: AtomicUsize,
+}
+
+impl VmMemory {
+    /// Nothing is mapped.
+    pub fn new(va_bits: u32) -> Self {
+        let inner = Inner { table: PageTable::new(va_bits, MAX_TABLE_BYTES), regions: Mutex::default() };
+        Self { inner: RwLock::new(inner), emptied: AtomicUsize::new(0) }
+    }
+
+    /// Makes translations for the extents from page `first` on: all or none. First makes every table, which may fail,
+    /// then stores, which cannot.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    ///
+    /// # Panics
+    /// If an extent is not within its region, or the range not within the space: the core checks both.
+    pub fn bind(&self, first: u64, extents: &[Extent]) -> Result<(), OutOfMemory> {
+        let inner = self.read();
+        let pages = extents.iter().try_fold(0u64, |sum, e| sum.checked_add(e.pages));
+        let end = pages.and_then(|pages| first.checked_add(pages)).filter(|end| *end <= inner.table.end());
+        let Some(end) = end else { panic!("extents from page {first:#x} on do not fit in the space") };
+
+        let runs = || extents.iter().map(|extent| (&extent.region, run_of(extent)));
+
+        let mut edit = inner.table.edit();
+        let mut page = first;
+        for (_, run) in runs() {
+            if let Err(error) = edit.prepare(page, run.pages) {
+                edit.abandon(PageRange { start: first, end });
+                drop(edit);
+                self.finish_edit(inner);
+                return Err(error);
+            }
+            page = page.saturating_add(run.pages);
+        }
+        let mut regions = inner.regions.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut page, mut held) = (first, None);
+        for (region, run) in runs() {
+            // Held before its first word, so that no view finds a word without its region.
+            if held != Some(region.id()) {
+                regions.entry(region.id()).or_insert_with(|| Arc::clone(region));
+                held = Some(region.id());
+            }
+            edit.commit(page, run);
+            page = page.saturating_add(run.pages);
+        }
+        drop((regions, edit));
+        self.finish_edit(inner);
+        Ok(())
+    }
+
+    /// Drops the translations of a range.
+    pub fn unbind(&self, range: PageRange) {
+        let inner = self.read();
+        inner.table.edit().clear(range);
+        self.finish_edit(inner);
+    }
+
+    /// Drops the translations to a region and then the region. Waits for the engines that are in a slice of this VM.
+    pub fn drop_region(&self, region_id: u64) {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let regions = inner.regions.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(region) = regions.get(&region_id) else { return };
+        let (start, end) = host_range(region);
+        inner.table.edit().clear_hosts(start, end);
+        inner.table.reclaim();
+        self.emptied.store(0, Ordering::Relaxed);
+        let region = inner.regions.get_mut().unwrap_or_else(PoisonError::into_inner).remove(&region_id);
+        drop(inner);
+        // Perhaps the last user: its unmapping needs no lock of ours.
+        drop(region);
+    }
+
+    /// Pages with a translation now.
+    pub fn resident_pages(&self) -> u64 {
+        self.read().table.resident_pages()
+    }
+
+    /// Enters for a slice.
+    pub fn view(&self) -> View<'_> {
+        View { inner: self.read() }
+    }
+
+    /// Frees empty tables, unless somebody is inside.
+    pub fn reclaim(&self) {
+        if self.emptied.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        if let Ok(mut inner) = self.inner.try_write() {
+            inner.table.reclaim();
+            self.emptied.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether so many tables are empty that no further engine should enter before [`VmMemory::reclaim`].
+    pub fn wants_reclaim(&self) -> bool {
+        self.emptied.load(Ordering::Relaxed) >= RECLAIM_PRESSURE
+    }
+
+    fn finish_edit(&self, inner: RwLockReadGuard<'_, Inner>) {
+        self.emptied.store(inner.table.emptied_blocks(), Ordering::Relaxed);
+        drop(inner);
+        self.reclaim();
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A region's memory in this process, `[start, end)`.
+fn host_range(region: &Region) -> (u64, u64) {
+    let start = region.mapping().as_ptr().expose_provenance() as u64;
+    (start, start.saturating_add(region.mapping().size() as u64))
+}
+
+/// Where an extent is in this process. Panics unless it lies in its region: all that follows relies on it.
+fn run_of(extent: &Extent) -> Run {
+    let (start, end) = host_range(&extent.region);
+    let host = start.checked_add(extent.offset).filter(|host| host & (PAGE_SIZE - 1) == 0);
+    let last = host.and_then(|host| extent.pages.checked_mul(PAGE_SIZE)?.checked_add(host));
+    let (Some(host), Some(last)) = (host, last) else {
+        panic!("extent {:#x}+{:#x} pages is unaligned or wraps", extent.offset, extent.pages)
+    };
+    assert!(
+        host < last && last <= end,
+        "extent {:#x}+{:#x} pages leaves its region",
+        extent.offset,
+        extent.pages
+    );
+    let prot = extent.region.mapping().prot();
+    assert_eq!(
+        prot & PROT_READ_WRITE,
+        PROT_READ_WRITE,
+        "a region of guest memory that is not readable and writable"
+    );
+    Run { host, pages: extent.pages, writable: extent.writable }
+}
+
+/// An access that found no translation, or one that does not allow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// GPU address.
+    pub addr: u64,
+    /// Bytes from there on that are going to be touched.
+    pub len: u64,
+    /// How.
+    pub access: Access,
+    /// Level of the table at which the walk ended.
+    pub level: u8,
+}
+
+/// A GPU VM as an engine sees it during one slice.
+pub struct View<'a> {
+    inner: RwLockReadGuard<'a, Inner>,
+}
+
+impl View<'_> {
+    /// Begins to translate.
+    pub fn memory(&self) -> Memory<'_> {
+        Memory { walk: self.inner.table.walk(), written: false }
+    }
+}
+
+/// Turns GPU addresses into spans of host memory.
+pub struct Memory<'v> {
+    walk: Walk<'v>,
+    written: bool,
+}
+
+impl<'v> Memory<'v> {
+    /// Memory at `addr` to load from: at least a byte, at most `len` bytes, to the end of the translation.
+    ///
+    /// # Errors
+    /// [`Missing`].
+    pub fn source(&mut self, addr: u64, len: u64) -> Result<Span<'v>, Missing> {
+        self.translate(addr, len, Access::Read)
+    }
+
+    /// Memory at `addr` to store to (or to load from).
+    ///
+    /// # Errors
+    /// [`Missing`], also for a translation that is read-only.
+    pub fn target(&mut self, addr: u64, len: u64, access: Access) -> Result<Target<'v>, Missing> {
+        let span = self.translate(addr, len, access)?;
+        self.written = true;
+        Ok(Target(span))
+    }
+
+    /// Whether a target was handed out.
+    pub fn written(&self) -> bool {
+        self.written
+    }
+
+    fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Span<'v>, Missing> {
+        let missing = |level| Missing { addr, len, access, level };
+        let found = self.walk.lookup(addr >> PAGE_SHIFT).map_err(|miss| missing(miss.level))?;
+        if access != Access::Read && !found.writable {
+            return Err(missing(found.level));
+        }
+        let inner = addr & (PAGE_SIZE - 1);
+        let bytes = found.pages.saturating_mul(PAGE_SIZE).saturating_sub(inner).min(len);
+        Ok(Span { host: found.host.saturating_add(inner), bytes, view: PhantomData })
+    }
+}
+
+/// Bytes of guest memory, readable and writable for this process as long as the view lives.
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'v> {
+    host: u64,
+    bytes: u64,
+    view: PhantomData<&'v ()>,
+}
+
+/// A span that the GPU VM may write.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'v>(Span<'v>);
+
+impl Span<'_> {
+    /// How many, at least 1.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// A name for its first byte, the same in every GPU VM and at any time; not to be dereferenced.
+    pub fn key(&self) -> u64 {
+        self.host
+    }
+
+    /// The first word, loaded before everything that the caller loads later.
+    pub fn load(&self) -> u64 {
+        // SAFETY: `words` gives aligned words inside the span, which is valid while the view lives; all that is done
+        // with this address through the reference is atomic.
+        let word = unsafe { AtomicU64::from_ptr(self.words(1)) };
+        word.load(Ordering::Acquire)
+    }
+
+    /// The wrapping sum of the first words in `bytes`.
+    pub fn sum(&self, bytes: u64) -> u64 {
+        let count = bytes / WORD;
+        let words = self.words(count);
+        (0..count).fold(0, |sum: u64, i| {
+            // SAFETY: `words` gave `count` aligned, readable words, and `i` is less.
+            let word = unsafe { at(words, i).read_volatile() };
+            sum.wrapping_add(word)
+        })
+    }
+
+    /// Pointer to the first `count` words. Panics unless they are in the span and aligned.
+    fn words(&self, count: u64) -> *mut u64 {
+        let fits = count.checked_mul(WORD).is_some_and(|bytes| bytes <= self.bytes);
+        assert!(
+            fits && self.host.is_multiple_of(WORD),
+            "{count} words at {:#x}+{:#x}",
+            self.host,
+            self.bytes
+        );
+        std::ptr::with_exposed_provenance_mut(host_size(self.host))
+    }
+
+    /// Pointer to the first `count` bytes. Panics unless they are in the span.
+    fn octets(&self, count: u64) -> *mut u8 {
+        assert!(count <= self.bytes, "{count} bytes at {:#x}+{:#x}", self.host, self.bytes);
+        std::ptr::with_exposed_provenance_mut(host_size(self.host))
+    }
+}
+
+impl Target<'_> {
+    /// How many bytes, at least 1.
+    pub fn bytes(&self) -> u64 {
+        self.0.bytes
+    }
+
+    /// [`Span::key`].
+    pub fn key(&self) -> u64 {
+        self.0.host
+    }
+
+    /// Stores the first word, after everything that this engine did before.
+    pub fn store(&self, value: u64) {
+        self.word().store(value, Ordering::Release);
+    }
+
+    /// Adds to the first word.
+    pub fn fetch_add(&self, value: u64) {
+        self.word().fetch_add(value, Ordering::AcqRel);
+    }
+
+    /// Stores `value` in the first words of `bytes`.
+    pub fn fill(&self, bytes: u64, value: u64) {
+        let count = bytes / WORD;
+        let words = self.0.words(count);
+        for i in 0..count {
+            // SAFETY: `words` gave `count` aligned words of a target, and `i` is less.
+            unsafe { at(words, i).write_volatile(value) };
+        }
+    }
+
+    /// `self[i] += a * x[i]` in f64 over `bytes`.
+    pub fn axpy(&self, bytes: u64, a: f64, x: &Span<'_>) {
+        let count = bytes / WORD;
+        let (ys, xs) = (self.0.words(count), x.words(count));
+        for i in 0..count {
+            // SAFETY: `words` gave `count` aligned, readable words, and `i` is less.
+            let x = unsafe { at(xs, i).read_volatile() };
+            // SAFETY: as above, of the target.
+            let y = unsafe { at(ys, i).read_volatile() };
+            let sum = f64::from_bits(y) + a * f64::from_bits(x);
+            // SAFETY: as above; a target may be written.
+            unsafe { at(ys, i).write_volatile(sum.to_bits()) };
+        }
+    }
+
+    /// Copies `bytes` from `source`, in effect byte by byte from the first to the last, also where both overlap.
+    pub fn copy_from(&self, source: &Span<'_>, bytes: u64) {
+        let (to, from) = (self.0.octets(bytes), source.octets(bytes));
+        // SAFETY: `octets` gave `bytes` readable bytes of the source.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            copy_string(to, from, bytes);
+        }
+        // SAFETY: as above.
+        #[cfg(not(target_arch = "x86_64"))]
+        unsafe {
+            copy_words(to, from, bytes);
+        }
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: `words` gives an aligned word inside the target, which is valid while the view lives; all that is done
+        // through the reference is atomic.
+        unsafe { AtomicU64::from_ptr(self.0.words(1)) }
+    }
+}
+
+/// Copies forward with the instruction for it: by definition byte by byte, and opaque to the compiler. On scattered
+/// pages (AMD EPYC, one run) 7.3 GB/s, where volatile words did 5.1 and memcpy 8.3.
+///
+/// # Safety
+/// `bytes` bytes must be readable at `from` and writable at `to` for the time of the call.
+#[cfg(target_arch = "x86_64")]
+unsafe fn copy_string(to: *mut u8, from: *const u8, bytes: u64) {
+    // SAFETY: the instruction reads and writes what the caller vouches for, and clobbers what is named here; the
+    // direction flag is clear by the rules of inline assembly.
+    unsafe {
+        std::arch::asm!(
+            "rep movsb",
+            inout("rcx") bytes => _,
+            inout("rdi") to => _,
+            inout("rsi") from => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+/// Copies forward by volatile words where both sides are aligned alike, else by octets.
+///
+/// # Safety
+/// `bytes` bytes must be readable at `from` and writable at `to` for the time of the call.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+unsafe fn copy_words(to: *mut u8, from: *mut u8, bytes: u64) {
+    let ahead = (to.addr() as u64).wrapping_sub(from.addr() as u64);
+    // A word at a time is only the same as byte by byte if a word is stored after it was loaded whole.
+    let by_words = ahead.is_multiple_of(WORD) && ahead >= WORD;
+    let head = if by_words { (to.addr() as u64).wrapping_neg() % WORD } else { bytes }.min(bytes);
+    let words = bytes.saturating_sub(head) / WORD;
+    let tail = head.saturating_add(words.saturating_mul(WORD));
+    // SAFETY: the caller vouches for `bytes`, and `head` is not more.
+    unsafe { copy_octets(to, from, 0..head) };
+    let (to_words, from_words) = (at(to, head).cast::<u64>(), at(from, head).cast::<u64>());
+    for i in 0..words {
+        // SAFETY: this word ends at `tail`, which is within `bytes`; after `head` it is aligned.
+        let word = unsafe { at(from_words, i).read_volatile() };
+        // SAFETY: the same of the target; it is aligned with the source, as their distance is whole words.
+        unsafe { at(to_words, i).write_volatile(word) };
+    }
+    // SAFETY: the caller vouches for `bytes`.
+    unsafe { copy_octets(to, from, tail..bytes) };
+}
+
+/// Copies the octets of a range, one by one.
+///
+/// # Safety
+/// The range must be readable from `from` on and writable from `to` on for the time of the call.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+unsafe fn copy_octets(to: *mut u8, from: *mut u8, range: std::ops::Range<u64>) {
+    for i in range {
+        // SAFETY: the caller vouches for the range, and `i` is in it.
+        let octet = unsafe { at(from, i).read_volatile() };
+        // SAFETY: as above.
+        unsafe { at(to, i).write_volatile(octet) };
+    }
+}
+
+/// The address of an element; not checked.
+fn at<T>(base: *mut T, i: u64) -> *mut T {
+    base.wrapping_add(host_size(i))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "asserted above: both have 64 bits")]
+fn host_size(value: u64) -> usize {
+    value as usize
+}
+
+#[cfg(test)]
+mod tests;

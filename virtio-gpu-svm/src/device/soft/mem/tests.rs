@@ -1,0 +1,105 @@
+//! Binding all or nothing, and the copy that other processors use.
+#![allow(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "small numbers of tests"
+)]
+
+use super::*;
+use crate::memory::RegionIdentity;
+use vm_memory::mmap::MmapRegion;
+
+fn region(pages: u64) -> Arc<Region> {
+    let size = pages * PAGE_SIZE;
+    let identity = RegionIdentity { inode: (0, 0), offset: 0, size, gpa: 0 };
+    Region::new(identity, MmapRegion::new(size as usize).unwrap())
+}
+
+fn extent(region: &Arc<Region>, page: u64, pages: u64) -> Extent {
+    Extent { region: Arc::clone(region), offset: page * PAGE_SIZE, pages, writable: true }
+}
+
+#[test]
+fn bind_without_room_for_tables_changes_nothing() {
+    let memory = VmMemory::new(57);
+    let region = region(1024);
+    // A leaf and a block table for each page, until no more fit.
+    let mut bound = 0u64;
+    while memory.bind(bound << 18, &[extent(&region, 0, 1)]).is_ok() {
+        bound += 1;
+    }
+    let first = (bound << 18) - 3;
+    let beyond: Vec<_> = (0..6).map(|page| extent(&region, page, 1)).collect();
+    assert_eq!(memory.bind(first, &beyond), Err(OutOfMemory));
+    assert_eq!(memory.resident_pages(), bound);
+    assert!(!memory.resident_map(PageRange { start: first, end: first + 6 }).contains(&true));
+
+    memory.unbind(PageRange { start: 0, end: 1 << 45 });
+    assert_eq!(memory.resident_pages(), 0);
+    assert_eq!(memory.bind(first, &beyond), Ok(()));
+}
+
+#[test]
+fn extent_beyond_its_region_is_not_bound() {
+    let region = region(4);
+    for (offset, pages) in [(0, 5), (PAGE_SIZE, 4), (8, 1), (!4095, 2), (0, u64::MAX), (0, 0)] {
+        let memory = VmMemory::new(48);
+        let bad = Extent { region: Arc::clone(&region), offset, pages, writable: true };
+        let bind = || memory.bind(0, &[extent(&region, 0, 1), bad]);
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(bind)).is_err(), "{offset:#x}+{pages}");
+        assert_eq!(memory.resident_pages(), 0);
+        assert_eq!(memory.bind(0, &[extent(&region, 0, 4)]), Ok(()), "the panic does no further harm");
+    }
+}
+
+#[test]
+fn empty_tables_wait_for_the_view_to_end() {
+    let memory = VmMemory::new(48);
+    let region = region(1);
+    let view = memory.view();
+    for block in 0..RECLAIM_PRESSURE as u64 {
+        memory.bind(block << 9, &[extent(&region, 0, 1)]).unwrap();
+        memory.unbind(PageRange { start: block << 9, end: (block << 9) + 1 });
+    }
+    assert!(memory.wants_reclaim());
+    drop(view);
+    memory.reclaim();
+    assert!(!memory.wants_reclaim());
+    assert_eq!(memory.read().table.table_bytes(), 0);
+}
+
+#[test]
+fn span_ends_with_its_translation() {
+    let memory = VmMemory::new(48);
+    let region = region(1024);
+    memory.bind(511, &[extent(&region, 0, 513)]).unwrap();
+    let view = memory.view();
+    let mut view = view.memory();
+    let lengths = [(511, 0x10, 1 << 30), (512, 0, 1 << 30), (1023, 0xff8, 1 << 30), (600, 8, 24)]
+        .map(|(page, inner, len)| view.source((page << PAGE_SHIFT) + inner, len).unwrap().bytes());
+    assert_eq!(lengths, [PAGE_SIZE - 0x10, 512 * PAGE_SIZE, 8, 24]);
+    assert!(!view.written());
+}
+
+#[test]
+fn copy_by_words_is_byte_by_byte() {
+    for (to, from, bytes) in [
+        (64, 0, 40),
+        (3, 0, 50),
+        (0, 3, 50),
+        (8, 0, 100),
+        (5, 5, 20),
+        (1, 0, 100),
+        (0, 8, 100),
+        (13, 5, 77),
+        (64, 7, 3),
+    ] {
+        let mut memory: Vec<u8> = (0..200).collect();
+        let mut model = memory.clone();
+        (0..bytes).for_each(|i| model[to + i] = model[from + i]);
+        let base = memory.as_mut_ptr();
+        // SAFETY: both ranges lie in the 200 bytes of `memory`, which nothing else uses.
+        unsafe { copy_words(base.wrapping_add(to), base.wrapping_add(from), bytes as u64) };
+        assert_eq!(memory, model, "{bytes} bytes from {from} to {to}");
+    }
+}

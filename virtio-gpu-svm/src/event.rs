@@ -1,0 +1,138 @@
+//! Records on their way to the guest. What must not be lost waits in the context that it is about (and is bounded by
+//! that context's quotas); what outlives a context waits in the guest. A record gets its bytes when a buffer is there.
+
+use crate::device::JobEnd;
+use crate::fault::Pending;
+use crate::protocol::errno::name;
+use crate::protocol::event::{
+    EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, FAULT_LAST_PAGE, FAULT_PASID_VALID, FAULT_REPLAYABLE,
+    FaultRecord, JobRecord, NoticeRecord,
+};
+use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use zerocopy::{Immutable, IntoBytes};
+
+/// The bytes of one record.
+pub type Record = [u8; EVENT_RECORD_BYTES];
+
+/// A record that waits in a context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// A pending fault, by cookie.
+    Fault(u64),
+    /// A job's end.
+    Job(DoneJob),
+    /// Invalidations are done; the sequence is read when the record is written.
+    InvalDone,
+    /// The context or one of its GPU VMs was lost.
+    Lost(i32),
+}
+
+/// A job that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DoneJob {
+    /// From the EXEC reply.
+    pub job_id: u64,
+    /// From the EXEC request.
+    pub user_data: u64,
+    /// The guest's number of the device.
+    pub dev_id: u32,
+    /// The GPU VM.
+    pub vm_id: u32,
+    /// Its timeline.
+    pub ring_idx: u32,
+    /// How it ended.
+    pub end: JobEnd,
+}
+
+/// A record that is told by one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// `EVENT_*`.
+    pub kind: u32,
+    /// The context, or 0.
+    pub ctx_id: u32,
+    /// As the kind says.
+    pub value: u64,
+    /// Positive errno, or 0.
+    pub errno: i32,
+}
+
+/// When and as the how-manieth a record is written.
+#[derive(Clone, Copy, Debug)]
+pub struct Stamp {
+    /// Nanoseconds of the daemon's monotonic clock.
+    pub timestamp: u64,
+    /// Sequence in this guest.
+    pub sequence: u64,
+}
+
+fn bytes(record: &(impl IntoBytes + Immutable)) -> Record {
+    let mut out = [0; EVENT_RECORD_BYTES];
+    record.write_to(&mut out).unwrap_or_else(|_| unreachable!("every record has {EVENT_RECORD_BYTES} bytes"));
+    out
+}
+
+/// PROTOCOL 7.2.
+pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, stamp: Stamp) -> Record {
+    bytes(&FaultRecord {
+        kind: EVENT_FAULT.into(),
+        ctx_id: ctx_id.into(),
+        cookie: fault.cookie.into(),
+        dev_id: dev_id.into(),
+        vm_id: fault.vm_id.into(),
+        asid: fault.asid.0.into(),
+        flags: (FAULT_PASID_VALID | FAULT_LAST_PAGE | FAULT_REPLAYABLE).into(),
+        perm: u32::from(fault.perm).into(),
+        addr: (fault.page << PAGE_SHIFT).into(),
+        cpu_addr: (fault.cpu_page << PAGE_SHIFT).into(),
+        length_hint: fault.length_hint.into(),
+        fault_type: fault.fault_type,
+        level: fault.level,
+        engine_instance: fault.engine,
+        num_coalesced: u16::try_from(fault.waiters.len()).unwrap_or(u16::MAX).into(),
+        access_mask: fault.perm.into(),
+        address_precision: u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX).into(),
+        timestamp: stamp.timestamp.into(),
+        sequence: stamp.sequence.into(),
+        ..FaultRecord::default()
+    })
+}
+
+/// PROTOCOL 7.3.
+pub fn job_record(ctx_id: u32, job: &DoneJob, stamp: Stamp) -> Record {
+    bytes(&JobRecord {
+        kind: EVENT_JOB_DONE.into(),
+        ctx_id: ctx_id.into(),
+        job_id: job.job_id.into(),
+        user_data: job.user_data.into(),
+        dev_id: job.dev_id.into(),
+        vm_id: job.vm_id.into(),
+        status: job.end.errno.saturating_neg().into(),
+        packet: job.end.packet.into(),
+        addr: job.end.addr.0.into(),
+        perm: if job.end.errno == 0 { 0 } else { u32::from(job.end.access.perm()) }.into(),
+        ring_idx: job.ring_idx.into(),
+        timestamp: stamp.timestamp.into(),
+        sequence: stamp.sequence.into(),
+        ..JobRecord::default()
+    })
+}
+
+/// PROTOCOL 7.4.
+pub fn notice_record(notice: Notice, stamp: Stamp) -> Record {
+    bytes(&NoticeRecord {
+        kind: notice.kind.into(),
+        ctx_id: notice.ctx_id.into(),
+        value: notice.value.into(),
+        status: notice.errno.saturating_neg().into(),
+        timestamp: stamp.timestamp.into(),
+        sequence: stamp.sequence.into(),
+        ..NoticeRecord::default()
+    })
+}
+
+impl std::fmt::Display for Notice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "kind {} context {} value {} ({})", self.kind, self.ctx_id, self.value, name(self.errno))
+    }
+}

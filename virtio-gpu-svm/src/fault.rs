@@ -1,0 +1,461 @@
+//! A fault's life: raised by a device, routed to its owner, served from what is known or asked of the guest, and ended
+//! exactly once.
+//!
+//! ```text
+//!   raised --+-- page known ------------------------------------> served locally
+//!            +-- no mapping, no right ---------------------------> refused
+//!            +-- owner gone -------------------------------------> dropped
+//!            +-- too many pending -------------------------------> throttled (raised again later)
+//!            +-- pending --+-- answer SUCCESS -------------------> answered
+//!                          +-- answer INVALID, FAILURE ----------> refused
+//!                          +-- mapping, GPU VM or context gone --> dropped
+//! ```
+//! The table of pending faults lives in the context, under its lock, together with the address space: so an answer
+//! cannot pass between "is the page known?" and "then it is pending".
+
+pub mod response;
+pub mod router;
+
+use crate::context::{After, Context, Life, State};
+use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
+use crate::gpu_vm::Backing;
+use crate::info::FaultTrace;
+use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM};
+use crate::protocol::event::{
+    FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
+};
+use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
+use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
+pub const FAULT_AROUND_PAGES: u64 = 16;
+const LEAF_PAGES: u64 = LEAF_SIZE >> PAGE_SHIFT;
+
+/// How a fault ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// From what was known.
+    ServedLocally,
+    /// By the guest's answer.
+    Answered,
+    /// As an error of the job.
+    Refused,
+    /// Its owner, GPU VM or mapping was gone.
+    Dropped,
+    /// To be raised again.
+    Throttled,
+}
+
+impl Outcome {
+    fn name(self) -> &'static str {
+        match self {
+            Self::ServedLocally => "served-locally",
+            Self::Answered => "answered",
+            Self::Refused => "refused",
+            Self::Dropped => "dropped",
+            Self::Throttled => "throttled",
+        }
+    }
+}
+
+/// A fault that waits for the guest.
+#[derive(Debug)]
+pub struct Pending {
+    /// Names it in the answer.
+    pub cookie: u64,
+    /// The GPU VM in the context.
+    pub vm_id: u32,
+    /// The host device.
+    pub device: usize,
+    /// As the device reported.
+    pub asid: Asid,
+    /// GPU page (C).
+    pub page: u64,
+    /// CPU page (A).
+    pub cpu_page: u64,
+    /// `PERM_*` of the accesses.
+    pub perm: u16,
+    /// `FAULT_*` type.
+    pub fault_type: u8,
+    /// Where the walk ended.
+    pub level: u8,
+    /// The engine.
+    pub engine: u8,
+    /// Bytes from the page on that the job is expected to touch.
+    pub length_hint: u32,
+    /// When it was raised.
+    pub raised_ns: u64,
+    /// Whether the guest has been told; before that no answer can be honest.
+    pub reported: bool,
+    /// Parked accesses: the first one and those that joined.
+    pub waiters: Vec<StopId>,
+}
+
+/// The faults of one context that wait for the guest.
+#[derive(Debug, Default)]
+pub struct PendingFaults {
+    by_cookie: HashMap<u64, Pending>,
+    by_page: HashMap<(u32, u64), u64>,
+    next: u32,
+}
+
+impl PendingFaults {
+    /// How many records.
+    pub fn count(&self) -> usize {
+        self.by_cookie.len()
+    }
+    /// The pending fault of a cookie.
+    pub fn get(&self, cookie: u64) -> Option<&Pending> {
+        self.by_cookie.get(&cookie)
+    }
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, cookie: u64) -> Option<&mut Pending> {
+        self.by_cookie.get_mut(&cookie)
+    }
+    fn joined(&mut self, vm_id: u32, page: u64) -> Option<&mut Pending> {
+        self.by_cookie.get_mut(self.by_page.get(&(vm_id, page))?)
+    }
+    /// Cookies carry the generation of their context and are used once.
+    fn insert(&mut self, generation: u64, mut pending: Pending) -> u64 {
+        self.next = self.next.wrapping_add(1);
+        let cookie = (generation << 32) | u64::from(self.next);
+        pending.cookie = cookie;
+        self.by_page.insert((pending.vm_id, pending.page), cookie);
+        self.by_cookie.insert(cookie, pending);
+        cookie
+    }
+    /// Ends the pending fault of a cookie.
+    pub fn take(&mut self, cookie: u64) -> Option<Pending> {
+        let pending = self.by_cookie.remove(&cookie)?;
+        self.by_page.remove(&(pending.vm_id, pending.page));
+        Some(pending)
+    }
+    /// Cookies of a GPU VM's pending faults in a range of it.
+    pub fn cookies_in(&self, vm_id: u32, range: PageRange) -> Vec<u64> {
+        let inside = |p: &&Pending| p.vm_id == vm_id && range.contains(p.page);
+        self.by_cookie.values().filter(inside).map(|p| p.cookie).collect()
+    }
+}
+
+impl Access {
+    /// `PERM_*` on the wire.
+    pub fn perm(self) -> u16 {
+        let bits = match self {
+            Self::Read => PERM_READ,
+            Self::Write => PERM_WRITE,
+            Self::Atomic => PERM_WRITE | PERM_ATOMIC,
+        };
+        u16::try_from(bits).unwrap_or(u16::MAX)
+    }
+    fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Atomic => "atomic",
+        }
+    }
+    fn writes(self) -> bool {
+        self != Self::Read
+    }
+}
+
+/// What can be done about a fault right now.
+enum Resolution {
+    /// Bind and let it go on.
+    Serve,
+    /// Only the guest knows. `FAULT_*` type, and the CPU page.
+    Ask(u8, u64),
+    /// An error of the job: positive errno.
+    Refuse(i32),
+    /// Nobody is concerned any more.
+    Gone,
+}
+
+/// A fault that has been routed.
+struct Raised<'a> {
+    device: usize,
+    vm_id: u32,
+    fault: &'a Fault,
+}
+
+impl Raised<'_> {
+    fn page(&self) -> u64 {
+        self.fault.addr.page()
+    }
+}
+
+impl Context {
+    /// A device reported a fault of this context's GPU VM. Runs on the engine's thread: what is known is served here,
+    /// and else the record is written to the guest from here.
+    pub(crate) fn on_fault(self: &Arc<Self>, device: usize, vm_id: u32, fault: &Fault) {
+        let raised = Raised { device, vm_id, fault };
+        let mut after = After::default();
+        {
+            let mut state = self.lock();
+            state.counters.faults_raised = state.counters.faults_raised.saturating_add(1);
+            let resolution = match state.resolve(vm_id, raised.page(), fault.access) {
+                Resolution::Serve => match self.bind_around(&mut state, vm_id, fault.asid, raised.page()) {
+                    Ok(()) => Resolution::Serve,
+                    Err(errno) => Resolution::Refuse(errno),
+                },
+                other => other,
+            };
+            let (outcome, verdict) = match resolution {
+                Resolution::Serve => (Outcome::ServedLocally, Verdict::Retry),
+                Resolution::Refuse(errno) => (Outcome::Refused, Verdict::Fail(errno)),
+                Resolution::Gone => (Outcome::Dropped, Verdict::Fail(ECANCELED)),
+                Resolution::Ask(fault_type, cpu_page) => {
+                    self.ask(&mut state, &raised, fault_type, cpu_page, &mut after);
+                    drop(state);
+                    return self.settle(after);
+                }
+            };
+            after.resume(device, fault.stop, verdict);
+            self.trace(&mut state, &raised, outcome);
+        }
+        self.settle(after);
+    }
+
+    /// Makes the fault pending, or joins it to the one that is pending for its page.
+    fn ask(&self, state: &mut State, raised: &Raised, fault_type: u8, cpu_page: u64, after: &mut After) {
+        let (fault, vm_id) = (raised.fault, raised.vm_id);
+        if let Some(pending) = state.faults.joined(vm_id, raised.page()) {
+            pending.waiters.push(fault.stop);
+            pending.perm |= fault.access.perm();
+            state.counters.faults_coalesced = state.counters.faults_coalesced.saturating_add(1);
+            return;
+        }
+        if state.faults.count() >= usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX) {
+            state.throttled.push_back((raised.device, fault.stop));
+            self.trace(state, raised, Outcome::Throttled);
+            return;
+        }
+        let hint = fault.length_hint.saturating_add(fault.addr.0 & (PAGE_SIZE - 1));
+        let pending = Pending {
+            cookie: 0,
+            vm_id,
+            device: raised.device,
+            asid: fault.asid,
+            page: raised.page(),
+            cpu_page,
+            perm: fault.access.perm(),
+            fault_type,
+            level: fault.level,
+            engine: fault.engine,
+            length_hint: u32::try_from(hint).unwrap_or(u32::MAX),
+            raised_ns: self.host.now_ns(),
+            reported: false,
+            waiters: vec![fault.stop],
+        };
+        state.space.expect(cpu_page);
+        let cookie = state.faults.insert(self.generation, pending);
+        state.waiting.push_back(Waiting::Fault(cookie));
+        self.count_pending(state, vm_id, true);
+        after.announce = true;
+    }
+
+    /// Ends a pending fault: releases everything that waits for it, counts and traces it, and lets a throttled one in.
+    pub(crate) fn end_pending(
+        &self,
+        state: &mut State,
+        cookie: u64,
+        outcome: Outcome,
+        verdict: Verdict,
+        after: &mut After,
+    ) {
+        let Some(pending) = state.faults.take(cookie) else { return };
+        self.count_pending(state, pending.vm_id, false);
+        if !pending.reported {
+            state.waiting.retain(|waiting| *waiting != Waiting::Fault(cookie));
+        }
+        let count = u64::try_from(pending.waiters.len()).unwrap_or(u64::MAX);
+        for stop in &pending.waiters {
+            after.resume(pending.device, *stop, verdict);
+        }
+        state.count(outcome, count);
+        if let Some((device, stop)) = state.throttled.pop_front() {
+            after.resume(device, stop, Verdict::Retry);
+        }
+        let now = self.host.now_ns();
+        self.host.traces.push(FaultTrace {
+            time_ns: pending.raised_ns,
+            guest: self.label.guest.to_string(),
+            ctx_id: self.ctx_id,
+            device: pending.device,
+            asid: pending.asid.0,
+            cookie,
+            gpu_addr: pending.page << PAGE_SHIFT,
+            cpu_addr: pending.cpu_page << PAGE_SHIFT,
+            access: perm_name(pending.perm),
+            outcome: outcome.name(),
+            wait_ns: now.saturating_sub(pending.raised_ns),
+        });
+    }
+
+    /// Counts and traces a fault that did not become pending.
+    fn trace(&self, state: &mut State, raised: &Raised, outcome: Outcome) {
+        state.count(outcome, 1);
+        self.host.traces.push(FaultTrace {
+            time_ns: self.host.now_ns(),
+            guest: self.label.guest.to_string(),
+            ctx_id: self.ctx_id,
+            device: raised.device,
+            asid: raised.fault.asid.0,
+            cookie: 0,
+            gpu_addr: raised.fault.addr.page_start().0,
+            cpu_addr: state.cpu_page(raised.vm_id, raised.page()) << PAGE_SHIFT,
+            access: raised.fault.access.name(),
+            outcome: outcome.name(),
+            wait_ns: 0,
+        });
+    }
+
+    /// Keeps the count of GPU VMs that have a pending fault.
+    fn count_pending(&self, state: &mut State, vm_id: u32, more: bool) {
+        let Some(vm) = state.vms.get_mut(&vm_id) else { return };
+        let before = vm.pending_faults;
+        vm.pending_faults = if more { before.saturating_add(1) } else { before.saturating_sub(1) };
+        match (before, vm.pending_faults) {
+            (0, 1..) => self.host.pending_vms.enter(),
+            (1.., 0) => self.host.pending_vms.leave(),
+            _ => {}
+        }
+    }
+
+    /// Binds the known pages around a page: the whole large leaf where everything allows it, else the window.
+    pub(crate) fn bind_around(
+        &self,
+        state: &mut State,
+        vm_id: u32,
+        asid: Asid,
+        page: u64,
+    ) -> std::result::Result<(), i32> {
+        let State { vms, space, memory, extents, .. } = state;
+        let Some(vm) = vms.get(&vm_id) else { return Err(ECANCELED) };
+        let Some(va) = vm.mappings.find(page) else { return Err(EINVAL) };
+        let device = self.host.device_of(vm.device);
+        let block =
+            PageRange { start: page & !(LEAF_PAGES - 1), end: (page | (LEAF_PAGES - 1)).saturating_add(1) };
+        if let (Some(both), Backing::Userptr(cpu)) = (va.range.intersect(block), va.backing_at(block.start))
+            && both == block
+            && cpu % LEAF_PAGES == 0
+            && let Some(first) = space.lookup_large(cpu)
+            && let Some((region, offset)) = memory.lookup(first.gpa_page, LEAF_PAGES)
+        {
+            let writable = !va.readonly && !first.readonly;
+            let extent = Extent { region: Arc::clone(region), offset, pages: LEAF_PAGES, writable };
+            return device.bind(asid, GpuAddr(block.start_addr()), &[extent]).map_err(device_errno);
+        }
+        let aligned = page & !(FAULT_AROUND_PAGES - 1);
+        let window = PageRange { start: aligned, end: aligned.saturating_add(FAULT_AROUND_PAGES) };
+        let window = va.range.intersect(window).unwrap_or(window);
+        let mut at = window.start;
+        for page in window.start..=window.end {
+            let known = (page < window.end).then(|| known_page(va.backing_at(page), space)).flatten();
+            let found = known.and_then(|known| Some((known, memory.lookup(known.gpa_page, 1)?)));
+            if let Some((known, (region, offset))) = found {
+                let writable = !va.readonly && !known.readonly;
+                push_page(extents, Extent { region: Arc::clone(region), offset, pages: 1, writable });
+                continue;
+            }
+            if !extents.is_empty() {
+                let bound = device.bind(asid, GpuAddr(at << PAGE_SHIFT), extents);
+                extents.clear();
+                bound.map_err(device_errno)?;
+            }
+            at = page.saturating_add(1);
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn resolve(&self, vm_id: u32, page: u64, access: Access) -> Resolution {
+        let Some(vm) = self.vms.get(&vm_id).filter(|_| self.life == Life::Alive) else {
+            return Resolution::Gone;
+        };
+        let Some(va) = vm.mappings.find(page) else { return Resolution::Refuse(EINVAL) };
+        if access.writes() && va.readonly {
+            return Resolution::Refuse(EPERM);
+        }
+        match va.backing_at(page) {
+            Backing::Blob(blob, at) => {
+                match blob.gpa_page(at).and_then(|gpa_page| self.memory.lookup(gpa_page, 1)) {
+                    Some(_) => Resolution::Serve,
+                    None => Resolution::Refuse(EFAULT),
+                }
+            }
+            Backing::Userptr(cpu_page) => match (self.space.lookup(cpu_page), access) {
+                (None, _) => Resolution::Ask(FAULT_NOT_PRESENT, cpu_page),
+                (Some(known), Access::Write) if known.readonly => {
+                    Resolution::Ask(FAULT_WRITE_ACCESS, cpu_page)
+                }
+                (Some(known), Access::Atomic) if known.readonly => {
+                    Resolution::Ask(FAULT_ATOMIC_ACCESS, cpu_page)
+                }
+                (Some(_), _) => Resolution::Serve,
+            },
+        }
+    }
+    /// The CPU page shown at a GPU page, for traces; 0 where there is none.
+    fn cpu_page(&self, vm_id: u32, page: u64) -> u64 {
+        match self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page)).map(|va| va.backing_at(page)) {
+            Some(Backing::Userptr(cpu_page)) => cpu_page,
+            Some(Backing::Blob(..)) | None => 0,
+        }
+    }
+    fn count(&mut self, outcome: Outcome, n: u64) {
+        let counter = match outcome {
+            Outcome::ServedLocally => &mut self.counters.faults_served_locally,
+            Outcome::Answered => &mut self.counters.faults_answered,
+            Outcome::Refused => &mut self.counters.faults_refused,
+            Outcome::Dropped => &mut self.counters.faults_dropped,
+            Outcome::Throttled => &mut self.counters.faults_throttled,
+        };
+        *counter = counter.saturating_add(n);
+    }
+}
+
+fn known_page(
+    backing: Backing,
+    space: &crate::address_space::AddressSpace,
+) -> Option<crate::address_space::Page> {
+    match backing {
+        Backing::Userptr(cpu_page) => space.lookup(cpu_page),
+        Backing::Blob(blob, page) => {
+            Some(crate::address_space::Page { gpa_page: blob.gpa_page(page)?, readonly: false })
+        }
+    }
+}
+
+/// Adds a page to a list of extents, to the last one where it continues it.
+fn push_page(extents: &mut Vec<Extent>, page: Extent) {
+    if let Some(last) = extents.last_mut()
+        && last.region.id() == page.region.id()
+        && last.writable == page.writable
+        && last.offset.wrapping_add(last.pages << PAGE_SHIFT) == page.offset
+    {
+        last.pages = last.pages.saturating_add(1);
+    } else {
+        extents.push(page);
+    }
+}
+
+fn perm_name(perm: u16) -> &'static str {
+    match u32::from(perm) {
+        p if p & PERM_ATOMIC != 0 => Access::Atomic.name(),
+        p if p & PERM_WRITE != 0 => Access::Write.name(),
+        _ => Access::Read.name(),
+    }
+}
+
+fn device_errno(error: crate::device::Error) -> i32 {
+    use crate::device::Error;
+    match error {
+        Error::NoVm(_) | Error::VmExists(_) => ECANCELED,
+        Error::OutOfMemory => crate::protocol::errno::ENOMEM,
+        Error::UnknownOpcode { .. } | Error::BadOperand { .. } => EINVAL,
+    }
+}

@@ -1,0 +1,242 @@
+//! Pages that the guest supplies: with the answer to a fault, or unasked.
+//!
+//! An answer names a cookie, a code and runs; everything else is looked up in our own table. All runs are checked
+//! before the first takes effect. A run that was translated before an invalidation of its leaf is refused with
+//! -EAGAIN, and its fault stays pending for another try. PROTOCOL 4.3, 4.4.
+
+use super::Outcome;
+use crate::address_space::{Install, Page, Run};
+use crate::context::{After, Context, Life, State};
+use crate::device::Verdict;
+use crate::gpu_vm;
+use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
+use crate::protocol::errno::{EFAULT, ENOSPC, EPIPE};
+use crate::protocol::event::PERM_WRITE;
+use std::sync::Arc;
+
+/// What an answer says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// Retry the access.
+    Success,
+    /// The access is an error of the process.
+    Invalid,
+    /// The guest cannot serve this process any more.
+    Failure,
+}
+
+impl Code {
+    /// From the wire.
+    pub fn from_wire(code: u32) -> Option<Self> {
+        match code {
+            PAGE_RESP_SUCCESS => Some(Self::Success),
+            PAGE_RESP_INVALID => Some(Self::Invalid),
+            PAGE_RESP_FAILURE => Some(Self::Failure),
+            _ => None,
+        }
+    }
+}
+
+/// What became of supplied runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Supplied {
+    /// Runs that stand.
+    pub installed: u32,
+    /// Runs that raced with an invalidation.
+    pub refused: u32,
+    /// The first of them.
+    pub first_refused: u32,
+}
+
+/// Why pages or an answer were refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The context is lost.
+    #[error("the context is lost")]
+    Lost,
+    /// No pending fault has this cookie.
+    #[error("no pending fault has cookie {0:#x}")]
+    UnknownCookie(u64),
+    /// SUCCESS without the page that was asked for, or without the right.
+    #[error("the answer does not cover page {cpu_page:#x} with the right that was asked for")]
+    NotCovered {
+        /// CPU page number.
+        cpu_page: u64,
+    },
+    /// Runs with a code that has none.
+    #[error("an answer that is no success carries runs")]
+    UnexpectedRuns,
+    /// Pages outside guest memory.
+    #[error("run {index} lies outside guest memory")]
+    NoMemory {
+        /// Which run.
+        index: u32,
+    },
+    /// Translated at a sequence that was never given out.
+    #[error("run {index} was translated at a sequence of the future")]
+    FutureSequence {
+        /// Which run.
+        index: u32,
+    },
+    /// Contradicts what is known.
+    #[error("run {index} contradicts a known page; invalidate first")]
+    Conflict {
+        /// Which run.
+        index: u32,
+    },
+    /// Over the quota of address-space leaves.
+    #[error("run {index} needs more address-space leaves than a context may have")]
+    Full {
+        /// Which run.
+        index: u32,
+    },
+}
+
+impl Context {
+    /// Installs runs. PROTOCOL 4.3.
+    ///
+    /// # Errors
+    /// [`Error`]; runs before the one that it names stand.
+    pub fn supply(&self, runs: &[Run]) -> Result<Supplied, Error> {
+        let mut state = self.lock();
+        state.check_runs(runs)?;
+        state.install_runs(runs)
+    }
+
+    /// Answers a fault. PROTOCOL 4.4.
+    ///
+    /// # Errors
+    /// [`Error`]; the fault stays pending.
+    pub fn respond(self: &Arc<Self>, cookie: u64, code: Code, runs: &[Run]) -> Result<Supplied, Error> {
+        let mut after = After::default();
+        let result = self.respond_locked(&mut self.lock(), cookie, code, runs, &mut after);
+        self.settle(after);
+        result
+    }
+
+    fn respond_locked(
+        &self,
+        state: &mut State,
+        cookie: u64,
+        code: Code,
+        runs: &[Run],
+        after: &mut After,
+    ) -> Result<Supplied, Error> {
+        let Some(pending) = state.faults.get(cookie).filter(|pending| pending.reported) else {
+            state.counters.answers_stale = state.counters.answers_stale.saturating_add(1);
+            return Err(Error::UnknownCookie(cookie));
+        };
+        let (vm_id, asid, page, cpu_page) = (pending.vm_id, pending.asid, pending.page, pending.cpu_page);
+        let writes = u32::from(pending.perm) & PERM_WRITE != 0;
+        if code != Code::Success {
+            if !runs.is_empty() {
+                return Err(Error::UnexpectedRuns);
+            }
+            if code == Code::Failure {
+                self.make_unusable(state, vm_id, EFAULT, page, after);
+            }
+            self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EFAULT), after);
+            return Ok(Supplied::default());
+        }
+        state.check_runs(runs)?;
+        let serves = |page: Page| !(writes && page.readonly);
+        let covered = runs.iter().any(|run| run.va.contains(cpu_page) && serves(run.first));
+        if !covered && !state.space.lookup(cpu_page).is_some_and(serves) {
+            return Err(Error::NotCovered { cpu_page });
+        }
+        let supplied = state.install_runs(runs)?;
+        if state.space.lookup(cpu_page).is_some_and(serves) {
+            let (outcome, verdict) = match self.bind_around(state, vm_id, asid, page) {
+                Ok(()) => (Outcome::Answered, Verdict::Retry),
+                Err(errno) => (Outcome::Refused, Verdict::Fail(errno)),
+            };
+            self.end_pending(state, cookie, outcome, verdict, after);
+        }
+        Ok(supplied)
+    }
+
+    /// Makes a GPU VM unusable for good: nothing more is mapped or run in it. Semantics of panthor.
+    pub(crate) fn make_unusable(
+        &self,
+        state: &mut State,
+        vm_id: u32,
+        errno: i32,
+        page: u64,
+        after: &mut After,
+    ) {
+        let Some(vm) = state.vms.get_mut(&vm_id).filter(|vm| vm.state == gpu_vm::State::Usable) else {
+            return;
+        };
+        vm.state = gpu_vm::State::Unusable { errno, addr: page << crate::protocol::PAGE_SHIFT };
+        let others = state.faults.cookies_in(vm_id, crate::addr::PageRange { start: 0, end: u64::MAX });
+        for cookie in others {
+            self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EPIPE), after);
+        }
+        state.waiting.push_back(crate::event::Waiting::Lost(errno));
+        after.announce = true;
+    }
+}
+
+impl State {
+    fn check_runs(&self, runs: &[Run]) -> Result<(), Error> {
+        if self.life != Life::Alive {
+            return Err(Error::Lost);
+        }
+        for (index, run) in (0..).zip(runs) {
+            if run.as_of > self.space.seq() {
+                return Err(Error::FutureSequence { index });
+            }
+            if self.memory.lookup(run.first.gpa_page, run.va.pages()).is_none() {
+                return Err(Error::NoMemory { index });
+            }
+        }
+        Ok(())
+    }
+    fn install_runs(&mut self, runs: &[Run]) -> Result<Supplied, Error> {
+        let mut supplied = Supplied::default();
+        for (index, run) in (0..).zip(runs) {
+            match self.space.install(run) {
+                Install::Done => supplied.installed = supplied.installed.saturating_add(1),
+                Install::Raced => {
+                    if supplied.refused == 0 {
+                        supplied.first_refused = index;
+                    }
+                    supplied.refused = supplied.refused.saturating_add(1);
+                }
+                Install::Conflict => return Err(Error::Conflict { index }),
+                Install::Full => return Err(Error::Full { index }),
+            }
+        }
+        let counters = &mut self.counters;
+        counters.runs_installed = counters.runs_installed.saturating_add(supplied.installed.into());
+        counters.runs_refused = counters.runs_refused.saturating_add(supplied.refused.into());
+        Ok(supplied)
+    }
+}
+
+impl Error {
+    /// On the wire. PROTOCOL 8.
+    pub fn errno(&self) -> i32 {
+        use crate::protocol::errno::{EEXIST, EINVAL};
+        match self {
+            Self::Lost => EPIPE,
+            Self::UnknownCookie(_)
+            | Self::NotCovered { .. }
+            | Self::UnexpectedRuns
+            | Self::FutureSequence { .. } => EINVAL,
+            Self::NoMemory { .. } => EFAULT,
+            Self::Conflict { .. } => EEXIST,
+            Self::Full { .. } => ENOSPC,
+        }
+    }
+    /// The run that it is about.
+    pub fn index(&self) -> u32 {
+        match self {
+            Self::NoMemory { index }
+            | Self::FutureSequence { index }
+            | Self::Conflict { index }
+            | Self::Full { index } => *index,
+            Self::Lost | Self::UnknownCookie(_) | Self::NotCovered { .. } | Self::UnexpectedRuns => 0,
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The C side: the mappings of one GPU VM, with drm_gpuvm's split and merge.
+//!
+//! Owned by [`crate::context::Context`], under its lock. Mappings never overlap. A change is a walk over what it
+//! overlaps ([`Mappings::map`], [`Mappings::unmap`]), which emits the steps of `__drm_gpuvm_sm_map`: N unmaps, at most
+//! two remaps, one map. Each change can be undone, so that a vector of operations takes effect whole or not at all;
+//! the ranges whose translations must go are collected in the [`Change`] and zapped by the caller at the end.
+//!
+//! ```text
+//!   request      |-------|        |-----|      |-----|          |---------|
+//!   old       |-----|          |-----------|      |-----|          |---|
+//!   steps     remap(prev)      remap(prev,     remap(next)      unmap
+//!             map              next), map      map              map
+//! ```
+
+use crate::addr::PageRange;
+use crate::device::Asid;
+use crate::resource::Blob;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What stands behind a mapping.
+#[derive(Clone, Debug)]
+pub enum Backing {
+    /// The process' CPU pages from this page number on (A).
+    Userptr(u64),
+    /// A blob resource, from this page of it on.
+    Blob(Arc<Blob>, u64),
+}
+
+impl Backing {
+    /// The backing `pages` further.
+    fn advanced(&self, pages: u64) -> Self {
+        match self {
+            Self::Userptr(page) => Self::Userptr(page.wrapping_add(pages)),
+            Self::Blob(blob, page) => Self::Blob(Arc::clone(blob), page.wrapping_add(pages)),
+        }
+    }
+    /// drm_gpuvm's `keep`: translations of an overlapped mapping may stay, because the request maps the same object
+    /// contiguously. Object-less mappings never keep.
+    fn keeps(&self, offset_in_request: i128, request: &Self) -> bool {
+        match (self, request) {
+            (Self::Blob(old, old_page), Self::Blob(new, new_page)) => {
+                Arc::ptr_eq(old, new)
+                    && i128::from(*old_page) == i128::from(*new_page).saturating_add(offset_in_request)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// A mapping C..D (drm_gpuvm calls it a `gpuva`).
+#[derive(Clone, Debug)]
+pub struct GpuVa {
+    /// Its GPU pages.
+    pub range: PageRange,
+    /// What stands behind its first page.
+    pub backing: Backing,
+    /// Whether the GPU may only read.
+    pub readonly: bool,
+}
+
+impl GpuVa {
+    /// The part of it in `range`, which must lie inside.
+    fn part(&self, range: PageRange) -> Self {
+        let skipped = range.start.saturating_sub(self.range.start);
+        Self { range, backing: self.backing.advanced(skipped), readonly: self.readonly }
+    }
+    /// What stands behind one of its pages.
+    pub fn backing_at(&self, page: u64) -> Backing {
+        self.backing.advanced(page.saturating_sub(self.range.start))
+    }
+    /// The GPU pages that show any of these CPU pages.
+    pub fn showing(&self, cpu: PageRange) -> Option<PageRange> {
+        let Backing::Userptr(first) = self.backing else { return None };
+        let shown = PageRange { start: first, end: first.saturating_add(self.range.pages()) };
+        let both = shown.intersect(cpu)?;
+        let to_gpu = |page: u64| page.saturating_sub(first).saturating_add(self.range.start);
+        Some(PageRange { start: to_gpu(both.start), end: to_gpu(both.end) })
+    }
+}
+
+/// One step of a change, in drm_gpuvm's words.
+#[derive(Clone, Debug)]
+pub enum SmStep {
+    /// A mapping goes whole. `keep`: its translations may stay.
+    Unmap {
+        /// It.
+        va: GpuVa,
+        /// Whether its translations may stay.
+        keep: bool,
+    },
+    /// A mapping is cut; what sticks out stays.
+    Remap {
+        /// What sticks out left.
+        prev: Option<GpuVa>,
+        /// What sticks out right.
+        next: Option<GpuVa>,
+        /// What was cut.
+        va: GpuVa,
+        /// Whether the translations of the part cut away may stay.
+        keep: bool,
+    },
+    /// A mapping comes.
+    Map(GpuVa),
+}
+
+/// Everything that a vector of operations has done so far; undoes it, or tells what to zap.
+#[derive(Debug, Default)]
+pub struct Change {
+    steps: Vec<SmStep>,
+}
+
+impl Change {
+    /// Ranges whose translations must go.
+    pub fn zapped(&self, mut zap: impl FnMut(PageRange)) {
+        for step in &self.steps {
+            match step {
+                SmStep::Unmap { va, keep: false } => zap(va.range),
+                SmStep::Remap { prev, next, va, keep: false } => {
+                    let start = prev.as_ref().map_or(va.range.start, |p| p.range.end);
+                    let end = next.as_ref().map_or(va.range.end, |n| n.range.start);
+                    zap(PageRange { start, end });
+                }
+                SmStep::Unmap { .. } | SmStep::Remap { .. } | SmStep::Map(_) => {}
+            }
+        }
+    }
+}
+
+/// The mappings of one GPU VM.
+#[derive(Debug, Default)]
+pub struct Mappings {
+    by_start: BTreeMap<u64, GpuVa>,
+}
+
+impl Mappings {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.by_start.len()
+    }
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.by_start.is_empty()
+    }
+    /// By rising GPU address.
+    pub fn iter(&self) -> impl Iterator<Item = &GpuVa> {
+        self.by_start.values()
+    }
+    /// The mapping that holds a GPU page.
+    pub fn find(&self, page: u64) -> Option<&GpuVa> {
+        self.by_start.range(..=page).next_back().map(|(_, va)| va).filter(|va| va.range.contains(page))
+    }
+    /// Maps over whatever is there.
+    pub fn map(&mut self, request: GpuVa, change: &mut Change) {
+        self.cut(request.range, Some(&request), change);
+        self.insert(request.clone());
+        change.steps.push(SmStep::Map(request));
+    }
+    /// Unmaps whatever is there.
+    pub fn unmap(&mut self, range: PageRange, change: &mut Change) {
+        self.cut(range, None, change);
+    }
+    /// Undoes a change that was made last.
+    pub fn undo(&mut self, change: Change) {
+        for step in change.steps.into_iter().rev() {
+            match step {
+                SmStep::Map(va) => self.remove(&va),
+                SmStep::Unmap { va, .. } => self.insert(va),
+                SmStep::Remap { prev, next, va, .. } => {
+                    for part in [prev, next].iter().flatten() {
+                        self.remove(part);
+                    }
+                    self.insert(va);
+                }
+            }
+        }
+    }
+    /// The walk of `__drm_gpuvm_sm_map` and `__drm_gpuvm_sm_unmap` over what a request overlaps.
+    fn cut(&mut self, range: PageRange, request: Option<&GpuVa>, change: &mut Change) {
+        let first = self.find(range.start).map_or(range.start, |va| va.range.start);
+        let overlapped: Vec<GpuVa> =
+            self.by_start.range(first..range.end).map(|(_, va)| va.clone()).collect();
+        for va in overlapped {
+            let keep = request.is_some_and(|request| {
+                let offset = i128::from(va.range.start).saturating_sub(i128::from(range.start));
+                va.readonly == request.readonly && va.backing.keeps(offset, &request.backing)
+            });
+            let prev = (va.range.start < range.start)
+                .then(|| va.part(PageRange { start: va.range.start, end: range.start }));
+            let next = (range.end < va.range.end)
+                .then(|| va.part(PageRange { start: range.end, end: va.range.end }));
+            self.remove(&va);
+            for part in [&prev, &next].into_iter().flatten() {
+                self.insert(part.clone());
+            }
+            change.steps.push(match (prev, next) {
+                (None, None) => SmStep::Unmap { va, keep },
+                (prev, next) => SmStep::Remap { prev, next, va, keep },
+            });
+        }
+    }
+    fn insert(&mut self, va: GpuVa) {
+        let replaced = self.by_start.insert(va.range.start, va);
+        assert!(replaced.is_none(), "mappings overlap: {replaced:?}");
+    }
+    fn remove(&mut self, va: &GpuVa) {
+        let removed = self.by_start.remove(&va.range.start);
+        assert!(removed.is_some(), "no mapping at {:#x}", va.range.start);
+    }
+}
+
+/// Whether a GPU VM works (panthor's states).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Works.
+    Usable,
+    /// Something could not be undone; only UNMAP, DESTROY and GET_PROPERTY work.
+    Unusable {
+        /// Positive errno.
+        errno: i32,
+        /// The GPU address it is about, or 0.
+        addr: u64,
+    },
+}
+
+/// The GPU VM of one context on one device.
+#[derive(Debug)]
+pub struct GpuVm {
+    /// The host device.
+    pub device: usize,
+    /// The guest's number of that device.
+    pub dev_id: u32,
+    /// Its id in fault reports.
+    pub asid: Asid,
+    /// Whether it works.
+    pub state: State,
+    /// C..D -> what.
+    pub mappings: Mappings,
+    /// Jobs in flight.
+    pub jobs: usize,
+    /// Faults that wait for the guest.
+    pub pending_faults: usize,
+}
+
+#[cfg(test)]
+mod tests;

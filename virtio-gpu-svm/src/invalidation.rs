@@ -1,0 +1,128 @@
+//! Taking pages away from a context, in two steps.
+//!
+//! *Accepted*: the address space drops the range and bumps its sequence, and every GPU VM over it is zapped; nothing
+//! waits. *Done*: no engine can still use an old translation; published as `inval_done_seq` in every response and by a
+//! record. Only then may the guest reuse a page. PROTOCOL 4.5.
+
+use crate::addr::PageRange;
+use crate::context::{After, Context, State};
+use crate::device::{Asid, Flush, Ticket};
+use crate::event::Waiting;
+use crate::memory::{MemoryTable, Region};
+use crate::protocol::PAGE_SHIFT;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// What engines still have to pass before an invalidation is done.
+#[derive(Debug)]
+struct Unfinished {
+    seq: u64,
+    flushes: Vec<(usize, Asid, Ticket)>,
+}
+
+/// The invalidations of one context that were accepted and are not done.
+#[derive(Debug, Default)]
+pub struct Invalidations {
+    unfinished: VecDeque<Unfinished>,
+    done: u64,
+}
+
+impl Invalidations {
+    /// Done up to this sequence.
+    pub fn done_seq(&self) -> u64 {
+        self.done
+    }
+    fn begin(&mut self, seq: u64, flushes: Vec<(usize, Asid, Ticket)>) {
+        self.unfinished.push_back(Unfinished { seq, flushes });
+        self.advance();
+    }
+    /// A device has passed `ticket` for a GPU VM, or let go of it altogether (`None`). Whether `done` has moved.
+    fn passed(&mut self, device: usize, asid: Asid, ticket: Option<Ticket>) -> bool {
+        for inval in &mut self.unfinished {
+            inval
+                .flushes
+                .retain(|(d, a, t)| (*d, *a) != (device, asid) || ticket.is_some_and(|ticket| *t > ticket));
+        }
+        self.advance()
+    }
+    fn advance(&mut self) -> bool {
+        let before = self.done;
+        while let Some(first) = self.unfinished.front().filter(|inval| inval.flushes.is_empty()) {
+            self.done = first.seq;
+            self.unfinished.pop_front();
+        }
+        self.done != before
+    }
+}
+
+impl Context {
+    /// Withdraws CPU pages from the context: accepted on return. Returns the sequence.
+    pub fn invalidate(&self, range: PageRange) -> u64 {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let seq = state.space.invalidate(range);
+        let mut flushes = Vec::new();
+        for vm in state.vms.values() {
+            for shown in vm.mappings.iter().filter_map(|va| va.showing(range)) {
+                if let Flush::Pending(ticket) = self.host.device_of(vm.device).unbind(vm.asid, shown) {
+                    flushes.push((vm.device, vm.asid, ticket));
+                }
+            }
+        }
+        state.invalidations.begin(seq, flushes);
+        state.counters.invalidations = state.counters.invalidations.saturating_add(1);
+        seq
+    }
+
+    /// A device has passed a ticket of one of our GPU VMs, or has retired it (`None`).
+    pub(crate) fn on_flushed(self: &Arc<Self>, device: usize, asid: Asid, ticket: Option<Ticket>) {
+        let mut after = After::default();
+        {
+            let mut state = self.lock();
+            if state.invalidations.passed(device, asid, ticket)
+                && !state.waiting.contains(&Waiting::InvalDone)
+            {
+                state.waiting.push_back(Waiting::InvalDone);
+                after.announce = true;
+            }
+        }
+        self.settle(after);
+    }
+
+    /// Guest memory has changed: forgets what stood on regions that are gone, and returns the GPU VMs whose
+    /// translations to them must still be dropped (by the caller, who may wait).
+    pub(crate) fn change_memory(&self, table: &Arc<MemoryTable>, gone: &[Arc<Region>]) -> Vec<(usize, Asid)> {
+        let mut guard = self.lock();
+        let State { memory, space, vms, .. } = &mut *guard;
+        *memory = Arc::clone(table);
+        let inside = |gpa_page: u64, region: &Region| {
+            let first = region.gpa().page();
+            (first..first.saturating_add(region.size() >> PAGE_SHIFT)).contains(&gpa_page)
+        };
+        if !gone.is_empty() {
+            space.forget(|gpa_page| gone.iter().any(|region| inside(gpa_page, region)));
+        }
+        vms.values().map(|vm| (vm.device, vm.asid)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn done_moves_in_order_and_only_when_all_have_passed() {
+        let mut invals = Invalidations::default();
+        let (a, b) = (Asid(1), Asid(2));
+        invals.begin(1, vec![(0, a, Ticket(5)), (1, b, Ticket(9))]);
+        invals.begin(2, vec![]);
+        invals.begin(3, vec![(0, a, Ticket(6))]);
+        assert_eq!(invals.done_seq(), 0);
+        assert!(!invals.passed(0, a, Some(Ticket(5))));
+        assert!(!invals.passed(1, b, Some(Ticket(8))));
+        assert!(invals.passed(1, b, Some(Ticket(9))));
+        assert_eq!(invals.done_seq(), 2);
+        assert!(invals.passed(0, a, None));
+        assert_eq!(invals.done_seq(), 3);
+    }
+}

@@ -1,0 +1,585 @@
+//! The software GPU's page table: a radix tree from GPU page to host address, one atomic word per page.
+//!
+//! Engines look up with [`Walk`] through a shared reference and without a lock, while the core binds and zaps through
+//! [`Edit`], one at a time. A word is either absent or a whole translation, so a reader sees the old or the new one;
+//! that nobody still *uses* an old one is the flush's business, not the table's.
+//!
+//! Tables that became empty are only noted; [`PageTable::reclaim`] frees them and takes `&mut self`, so that the
+//! borrow checker proves what an epoch scheme would promise: no reader is inside. Freeing only with the VM would be
+//! simpler, but a guest that binds and unbinds across a sparse space would then hold 4 KiB of ours for each page.
+//!
+//! Three kinds of table, 512 entries each: *directories* of tables, one *block* table per GiB whose `Block` entries
+//! are large leaves or lead to small ones, and *leaves*: 8 bytes a page plus 24 per 2 MiB. A large leaf that is cut
+//! goes whole: its other pages fault again. `prepare` allocates and may fail; `commit` cannot.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+
+use crate::addr::PageRange;
+use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// log2 of the entries of a table.
+const FANOUT_BITS: u32 = 9;
+/// Entries of a table.
+const FANOUT: usize = 1 << FANOUT_BITS;
+/// Pages of a block: what one leaf table or one large leaf covers.
+pub const BLOCK_PAGES: u64 = 1 << FANOUT_BITS;
+
+/// The word holds a translation.
+const PRESENT: u64 = 1 << 0;
+/// The GPU may write.
+const WRITABLE: u64 = 1 << 1;
+/// Block words only: the translation is of the whole block.
+const LARGE: u64 = 1 << 2;
+/// Block words only: the block is on the list of emptied ones.
+const NOTED: u64 = 1 << 3;
+/// The host address; in a block word that is not large, the number of pages present in the leaf.
+const PAYLOAD: u64 = !(PAGE_SIZE - 1);
+
+const LEAF_BYTES: usize = size_of::<[AtomicU64; FANOUT]>();
+const BLOCKS_BYTES: usize = size_of::<[Block; FANOUT]>();
+const DIRECTORY_BYTES: usize = size_of::<[OnceLock<Node>; FANOUT]>();
+
+/// No memory for a table, or the table's bound is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no memory for page tables")]
+pub struct OutOfMemory;
+
+/// Pages that follow each other both in the GPU's space and in the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Host address of the first; page aligned.
+    pub host: u64,
+    /// How many, at least 1.
+    pub pages: u64,
+    /// Whether the GPU may write.
+    pub writable: bool,
+}
+
+/// What a lookup found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Host address of the page.
+    pub host: u64,
+    /// Pages from this one on that surely follow in the host's space too; at least 1.
+    pub pages: u64,
+    /// Whether the GPU may write.
+    pub writable: bool,
+    /// Level of the word; 0 for a page, 1 for a large leaf.
+    pub level: u8,
+}
+
+/// A lookup that found nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Miss {
+    /// Level of the table at which the walk ended; 0 is the last.
+    pub level: u8,
+}
+
+type Leaf = [AtomicU64; FANOUT];
+
+/// An entry of a block table.
+#[derive(Default)]
+struct Block {
+    /// A large leaf, or the count of pages present in `leaf`.
+    word: AtomicU64,
+    leaf: OnceLock<Box<Leaf>>,
+}
+
+/// A table above the leaves.
+enum Node {
+    Directory(Box<[OnceLock<Node>; FANOUT]>),
+    Blocks(Box<[Block; FANOUT]>),
+}
+
+/// What editors share and readers do not need.
+#[derive(Default)]
+struct Books {
+    table_bytes: usize,
+    /// Blocks that may have tables without any page: first pages of blocks, in units of blocks.
+    emptied: Vec<u64>,
+}
+
+/// A page table. See the module's text.
+pub struct PageTable {
+    /// Level of the root; leaves are 0, block tables 1.
+    top: u32,
+    end: u64,
+    max_table_bytes: usize,
+    root: OnceLock<Node>,
+    resident: AtomicU64,
+    emptied: AtomicUsize,
+    books: Mutex<Books>,
+}
+
+impl PageTable {
+    /// An empty table for addresses below `1 << va_bits` (22 to 57), whose tables never take more bytes than this.
+    pub fn new(va_bits: u32, max_table_bytes: usize) -> Self {
+        assert!((22..=57).contains(&va_bits), "a GPU VM of {va_bits} address bits");
+        let page_bits = va_bits.saturating_sub(PAGE_SHIFT);
+        Self {
+            top: page_bits.div_ceil(FANOUT_BITS).saturating_sub(1),
+            end: 1u64.wrapping_shl(page_bits),
+            max_table_bytes,
+            root: OnceLock::new(),
+            resident: AtomicU64::new(0),
+            emptied: AtomicUsize::new(0),
+            books: Mutex::default(),
+        }
+    }
+
+    /// First page number beyond the space.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Pages with a translation now.
+    pub fn resident_pages(&self) -> u64 {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Blocks noted as empty, whose tables [`PageTable::reclaim`] would free.
+    pub fn emptied_blocks(&self) -> usize {
+        self.emptied.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of all tables.
+    pub fn table_bytes(&self) -> usize {
+        self.books().table_bytes
+    }
+
+    /// Begins to look up.
+    pub fn walk(&self) -> Walk<'_> {
+        Walk { table: self, hot: None }
+    }
+
+    /// Begins to change; other editors wait, readers do not.
+    pub fn edit(&self) -> Edit<'_> {
+        Edit { table: self, books: self.books(), hot: None }
+    }
+
+    /// Frees tables without pages.
+    pub fn reclaim(&mut self) {
+        let books = self.books.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut emptied = std::mem::take(&mut books.emptied);
+        emptied.sort_unstable();
+        emptied.dedup();
+        let freed = prune(&mut self.root, self.top, &emptied);
+        books.table_bytes = books.table_bytes.saturating_sub(freed);
+        *self.emptied.get_mut() = 0;
+    }
+
+    /// A panic while editing is a bug, but each word is whole at any time: readers may go on.
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lookup_block(&self, number: u64) -> Result<&Block, Miss> {
+        let (mut cell, mut level) = (&self.root, self.top);
+        // The table in which the walk stands; above the root is nothing, so it counts as the root.
+        let mut within = self.top;
+        loop {
+            match cell.get() {
+                Some(Node::Blocks(blocks)) => return Ok(entry(blocks, index(number, 0))),
+                Some(Node::Directory(children)) => {
+                    within = level;
+                    level = level.saturating_sub(1);
+                    cell = entry(children, index(number, level));
+                }
+                None => return Err(miss(within)),
+            }
+        }
+    }
+}
+
+/// A reader that remembers the last block, so that a run of lookups walks once per 512 pages. Words are always read
+/// anew.
+pub struct Walk<'a> {
+    table: &'a PageTable,
+    hot: Option<(u64, &'a Block)>,
+}
+
+impl Walk<'_> {
+    /// The translation of a page.
+    ///
+    /// # Errors
+    /// [`Miss`] if it has none.
+    pub fn lookup(&mut self, page: u64) -> Result<Translation, Miss> {
+        let number = page >> FANOUT_BITS;
+        let block = match self.hot {
+            Some((hot, block)) if hot == number => block,
+            _ if page >= self.table.end => {
+                return Err(miss(self.table.top));
+            }
+            _ => {
+                let block = self.table.lookup_block(number)?;
+                self.hot = Some((number, block));
+                block
+            }
+        };
+        block.lookup(page)
+    }
+}
+
+impl Block {
+    fn lookup(&self, page: u64) -> Result<Translation, Miss> {
+        let word = self.word.load(Ordering::Acquire);
+        let writable = word & WRITABLE != 0;
+        if word & LARGE != 0 {
+            let inner = page & (BLOCK_PAGES - 1);
+            let host = (word & PAYLOAD).saturating_add(inner << PAGE_SHIFT);
+            return Ok(Translation { host, pages: BLOCK_PAGES.saturating_sub(inner), writable, level: 1 });
+        }
+        let leaf = self.leaf.get().ok_or(Miss { level: 1 })?;
+        let word = entry(leaf, index(page, 0)).load(Ordering::Acquire);
+        if word & PRESENT == 0 {
+            return Err(Miss { level: 0 });
+        }
+        Ok(Translation { host: word & PAYLOAD, pages: 1, writable: word & WRITABLE != 0, level: 0 })
+    }
+
+    fn is_large(&self) -> bool {
+        self.word.load(Ordering::Relaxed) & LARGE != 0
+    }
+
+    /// Pages with a translation.
+    fn present(&self) -> u64 {
+        let word = self.word.load(Ordering::Relaxed);
+        if word & LARGE != 0 { BLOCK_PAGES } else { word >> PAGE_SHIFT }
+    }
+
+    /// Stores the word, but keeps whether the block is noted as emptied.
+    fn set_word(&self, word: u64) {
+        let noted = self.word.load(Ordering::Relaxed) & NOTED;
+        self.word.store(word | noted, Ordering::Release);
+    }
+}
+
+/// The right to change a table.
+pub struct Edit<'a> {
+    table: &'a PageTable,
+    books: MutexGuard<'a, Books>,
+    hot: Option<(u64, &'a Block)>,
+}
+
+impl<'a> Edit<'a> {
+    /// Makes every table that [`Edit::commit`] of a run at `page` needs.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`]; what was made is freed by the next reclaim, unless it is used until then.
+    pub fn prepare(&mut self, page: u64, pages: u64) -> Result<(), OutOfMemory> {
+        for part in blocks_of(PageRange { start: page, end: page.saturating_add(pages) }) {
+            let made = self.prepare_block(part);
+            if made.is_err() {
+                // Directories without a child are found again by this note, and so is the block of an earlier part.
+                self.note_number(part.start >> FANOUT_BITS);
+                return made;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores a run at `page`, over whatever stands there. Whole aligned blocks become large leaves. A large leaf that
+    /// is cut goes whole.
+    ///
+    /// # Panics
+    /// If the run was not prepared under this edit.
+    pub fn commit(&mut self, page: u64, run: Run) {
+        debug_assert_eq!(run.host & !PAYLOAD, 0, "host address {:#x} of a run", run.host);
+        let rights = if run.writable { PRESENT | WRITABLE } else { PRESENT };
+        for part in blocks_of(PageRange { start: page, end: page.saturating_add(run.pages) }) {
+            let host = run.host.saturating_add(part.start.saturating_sub(page) << PAGE_SHIFT);
+            let Ok(block) = self.obtain_block(part.start >> FANOUT_BITS) else {
+                panic!("page {:#x} was not prepared", part.start)
+            };
+            if part.pages() == BLOCK_PAGES {
+                self.commit_large(part, block, host | rights | LARGE);
+            } else {
+                self.commit_small(part, block, host | rights);
+            }
+        }
+    }
+
+    /// Forgets what was prepared for a range and not committed.
+    pub fn abandon(&mut self, range: PageRange) {
+        self.visit(range, |edit, part, block| {
+            if block.present() == 0 {
+                edit.note(part.start >> FANOUT_BITS, block);
+            }
+        });
+    }
+
+    /// Drops the translations of a range; a large leaf that is cut goes whole.
+    pub fn clear(&mut self, range: PageRange) {
+        self.visit(range, |edit, part, block| {
+            if block.is_large() {
+                edit.drop_large(part.start >> FANOUT_BITS, block);
+            } else {
+                edit.clear_small(part, block, |_| true);
+            }
+        });
+    }
+
+    /// Drops every translation to host addresses in `[start, end)`; runs never straddle either.
+    pub fn clear_hosts(&mut self, start: u64, end: u64) {
+        let hit = |word: u64| (start..end).contains(&(word & PAYLOAD));
+        self.visit(PageRange { start: 0, end: self.table.end }, |edit, part, block| {
+            if !block.is_large() {
+                edit.clear_small(part, block, hit);
+            } else if hit(block.word.load(Ordering::Relaxed)) {
+                edit.drop_large(part.start >> FANOUT_BITS, block);
+            }
+        });
+    }
+
+    fn prepare_block(&mut self, part: PageRange) -> Result<(), OutOfMemory> {
+        let block = self.obtain_block(part.start >> FANOUT_BITS)?;
+        if part.pages() < BLOCK_PAGES && block.leaf.get().is_none() {
+            let leaf = self.allocate(LEAF_BYTES, AtomicU64::default)?;
+            block.leaf.get_or_init(|| leaf);
+        }
+        Ok(())
+    }
+
+    fn obtain_block(&mut self, number: u64) -> Result<&'a Block, OutOfMemory> {
+        if let Some((hot, block)) = self.hot
+            && hot == number
+        {
+            return Ok(block);
+        }
+        let table = self.table;
+        assert!(number < table.end >> FANOUT_BITS, "block {number:#x} is beyond the space");
+        let (mut cell, mut level) = (&table.root, table.top);
+        let block = loop {
+            let node = match cell.get() {
+                Some(node) => node,
+                None => {
+                    let node = self.allocate_node(level)?;
+                    cell.get_or_init(|| node)
+                }
+            };
+            level = level.saturating_sub(1);
+            match node {
+                Node::Blocks(blocks) => break entry(blocks, index(number, 0)),
+                Node::Directory(children) => cell = entry(children, index(number, level)),
+            }
+        };
+        self.hot = Some((number, block));
+        Ok(block)
+    }
+
+    fn allocate_node(&mut self, level: u32) -> Result<Node, OutOfMemory> {
+        Ok(if level <= 1 {
+            Node::Blocks(self.allocate(BLOCKS_BYTES, Block::default)?)
+        } else {
+            Node::Directory(self.allocate(DIRECTORY_BYTES, OnceLock::new)?)
+        })
+    }
+
+    /// A table of empty entries, within the bound.
+    fn allocate<T>(&mut self, bytes: usize, empty: fn() -> T) -> Result<Box<[T; FANOUT]>, OutOfMemory> {
+        let total = self.books.table_bytes.saturating_add(bytes);
+        if total > self.table.max_table_bytes {
+            return Err(OutOfMemory);
+        }
+        let mut entries = Vec::new();
+        entries.try_reserve_exact(FANOUT).map_err(|_| OutOfMemory)?;
+        entries.resize_with(FANOUT, empty);
+        let entries = entries.into_boxed_slice().try_into().map_err(|_| OutOfMemory)?;
+        self.books.table_bytes = total;
+        Ok(entries)
+    }
+
+    fn commit_large(&mut self, part: PageRange, block: &Block, word: u64) {
+        if block.is_large() {
+            block.set_word(word);
+            return;
+        }
+        block.set_word(word);
+        let replaced = block.leaf.get().map_or(0, |leaf| clear_entries(leaf, part, |_| true));
+        if block.leaf.get().is_some() {
+            self.note(part.start >> FANOUT_BITS, block);
+        }
+        self.add_resident(BLOCK_PAGES, replaced);
+    }
+
+    fn commit_small(&mut self, part: PageRange, block: &Block, first: u64) {
+        if block.is_large() {
+            block.set_word(0);
+            self.add_resident(0, BLOCK_PAGES);
+        }
+        let Some(leaf) = block.leaf.get() else { panic!("page {:#x} was not prepared", part.start) };
+        let mut word = first;
+        let mut added = 0u64;
+        for cell in entries_of(leaf, part) {
+            added = added.saturating_add(u64::from(cell.load(Ordering::Relaxed) & PRESENT == 0));
+            cell.store(word, Ordering::Release);
+            word = word.wrapping_add(PAGE_SIZE);
+        }
+        block.set_word(block.present().saturating_add(added) << PAGE_SHIFT);
+        self.add_resident(added, 0);
+    }
+
+    fn clear_small(&mut self, part: PageRange, block: &Block, hit: impl Fn(u64) -> bool) {
+        let Some(leaf) = block.leaf.get() else { return };
+        let before = block.present();
+        if before == 0 {
+            return;
+        }
+        let dropped = clear_entries(leaf, part, hit);
+        let after = before.saturating_sub(dropped);
+        block.set_word(after << PAGE_SHIFT);
+        self.add_resident(0, dropped);
+        if after == 0 {
+            self.note(part.start >> FANOUT_BITS, block);
+        }
+    }
+
+    fn drop_large(&mut self, number: u64, block: &Block) {
+        block.set_word(0);
+        self.add_resident(0, BLOCK_PAGES);
+        self.note(number, block);
+    }
+
+    /// Notes a block whose tables may be freed, once.
+    fn note(&mut self, number: u64, block: &Block) {
+        let word = block.word.load(Ordering::Relaxed);
+        if word & NOTED == 0 && self.note_number(number) {
+            block.word.store(word | NOTED, Ordering::Release);
+        }
+    }
+
+    /// Without memory for the note, the tables stay until the block is emptied again or the VM goes.
+    fn note_number(&mut self, number: u64) -> bool {
+        let noted = self.books.emptied.try_reserve(1).is_ok();
+        if noted {
+            self.books.emptied.push(number);
+            self.table.emptied.store(self.books.emptied.len(), Ordering::Relaxed);
+        }
+        noted
+    }
+
+    fn add_resident(&self, added: u64, dropped: u64) {
+        // Only editors write it, and they take turns.
+        let pages = self.table.resident.load(Ordering::Relaxed).saturating_add(added).saturating_sub(dropped);
+        self.table.resident.store(pages, Ordering::Relaxed);
+    }
+
+    /// Calls `f` with each existing block that the range touches, and with the pages of the range in it.
+    fn visit(&mut self, range: PageRange, mut f: impl FnMut(&mut Self, PageRange, &'a Block)) {
+        let table = self.table;
+        let Some(range) = range.intersect(PageRange { start: 0, end: table.end }) else { return };
+        if let Some(root) = table.root.get() {
+            let mut each = |part, block| f(self, part, block);
+            visit_blocks(root, table.top, 0, range, &mut each);
+        }
+    }
+}
+
+/// `base` is the first page that the node covers.
+fn visit_blocks<'a>(
+    node: &'a Node,
+    level: u32,
+    base: u64,
+    range: PageRange,
+    f: &mut dyn FnMut(PageRange, &'a Block),
+) {
+    let shift = FANOUT_BITS.saturating_mul(level);
+    let first = range.start.saturating_sub(base).wrapping_shr(shift);
+    let last = range.end.saturating_sub(1).saturating_sub(base).wrapping_shr(shift);
+    for i in first..=last.min(BLOCK_PAGES - 1) {
+        let start = base.saturating_add(i.wrapping_shl(shift));
+        let covered = PageRange { start, end: start.saturating_add(1u64.wrapping_shl(shift)) };
+        let Some(part) = range.intersect(covered) else { continue };
+        match node {
+            Node::Blocks(blocks) => f(part, entry(blocks, index(i, 0))),
+            Node::Directory(children) => {
+                if let Some(child) = entry(children, index(i, 0)).get() {
+                    visit_blocks(child, level.saturating_sub(1), start, part, f);
+                }
+            }
+        }
+    }
+}
+
+/// Frees what is empty on the paths to these blocks (sorted), and returns the bytes.
+fn prune(cell: &mut OnceLock<Node>, level: u32, blocks: &[u64]) -> usize {
+    let Some(node) = cell.get_mut() else { return 0 };
+    let below = level.saturating_sub(1);
+    let mut freed = 0usize;
+    let (empty, bytes) = match node {
+        Node::Directory(children) => {
+            for group in blocks.chunk_by(|a, b| index(*a, below) == index(*b, below)) {
+                let Some(child) = group.first().and_then(|b| children.get_mut(index(*b, below))) else {
+                    continue;
+                };
+                freed = freed.saturating_add(prune(child, below, group));
+            }
+            (children.iter().all(|child| child.get().is_none()), DIRECTORY_BYTES)
+        }
+        Node::Blocks(table) => {
+            for number in blocks {
+                let Some(block) = table.get_mut(index(*number, 0)) else { continue };
+                *block.word.get_mut() &= !NOTED;
+                // Under a large leaf the table of small ones is empty.
+                if (block.is_large() || block.present() == 0) && block.leaf.take().is_some() {
+                    freed = freed.saturating_add(LEAF_BYTES);
+                }
+            }
+            (table.iter().all(|b| b.present() == 0 && b.leaf.get().is_none()), BLOCKS_BYTES)
+        }
+    };
+    if empty && cell.take().is_some() {
+        freed = freed.saturating_add(bytes);
+    }
+    freed
+}
+
+/// Clears the entries of the part whose word is hit, and returns how many.
+fn clear_entries(leaf: &Leaf, part: PageRange, hit: impl Fn(u64) -> bool) -> u64 {
+    let mut dropped = 0u64;
+    for cell in entries_of(leaf, part) {
+        let word = cell.load(Ordering::Relaxed);
+        if word & PRESENT != 0 && hit(word) {
+            cell.store(0, Ordering::Release);
+            dropped = dropped.saturating_add(1);
+        }
+    }
+    dropped
+}
+
+/// The entries of pages that lie in one block.
+fn entries_of(leaf: &Leaf, part: PageRange) -> &[AtomicU64] {
+    let first = index(part.start, 0);
+    let last = index(part.end.saturating_sub(1), 0);
+    leaf.get(first..=last).unwrap_or_default()
+}
+
+/// Cuts a range at block boundaries.
+fn blocks_of(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let mut start = range.start;
+    std::iter::from_fn(move || {
+        let end = (start | (BLOCK_PAGES - 1)).saturating_add(1).min(range.end);
+        let part = PageRange { start, end };
+        start = end;
+        (part.start < part.end).then_some(part)
+    })
+}
+
+fn miss(level: u32) -> Miss {
+    Miss { level: u8::try_from(level).unwrap_or(u8::MAX) }
+}
+
+/// Index in a table `level` levels above the one that `number` counts entries of.
+fn index(number: u64, level: u32) -> usize {
+    (number.wrapping_shr(FANOUT_BITS.saturating_mul(level)) & (BLOCK_PAGES - 1)) as usize
+}
+
+#[expect(clippy::indexing_slicing, reason = "the index is masked to the length of the table")]
+fn entry<T>(table: &[T; FANOUT], index: usize) -> &T {
+    &table[index & (FANOUT - 1)]
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,292 @@
+//! The table against a page-by-page model, its bounds, and readers beside an editor.
+#![allow(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    reason = "small numbers of tests"
+)]
+
+use super::*;
+use std::collections::HashMap;
+
+const UNBOUNDED: usize = usize::MAX;
+
+/// xorshift64*; enough to choose cases.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % end
+    }
+}
+
+fn run(host_page: u64, pages: u64) -> Run {
+    Run { host: host_page << PAGE_SHIFT, pages, writable: true }
+}
+
+fn bind(table: &PageTable, page: u64, run: Run) -> Result<(), OutOfMemory> {
+    let mut edit = table.edit();
+    edit.prepare(page, run.pages)?;
+    edit.commit(page, run);
+    Ok(())
+}
+
+fn clear(table: &PageTable, start: u64, end: u64) {
+    table.edit().clear(PageRange { start, end });
+}
+
+fn host_page(table: &PageTable, page: u64) -> Option<u64> {
+    table.walk().lookup(page).ok().map(|t| t.host >> PAGE_SHIFT)
+}
+
+/// What a table must say, page by page.
+#[derive(Default)]
+struct Model {
+    /// Page -> host page, writable.
+    pages: HashMap<u64, (u64, bool)>,
+    /// Blocks that are one large leaf.
+    large: HashMap<u64, ()>,
+}
+
+impl Model {
+    fn clear(&mut self, range: PageRange) {
+        for block in range.start / BLOCK_PAGES..range.end.div_ceil(BLOCK_PAGES) {
+            if self.large.remove(&block).is_some() {
+                self.pages.retain(|page, _| page / BLOCK_PAGES != block);
+            }
+        }
+        self.pages.retain(|page, _| !range.contains(*page));
+    }
+
+    fn bind(&mut self, page: u64, run: Run) {
+        let range = PageRange { start: page, end: page + run.pages };
+        self.clear(range);
+        for block in page.div_ceil(BLOCK_PAGES)..range.end / BLOCK_PAGES {
+            self.large.insert(block, ());
+        }
+        for i in 0..run.pages {
+            self.pages.insert(page + i, ((run.host >> PAGE_SHIFT) + i, run.writable));
+        }
+    }
+}
+
+fn assert_same(table: &PageTable, model: &Model, near: u64, seed: u64, step: u32) {
+    assert_eq!(table.resident_pages(), model.pages.len() as u64, "seed {seed:#x} step {step}");
+    let mut walk = table.walk();
+    for page in near..(near + 4 * BLOCK_PAGES).min(table.end()) {
+        let found = walk.lookup(page).ok().map(|t| (t.host >> PAGE_SHIFT, t.writable));
+        assert_eq!(found, model.pages.get(&page).copied(), "page {page:#x}, seed {seed:#x} step {step}");
+    }
+}
+
+fn exercise(va_bits: u32, seed: u64) {
+    let mut random = Random(seed);
+    let mut table = PageTable::new(va_bits, UNBOUNDED);
+    let mut model = Model::default();
+    let bases: Vec<u64> =
+        (0..3).map(|_| random.below(table.end() - 4 * BLOCK_PAGES) / BLOCK_PAGES * BLOCK_PAGES).collect();
+    for step in 0..300 {
+        let base = bases[random.below(3) as usize];
+        let start = base + random.below(3 * BLOCK_PAGES);
+        let most = [4, 80, 900][random.below(3) as usize];
+        let pages = 1 + random.below(most);
+        let range = PageRange { start, end: (start + pages).min(base + 4 * BLOCK_PAGES) };
+        match random.below(5) {
+            0..=2 => {
+                let run = Run {
+                    host: (1 + random.below(1 << 30)) << PAGE_SHIFT,
+                    pages: range.pages(),
+                    writable: random.below(2) == 0,
+                };
+                bind(&table, range.start, run).unwrap();
+                model.bind(range.start, run);
+            }
+            3 => {
+                clear(&table, range.start, range.end);
+                model.clear(range);
+            }
+            _ => table.reclaim(),
+        }
+        assert_same(&table, &model, base, seed, step);
+    }
+    clear(&table, 0, table.end());
+    table.reclaim();
+    assert_eq!((table.resident_pages(), table.table_bytes()), (0, 0), "seed {seed:#x}");
+}
+
+#[test]
+fn random_edits_agree_with_model() {
+    for va_bits in [25, 39, 48, 57] {
+        for round in 0..3 {
+            let seed = 0x5eed_0000 + u64::from(va_bits) * 16 + round;
+            println!("va_bits {va_bits} seed {seed:#x}");
+            exercise(va_bits, seed);
+        }
+    }
+}
+
+#[test]
+fn whole_block_becomes_large_leaf() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 512, run(3, 512)).unwrap();
+    let found = table.walk().lookup(512 + 5).unwrap();
+    assert_eq!(found, Translation { host: 8 << PAGE_SHIFT, pages: 507, writable: true, level: 1 });
+    assert!(table.table_bytes() < 3 * BLOCKS_BYTES + 1, "no leaf table under a large leaf");
+}
+
+#[test]
+fn cut_large_leaf_goes_whole() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 512, run(3, 512)).unwrap();
+    clear(&table, 600, 601);
+    assert_eq!(table.resident_pages(), 0);
+    assert_eq!(table.walk().lookup(512), Err(Miss { level: 1 }));
+}
+
+#[test]
+fn page_over_large_leaf_drops_the_rest() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 512, run(3, 512)).unwrap();
+    bind(&table, 700, run(9, 1)).unwrap();
+    assert_eq!((table.resident_pages(), host_page(&table, 700), host_page(&table, 701)), (1, Some(9), None));
+}
+
+#[test]
+fn large_leaf_over_pages_replaces_them() {
+    let mut table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 700, run(9, 3)).unwrap();
+    bind(&table, 512, run(0x1000, 512)).unwrap();
+    assert_eq!((table.resident_pages(), host_page(&table, 701)), (512, Some(0x1000 + 189)));
+    let before = table.table_bytes();
+    table.reclaim();
+    assert_eq!(before - table.table_bytes(), LEAF_BYTES);
+    assert_eq!(host_page(&table, 701), Some(0x1000 + 189));
+}
+
+#[test]
+fn miss_tells_the_level() {
+    let table = PageTable::new(57, UNBOUNDED);
+    assert_eq!(table.walk().lookup(0), Err(Miss { level: 4 }));
+    bind(&table, 0, run(1, 1)).unwrap();
+    assert_eq!(table.walk().lookup(1), Err(Miss { level: 0 }));
+    assert_eq!(table.walk().lookup(512), Err(Miss { level: 1 }));
+    assert_eq!(table.walk().lookup(1 << 18), Err(Miss { level: 2 }));
+    assert_eq!(table.walk().lookup(1 << 36), Err(Miss { level: 4 }));
+    assert_eq!(table.walk().lookup(u64::MAX), Err(Miss { level: 4 }));
+}
+
+#[test]
+fn bound_on_tables_refuses_and_abandon_gives_back() {
+    let mut table = PageTable::new(48, 3 * DIRECTORY_BYTES + LEAF_BYTES);
+    let range = PageRange { start: 511, end: 513 };
+    let mut edit = table.edit();
+    assert_eq!(edit.prepare(range.start, range.pages()), Err(OutOfMemory));
+    edit.abandon(range);
+    drop(edit);
+    assert_eq!(table.resident_pages(), 0);
+    table.reclaim();
+    assert_eq!(table.table_bytes(), 0);
+    bind(&table, 511, run(1, 1)).unwrap();
+    assert_eq!(host_page(&table, 511), Some(1));
+}
+
+#[test]
+fn failed_prepare_leaves_no_directory_behind() {
+    let mut table = PageTable::new(48, 2 * DIRECTORY_BYTES);
+    assert_eq!(bind(&table, 0, run(1, 1)), Err(OutOfMemory));
+    table.reclaim();
+    assert_eq!(table.table_bytes(), 0);
+}
+
+#[test]
+fn sparse_pages_cost_nothing_once_unbound() {
+    let mut table = PageTable::new(57, UNBOUNDED);
+    for i in 0..200 {
+        let page = i << 20;
+        bind(&table, page, run(1, 1)).unwrap();
+        clear(&table, page, page + 1);
+    }
+    assert_eq!(table.emptied_blocks(), 200);
+    table.reclaim();
+    assert_eq!((table.table_bytes(), table.emptied_blocks()), (0, 0));
+}
+
+#[test]
+fn block_is_noted_once() {
+    let table = PageTable::new(48, UNBOUNDED);
+    for _ in 0..100 {
+        bind(&table, 7, run(1, 1)).unwrap();
+        clear(&table, 0, 512);
+    }
+    assert_eq!(table.emptied_blocks(), 1);
+}
+
+#[test]
+fn reclaim_keeps_what_was_bound_again() {
+    let mut table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 7, run(1, 1)).unwrap();
+    clear(&table, 7, 8);
+    bind(&table, 8, run(2, 1)).unwrap();
+    table.reclaim();
+    assert_eq!(host_page(&table, 8), Some(2));
+    clear(&table, 8, 9);
+    table.reclaim();
+    assert_eq!(table.table_bytes(), 0);
+}
+
+#[test]
+fn clear_hosts_drops_small_and_large() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 3, run(0x100, 4)).unwrap();
+    bind(&table, 9, run(0x900, 4)).unwrap();
+    bind(&table, 512, run(0x200, 512)).unwrap();
+    bind(&table, 1024, run(0x2000, 512)).unwrap();
+    table.edit().clear_hosts(0x100 << PAGE_SHIFT, 0x500 << PAGE_SHIFT);
+    let left = [3, 9, 512, 1024].map(|page| host_page(&table, page));
+    assert_eq!((table.resident_pages(), left), (516, [None, Some(0x900), None, Some(0x2000)]));
+}
+
+#[test]
+fn dense_pages_cost_little_more_than_their_words() {
+    let table = PageTable::new(48, UNBOUNDED);
+    let pages = 1u64 << 18;
+    for page in 0..pages {
+        bind(&table, page, run(2 * page + 1, 1)).unwrap();
+    }
+    let bytes_per_page = table.table_bytes() as f64 / pages as f64;
+    assert!(bytes_per_page < 8.2, "{bytes_per_page}");
+}
+
+/// Readers see, of pages that are rebound all the time, the old or the new translation and nothing else.
+#[test]
+fn readers_beside_an_editor_see_whole_translations() {
+    let table = PageTable::new(48, UNBOUNDED);
+    let stop = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut seen = 0u64;
+            while stop.load(Ordering::Relaxed) == 0 || seen == 0 {
+                let mut walk = table.walk();
+                for page in 500..1100 {
+                    if let Ok(found) = walk.lookup(page) {
+                        let host = found.host >> PAGE_SHIFT;
+                        assert!(
+                            host == page + (1 << 20) || host == page + (1 << 21),
+                            "page {page:#x} at {host:#x}"
+                        );
+                        seen += 1;
+                    }
+                }
+            }
+        });
+        for i in 0..500u64 {
+            let offset = 1 << (20 + i % 2);
+            bind(&table, 490, run(490 + offset, 600 + i)).unwrap();
+            clear(&table, 520 + i % 7, 900);
+        }
+        stop.store(1, Ordering::Relaxed);
+        reader.join().unwrap();
+    });
+}

@@ -1,0 +1,60 @@
+//! Blob resources: guest pages that the guest's kernel driver has named. Guest-wide; a context may use one only while
+//! it is attached to it. Mappings hold the blob, and the blob says where its pages are; memory itself is looked up at
+//! fault time against the memory table of that moment.
+
+/// A blob resource of guest memory.
+#[derive(Debug)]
+pub struct Blob {
+    /// Its id in the guest.
+    pub resource_id: u32,
+    /// Its pages.
+    pub pages: u64,
+    /// (first page of the blob, first guest-physical page), by rising page; the first is page 0.
+    runs: Vec<(u64, u64)>,
+}
+
+impl Blob {
+    /// A blob from its entries, (guest-physical page, pages) each, in order; contiguous entries become one run.
+    pub fn new(resource_id: u32, entries: impl Iterator<Item = (u64, u64)>) -> Self {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        let mut pages = 0_u64;
+        for (gpa_page, count) in entries {
+            let continued =
+                runs.last().is_some_and(|(at, gpa)| gpa.wrapping_add(pages.wrapping_sub(*at)) == gpa_page);
+            if !continued {
+                runs.push((pages, gpa_page));
+            }
+            pages = pages.saturating_add(count);
+        }
+        Self { resource_id, pages, runs }
+    }
+    /// The guest-physical page behind a page of the blob.
+    pub fn gpa_page(&self, page: u64) -> Option<u64> {
+        if page >= self.pages {
+            return None;
+        }
+        let after = self.runs.partition_point(|(at, _)| *at <= page);
+        let (at, gpa_page) = self.runs.get(after.checked_sub(1)?)?;
+        Some(gpa_page.wrapping_add(page.wrapping_sub(*at)))
+    }
+    /// A blob of consecutive pages.
+    #[cfg(test)]
+    pub(crate) fn for_test(pages: u64) -> Self {
+        Self::new(1, std::iter::once((1000, pages)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_joined_and_found() {
+        let blob = Blob::new(1, [(10, 2), (12, 1), (50, 3)].into_iter());
+        assert_eq!(blob.runs, [(0, 10), (3, 50)]);
+        assert_eq!(
+            (0..7).map(|p| blob.gpa_page(p)).collect::<Vec<_>>(),
+            [Some(10), Some(11), Some(12), Some(50), Some(51), Some(52), None]
+        );
+    }
+}

@@ -1,0 +1,355 @@
+//! A guest on a device that does nothing by itself: tests raise its faults and pass its checkpoints, and look at what
+//! it was told.
+#![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use virtio_gpu_svm::addr::{GpuAddr, PageRange};
+use virtio_gpu_svm::device::{
+    Access, AddressModel, Asid, Device, DeviceInfo, Error, Events, Extent, Fault, FaultModel, Flush, Job,
+    JobEnd, JobId, LedgerEntry, StopId, Ticket, Verdict, VmLabel,
+};
+use virtio_gpu_svm::guest::{EventPort, Guest};
+use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
+use virtio_gpu_svm::protocol::control::*;
+use virtio_gpu_svm::protocol::event::{EVENT_RECORD_BYTES, EventHdr};
+use virtio_gpu_svm::protocol::gpu::*;
+use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
+use virtio_gpu_svm::protocol::request::*;
+use vm_memory::mmap::MmapRegion;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Where guest memory begins.
+pub const GPA: u64 = 0x10_0000;
+/// Its bytes.
+pub const MEMORY: u64 = 8 << 20;
+/// A and C of the tests: differ, and neither is aligned to a leaf.
+pub const A: u64 = 0x7f00_0001_0000;
+pub const C: u64 = 0x4_0002_0000;
+
+/// What the device was told, and what it holds.
+#[derive(Default)]
+pub struct Told {
+    pub vms: BTreeMap<Asid, VmLabel>,
+    /// (asid, GPU page) -> guest-physical page, writable.
+    pub bound: BTreeMap<(Asid, u64), (u64, bool)>,
+    pub resumed: Vec<(StopId, Verdict)>,
+    pub jobs: Vec<(Asid, JobId)>,
+    pub destroyed: Vec<Asid>,
+    pub frozen: BTreeSet<Asid>,
+    /// While set, unbinding leaves engines with old translations until `pass`.
+    pub busy: bool,
+    tickets: u64,
+    passed: u64,
+}
+
+pub struct MockDevice {
+    info: DeviceInfo,
+    index: usize,
+    told: Mutex<Told>,
+    next_stop: AtomicU64,
+}
+
+impl MockDevice {
+    pub fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap()
+    }
+    /// Raises a fault as an engine would, on this thread.
+    pub fn raise(&self, host: &Host, asid: u32, addr: u64, access: Access) -> StopId {
+        let stop = StopId(self.next_stop.fetch_add(1, Ordering::Relaxed));
+        let fault = Fault {
+            asid: Asid(asid),
+            stop,
+            job: JobId(1),
+            addr: GpuAddr(addr),
+            length_hint: 8,
+            access,
+            engine: 0,
+            level: 0,
+        };
+        host.fault(self.index, fault);
+        stop
+    }
+    pub fn verdict(&self, stop: StopId) -> Option<Verdict> {
+        let told = self.told();
+        let verdicts: Vec<_> = told.resumed.iter().filter(|(s, _)| *s == stop).collect();
+        assert!(verdicts.len() < 2, "resumed twice: {verdicts:?}");
+        verdicts.first().map(|(_, verdict)| *verdict)
+    }
+    /// Guest-physical page behind a GPU address.
+    pub fn bound(&self, asid: u32, addr: u64) -> Option<u64> {
+        self.told().bound.get(&(Asid(asid), addr / 4096)).map(|(gpa_page, _)| *gpa_page)
+    }
+    /// All engines pass a checkpoint.
+    pub fn pass(&self, host: &Host) {
+        let (asids, ticket) = {
+            let mut told = self.told();
+            told.passed = told.tickets;
+            (told.vms.keys().copied().collect::<Vec<_>>(), Ticket(told.passed))
+        };
+        asids.into_iter().for_each(|asid| host.flushed(self.index, asid, ticket));
+    }
+    /// The device lets go of what was destroyed.
+    pub fn retire_all(&self, host: &Host) {
+        let destroyed = std::mem::take(&mut self.told().destroyed);
+        for asid in destroyed {
+            self.told().vms.remove(&asid);
+            host.retired(self.index, asid);
+        }
+    }
+    pub fn end_job(&self, host: &Host, errno: i32) {
+        let (asid, job) = self.told().jobs.remove(0);
+        host.job_done(
+            self.index,
+            asid,
+            job,
+            JobEnd { errno, packet: 0, addr: GpuAddr(C), access: Access::Read },
+        );
+    }
+    fn ticket(told: &mut Told) -> Flush {
+        if !told.busy {
+            return Flush::Done;
+        }
+        told.tickets += 1;
+        Flush::Pending(Ticket(told.tickets))
+    }
+}
+
+impl Device for MockDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+        assert!(self.told().vms.insert(asid, label).is_none());
+        Ok(())
+    }
+    fn vm_destroy(&self, asid: Asid) {
+        let mut told = self.told();
+        told.bound.retain(|(a, _), _| *a != asid);
+        told.destroyed.push(asid);
+    }
+    fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
+        let mut page = addr.page();
+        for extent in extents {
+            for n in 0..extent.pages {
+                let gpa_page = extent.region.gpa().page() + extent.offset / 4096 + n;
+                self.told().bound.insert((asid, page), (gpa_page, extent.writable));
+                page += 1;
+            }
+        }
+        Ok(())
+    }
+    fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
+        let mut told = self.told();
+        told.bound.retain(|(a, page), _| *a != asid || !range.contains(*page));
+        Self::ticket(&mut told)
+    }
+    fn flush(&self, _asid: Asid) -> Flush {
+        Self::ticket(&mut self.told())
+    }
+    fn has_flushed(&self, _asid: Asid, ticket: Ticket) -> bool {
+        self.told().passed >= ticket.0
+    }
+    fn drop_region(&self, asid: Asid, _region_id: u64) {
+        self.told().bound.retain(|(a, _), _| *a != asid);
+    }
+    fn resident_pages(&self, asid: Asid) -> u64 {
+        self.told().bound.keys().filter(|(a, _)| *a == asid).count() as u64
+    }
+    fn check_packets(&self, _packets: &[Packet]) -> Result<(), Error> {
+        Ok(())
+    }
+    fn submit(&self, asid: Asid, job: Job) -> Result<(), Error> {
+        self.told().jobs.push((asid, job.id));
+        Ok(())
+    }
+    fn resume(&self, stop: StopId, verdict: Verdict) {
+        self.told().resumed.push((stop, verdict));
+    }
+    fn set_frozen(&self, asid: Asid, frozen: bool) -> Flush {
+        let mut told = self.told();
+        if frozen {
+            told.frozen.insert(asid)
+        } else {
+            told.frozen.remove(&asid)
+        };
+        Flush::Done
+    }
+    fn ledger(&self) -> (Vec<LedgerEntry>, u64) {
+        (Vec::new(), 0)
+    }
+}
+
+/// Counts how often it was told.
+#[derive(Default)]
+pub struct Port(AtomicU64);
+
+impl EventPort for Port {
+    fn ready(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A host with two mock devices and one guest that has said HELLO.
+pub struct World {
+    pub host: Arc<Host>,
+    pub devices: Vec<Arc<MockDevice>>,
+    pub guest: Arc<Guest>,
+}
+
+pub const LIMITS: Limits = Limits { contexts: 16, pending_faults: 4, jobs: 4, mappings: 8, resources: 4 };
+
+impl World {
+    pub fn new() -> Self {
+        let device = |index| {
+            let info = DeviceInfo {
+                name: format!("mock{index}"),
+                va_bits: 40,
+                num_engines: 1,
+                opcodes: OPCODES,
+                fault_model: FaultModel::Replayable,
+                address_model: AddressModel::Any,
+            };
+            Arc::new(MockDevice { info, index, told: Mutex::default(), next_stop: AtomicU64::new(1) })
+        };
+        let devices: Vec<_> = (0..2).map(device).collect();
+        let host = Host::new(devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect());
+        let guest = host.open_guest("g", LIMITS, &[0, 1], Arc::new(Port::default()));
+        let world = Self { host, devices, guest };
+        world.guest.set_memory(table(&[region(1, GPA, MEMORY)]));
+        world.hello(1);
+        world
+    }
+    /// Sends a command and returns the response.
+    pub fn send(&self, request: &[u8]) -> Vec<u8> {
+        let mut response = Vec::new();
+        self.guest.control(request, &mut response, 4096);
+        response
+    }
+    /// Sends a command and returns its status.
+    pub fn status(&self, request: &[u8]) -> i32 {
+        let (resp, _) = SvmResp::read_from_prefix(&self.send(request)).unwrap();
+        resp.status.get()
+    }
+    pub fn hello(&self, incarnation: u64) -> HelloResp {
+        let cmd = Hello {
+            hdr: hdr(VIRTIO_GPU_CMD_SVM_HELLO, 0),
+            incarnation: incarnation.into(),
+            version: 0x1_0000.into(),
+            reserved: 0.into(),
+        };
+        HelloResp::read_from_bytes(&self.send(cmd.as_bytes())).unwrap()
+    }
+    pub fn create_context(&self, ctx_id: u32) {
+        let cmd = CtxCreate { hdr: hdr(VIRTIO_GPU_CMD_CTX_CREATE, ctx_id), ..CtxCreate::default() };
+        assert_eq!(self.status(cmd.as_bytes()), 0);
+    }
+    pub fn destroy_context(&self, ctx_id: u32) {
+        assert_eq!(self.status(hdr(VIRTIO_GPU_CMD_CTX_DESTROY, ctx_id).as_bytes()), 0);
+    }
+    /// One request as a submission; returns status and reply.
+    pub fn submit(&self, ctx_id: u32, cmd: u32, body: &[u8]) -> (i32, Vec<u8>) {
+        let len = size_of::<ReqHdr>() + body.len();
+        let req = ReqHdr { cmd: cmd.into(), len: (len as u32).into(), seqno: 1.into(), rsp_off: 0.into() };
+        let hdr = hdr(VIRTIO_GPU_CMD_SUBMIT_3D, ctx_id);
+        let submit = CmdSubmit { hdr, size: (len as u32).into(), padding: 0.into() };
+        let response = self.send(&[submit.as_bytes(), req.as_bytes(), body].concat());
+        let (resp, reply) = SvmResp::read_from_prefix(&response).unwrap();
+        (resp.status.get(), reply.to_vec())
+    }
+    /// Creates a GPU VM; returns (vm_id, asid).
+    pub fn create_vm(&self, ctx_id: u32, dev_id: u32) -> (u32, u32) {
+        let body = VmCreate { dev_id: dev_id.into(), ..VmCreate::default() };
+        let (status, reply) = self.submit(ctx_id, SVM_REQ_VM_CREATE, &body.as_bytes()[16..]);
+        assert_eq!(status, 0);
+        let rsp = VmCreateRsp::read_from_bytes(&reply).unwrap();
+        (rsp.vm_id.get(), rsp.asid.get())
+    }
+    pub fn bind(&self, ctx_id: u32, vm_id: u32, ops: &[BindOp]) -> i32 {
+        let head = VmBind { vm_id: vm_id.into(), num_binds: (ops.len() as u32).into(), ..VmBind::default() };
+        self.submit(ctx_id, SVM_REQ_VM_BIND, &[&head.as_bytes()[16..], ops.as_bytes()].concat()).0
+    }
+    pub fn exec(&self, ctx_id: u32, vm_id: u32) -> i32 {
+        let head = Exec { vm_id: vm_id.into(), num_packets: 1.into(), ..Exec::default() };
+        let packet = Packet::default();
+        self.submit(ctx_id, SVM_REQ_EXEC, &[&head.as_bytes()[16..], packet.as_bytes()].concat()).0
+    }
+    /// A context with a GPU VM on device 0 that maps 64 pages of A at C; returns (vm_id, asid).
+    pub fn mapped(&self, ctx_id: u32) -> (u32, u32) {
+        self.create_context(ctx_id);
+        let (vm_id, asid) = self.create_vm(ctx_id, 0);
+        assert_eq!(self.bind(ctx_id, vm_id, &[map(C, A, 64)]), 0);
+        (vm_id, asid)
+    }
+    pub fn respond(&self, ctx_id: u32, cookie: u64, code: u32, runs: &[PageRun]) -> i32 {
+        let cmd = PageResponse {
+            hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
+            cookie: cookie.into(),
+            code: code.into(),
+            num_runs: (runs.len() as u32).into(),
+        };
+        self.status(&[cmd.as_bytes(), runs.as_bytes()].concat())
+    }
+    pub fn supply(&self, ctx_id: u32, runs: &[PageRun]) -> i32 {
+        let hdr = hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
+        let cmd = Supply { hdr, num_runs: (runs.len() as u32).into(), reserved: 0.into() };
+        self.status(&[cmd.as_bytes(), runs.as_bytes()].concat())
+    }
+    /// Invalidates and returns (seq, inval_done_seq of the response).
+    pub fn invalidate(&self, ctx_id: u32, start: u64, length: u64) -> (u64, u64) {
+        let cmd = Invalidate {
+            hdr: hdr(VIRTIO_GPU_CMD_SVM_INVALIDATE, ctx_id),
+            start: start.into(),
+            length: length.into(),
+            event: INVAL_UNMAP.into(),
+            reserved: 0.into(),
+        };
+        let resp = InvalidateResp::read_from_bytes(&self.send(cmd.as_bytes())).unwrap();
+        assert_eq!(resp.resp.status.get(), 0);
+        (resp.seq.get(), resp.resp.inval_done_seq.get())
+    }
+    /// All records that wait.
+    pub fn records(&self) -> Vec<[u8; EVENT_RECORD_BYTES]> {
+        let (mut all, mut buf) = (Vec::new(), Vec::new());
+        loop {
+            self.guest.fill_events(&mut buf, 300);
+            if buf.is_empty() {
+                return all;
+            }
+            let (hdr, rest) = EventHdr::read_from_prefix(&buf).unwrap();
+            assert_eq!(rest.len(), hdr.num_records.get() as usize * EVENT_RECORD_BYTES);
+            all.extend(
+                rest.chunks(EVENT_RECORD_BYTES)
+                    .map(|record| <[u8; EVENT_RECORD_BYTES]>::try_from(record).unwrap()),
+            );
+        }
+    }
+}
+
+pub fn hdr(kind: u32, ctx_id: u32) -> CtrlHdr {
+    CtrlHdr { kind: kind.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() }
+}
+pub fn map(gpu: u64, cpu: u64, pages: u64) -> BindOp {
+    BindOp {
+        op: BIND_OP_MAP_USERPTR.into(),
+        addr: gpu.into(),
+        range: (pages * 4096).into(),
+        obj_offset: cpu.into(),
+        ..BindOp::default()
+    }
+}
+pub fn unmap(gpu: u64, pages: u64) -> BindOp {
+    BindOp { op: BIND_OP_UNMAP.into(), addr: gpu.into(), range: (pages * 4096).into(), ..BindOp::default() }
+}
+pub fn run(va: u64, gpa: u64, pages: u32, as_of: u64) -> PageRun {
+    PageRun { va: va.into(), gpa: gpa.into(), pages: pages.into(), flags: 0.into(), as_of: as_of.into() }
+}
+pub fn region(inode: u64, gpa: u64, size: u64) -> Arc<Region> {
+    let identity = RegionIdentity { inode: (0, inode), offset: 0, size, gpa };
+    Region::new(identity, MmapRegion::new(size as usize).unwrap())
+}
+pub fn table(regions: &[Arc<Region>]) -> Arc<MemoryTable> {
+    Arc::new(MemoryTable::new(regions.to_vec()).unwrap())
+}
