@@ -8,7 +8,7 @@
 //!   or, when the daemon has lost everything, after the next life has heard that all is quiet.
 //! * An answer carries the invalidation sequence that its context held before the table was read. An arena leaves the
 //!   table before its invalidation is sent. So an answer from an old table is refused by the device.
-//! * An arena is owned by exactly one entry of [`State`]; whoever removes the entry releases it.
+//! * An arena is owned by exactly one entry of `State`; whoever removes the entry releases it.
 //!
 //! The state's lock is never held over a command to the device or a call of [`ArenaMemory`].
 

@@ -6,7 +6,7 @@
 //! before commands of threads that wait for room.
 //!
 //! The device answers control commands in order and none of them waits in it (PROTOCOL 4), so room in the ring comes
-//! back within the time of the commands that are there. The commands themselves are in [`commands`].
+//! back within the time of the commands that are there. The commands themselves are in `commands`.
 
 use super::dma::{DmaRegion, PAGE_BYTES, Segment};
 use super::transport::Transport;
