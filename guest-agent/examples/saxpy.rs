@@ -5,6 +5,7 @@
 use guest_agent::client::{Client, packet};
 use guest_agent::message::DEFAULT_SOCKET;
 use std::error::Error;
+use std::process::ExitCode;
 
 /// Elements of each vector.
 const COUNT: usize = 1000;
@@ -13,7 +14,17 @@ const BYTES: usize = COUNT * 8;
 /// C: where the GPU sees the memory. Any page-aligned address of the device will do.
 const GPU: u64 = 0x4000_0000;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match saxpy() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("saxpy: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn saxpy() -> Result<(), Box<dyn Error>> {
     let socket = std::env::args().nth(1).unwrap_or_else(|| DEFAULT_SOCKET.into());
     let client = Client::connect(socket)?;
     let device = client.devices()?.into_iter().next().ok_or("this guest has no device")?;

@@ -8,7 +8,7 @@
 //!   or, when the daemon has lost everything, after the next life has heard that all is quiet.
 //! * An answer carries the invalidation sequence that its context held before the table was read. An arena leaves the
 //!   table before its invalidation is sent. So an answer from an old table is refused by the device.
-//! * An arena is owned by exactly one entry of [`State`]; whoever removes the entry releases it.
+//! * An arena is owned by exactly one entry of `State`; whoever removes the entry releases it.
 //!
 //! The state's lock is never held over a command to the device or a call of [`ArenaMemory`].
 
@@ -523,24 +523,21 @@ impl Agent {
 
     fn pump(&self) {
         while !self.stopping.load(Ordering::Acquire) {
-            match self.device.pump(PUMP_TIMEOUT) {
-                Ok(pump) => {
-                    if pump.foreign_epoch.is_some() {
-                        self.on_epoch_lost();
-                    }
-                    for completion in pump.completions {
-                        self.on_completion(&completion);
-                    }
-                    for (epoch, event) in pump.events {
-                        self.on_event(epoch, &event);
-                    }
-                }
-                Err(_) => {
-                    self.on_device_failed();
-                    return;
-                }
+            let Ok(pump) = self.device.pump(PUMP_TIMEOUT) else {
+                return self.on_device_failed();
+            };
+            if pump.foreign_epoch.is_some() {
+                self.on_epoch_lost();
+            }
+            for completion in pump.completions {
+                self.on_completion(&completion);
+            }
+            for (epoch, event) in pump.events {
+                self.on_event(epoch, &event);
             }
         }
+        // Nobody pumps any more: whoever waits for an answer would wait in vain.
+        self.device.close();
     }
 
     fn on_event(&self, epoch: u64, event: &Event) {

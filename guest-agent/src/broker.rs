@@ -1,11 +1,11 @@
 //! Serves the processes of the guest over a unix socket: one connection, one context.
 //!
-//! Owns the listeners and one thread per connection ([`connection`]). A connection's context lives as long as the
+//! Owns the listeners and one thread per connection (`connection`). A connection's context lives as long as the
 //! process that connected: it ends when the process exits (pidfd), when the socket hangs up, and when anything is wrong
 //! with a message. Each message must come from that same process, so a forked child or a program that inherited the
 //! socket has no right over the context.
 //!
-//! The operator's socket ([`admin`]) is another one, for root only.
+//! The operator's socket (`admin`) is another one, for root only.
 
 mod admin;
 mod connection;

@@ -2,7 +2,7 @@
 //!
 //! Owns the device, the pinned ring memory, and the pinned arenas of processes. Everything else, down to the content of
 //! the rings, is the business of the serving process ([`serving`]), which the keeper starts, and starts again when it
-//! dies. Between two serving processes the order is always the same ([`Keeper::cleanse`]):
+//! dies. Between two serving processes the order is always the same (`Keeper::cleanse`):
 //!
 //! 1. reset the device: it writes to no ring any more;
 //! 2. start it on empty rings and say HELLO with a new incarnation: the daemon drops every context of the old one;

@@ -45,7 +45,15 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Let answers go that `serve --hold-answers` holds back, and hold none back any more
+    /// Hold answers to faults back from now on, until `svm-agent release`
+    Hold {
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let answers go that `hold` or `serve --hold-answers` holds back, and hold none back any more
     Release {
         #[command(flatten)]
         admin: AdminArgs,
@@ -150,6 +158,7 @@ fn main() -> ExitCode {
         Verb::ServeForKeeper(args) => serve::serve(&args),
         Verb::Status { admin, json } => ask(&admin, AdminRequest::Status, json, print_status),
         Verb::Ledger { admin, json } => ask(&admin, AdminRequest::Ledger, json, print_ledger),
+        Verb::Hold { admin, json } => ask(&admin, AdminRequest::Hold, json, print_holding),
         Verb::Release { admin, json } => ask(&admin, AdminRequest::Release, json, print_released),
     }
 }
@@ -258,6 +267,17 @@ fn print_ledger(out: &mut dyn Write, ledger: &LedgerReport) -> std::io::Result<(
         )?;
     }
     writeln!(out, "{}", counts(ledger))
+}
+
+/// The answer to `hold`.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Holding {
+    /// Answers are held back.
+    holding: bool,
+}
+
+fn print_holding(out: &mut dyn Write, answer: &Holding) -> std::io::Result<()> {
+    writeln!(out, "{}", if answer.holding { "answers are held back" } else { "answers go" })
 }
 
 /// The answer to `release`.

@@ -45,7 +45,12 @@ pub fn keep(args: &ServeArgs) -> ExitCode {
             return ExitCode::from(EXIT_FAILED);
         }
     };
-    match keeper.run(&mut |socket| serving::spawn(socket, &arguments), stop.as_fd()) {
+    let ended = keeper.run(&mut |socket| serving::spawn(socket, &arguments), stop.as_fd());
+    for socket in [&args.agent.socket, &args.agent.admin_socket] {
+        // A serving process that was killed leaves them; there may be none.
+        std::fs::remove_file(socket).ok();
+    }
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
@@ -118,6 +123,8 @@ pub fn serve(args: &AgentArgs) -> ExitCode {
 }
 
 fn serve_for_keeper(args: &AgentArgs) -> Result<(), Box<dyn std::error::Error>> {
+    // Started through /proc/self/exe, which would be called "exe".
+    rustix::thread::set_name(c"svm-agent")?;
     let fd = io::stdin().as_fd().try_clone_to_owned()?;
     let watch = fd.try_clone()?;
     let socket = MessageSocket::from(fd);

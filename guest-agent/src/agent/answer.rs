@@ -37,7 +37,8 @@ impl Agent {
         self.answer(fault, 0);
     }
 
-    /// Translates and answers; a fault whose context is ending needs no answer, the device drops it. The table is read after the sequence, under one lock, so `as_of` is never too new.
+    /// Translates and answers; a fault whose context is ending needs no answer, the device drops it. The table is read
+    /// after the sequence, under one lock, so `as_of` is never too new.
     fn answer(&self, fault: FaultRecord, retries: u32) {
         let token = self.token();
         let mut state = self.lock();

@@ -6,7 +6,7 @@
 //! before commands of threads that wait for room.
 //!
 //! The device answers control commands in order and none of them waits in it (PROTOCOL 4), so room in the ring comes
-//! back within the time of the commands that are there. The commands themselves are in [`commands`].
+//! back within the time of the commands that are there. The commands themselves are in `commands`.
 
 use super::dma::{DmaRegion, PAGE_BYTES, Segment};
 use super::transport::Transport;
@@ -488,7 +488,7 @@ impl SvmDevice {
     pub fn pump(&self, timeout: Duration) -> Result<Pump> {
         let pumped = self.pump_once(timeout);
         if pumped.is_err() {
-            self.abandon();
+            self.close();
         }
         pumped
     }
@@ -507,8 +507,9 @@ impl SvmDevice {
         Ok(pump)
     }
 
-    /// Ends the use of the device for everybody.
-    fn abandon(&self) {
+    /// Ends the use of the device: everybody who waits, and every later command, gets [`Error::Broken`]. For when nobody
+    /// will pump any more.
+    pub fn close(&self) {
         let mut control = lock(&self.control);
         control.broken = true;
         control.in_flight.clear();

@@ -8,6 +8,7 @@ use crate::socket::MessageSocket;
 use rustix::event::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,6 +22,8 @@ pub const SUBCOMMAND: &str = "serve-for-keeper";
 /// When it cannot be started.
 pub fn spawn(socket: OwnedFd, arguments: &[String]) -> io::Result<Box<dyn Serving>> {
     let mut command = Command::new("/proc/self/exe");
+    // For those who look at a list of processes.
+    command.arg0("svm-agent");
     command.arg(SUBCOMMAND).args(arguments).stdin(Stdio::from(socket));
     Ok(Box::new(ServingProcess { child: command.spawn()? }))
 }
