@@ -10,9 +10,13 @@ use guest_agent::agent::LedgerReport;
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Where the agent listens in the guest.
 const AGENT_SOCKET: &str = "/run/svm-agent.sock";
+
+/// How long the agent may take to serve.
+const AGENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A guest and its agent.
 pub struct QemuMachine {
@@ -29,10 +33,12 @@ impl QemuMachine {
     /// It does not boot, or the agent does not come up; the console's tail is in the error.
     pub fn boot(vm: &Vm, name: &str, socket: &Path) -> Result<Self> {
         let guest = Guest::builder(name).kernel(vm.cloud_kernel()?).vhost_user_gpu(socket).boot(vm)?;
-        let mut agent = guest.spawn(ROOT, "svm-agent serve --hold-answers")?;
-        agent
-            .wait_for_line(|line| line.contains("serving").then_some(()))
-            .with_context(|| format!("svm-agent of {name}: {}", agent.output()))?;
+        let agent = guest.spawn(ROOT, "svm-agent serve --hold-answers")?;
+        let deadline = Instant::now() + AGENT_PATIENCE;
+        while guest.run(ROOT, "svm-agent status --json")?.code != Some(0) {
+            ensure!(Instant::now() < deadline, "svm-agent of {name} does not come up: {}", agent.output());
+            std::thread::sleep(Duration::from_millis(100));
+        }
         Ok(Self { name: name.into(), guest, _agent: agent })
     }
     /// The guest.
