@@ -32,7 +32,6 @@ fn bind_without_room_for_tables_changes_nothing() {
     let beyond: Vec<_> = (0..6).map(|page| extent(&region, page, 1)).collect();
     assert_eq!(memory.bind(first, &beyond), Err(OutOfMemory));
     assert_eq!(memory.resident_pages(), bound);
-    assert!(!memory.resident_map(PageRange { start: first, end: first + 6 }).contains(&true));
 
     memory.unbind(PageRange { start: 0, end: 1 << 45 });
     assert_eq!(memory.resident_pages(), 0);
