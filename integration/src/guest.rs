@@ -53,7 +53,7 @@ impl SimulatedGuest {
         let ram = vmm.ram().clone();
         let bytes = Rings::BYTES as u64;
         let gpa = ram.take_dma(bytes)?;
-        let pages = (gpa..gpa + bytes).step_by(PAGE_SIZE as usize).collect();
+        let pages = (gpa / PAGE_SIZE..(gpa + bytes) / PAGE_SIZE).map(|page| page * PAGE_SIZE).collect();
         let dma = Arc::new(DmaRegion::from_fd(ram.file().as_fd(), ram.offset(gpa, bytes)?, pages)?);
         let rings = Rings::new(vmm.ring_config())?;
         let addresses = rings.addresses(&dma)?;

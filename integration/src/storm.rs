@@ -192,7 +192,9 @@ struct Running {
 
 impl Running {
     fn set_up(daemon: &Svmd, name: &str, guest: usize, seed: u64, size: Size) -> Result<Self> {
-        let share = |context| (0..size.devices).map(|device| size.share(guest, context, device)).collect();
+        let share = |context| -> Vec<u64> {
+            (0..size.devices).map(|device| size.share(guest, context, device)).collect()
+        };
         let workloads: Vec<Workload> = (0..size.contexts)
             .map(|context| {
                 let own = seed ^ ((guest as u64) << 48) ^ ((context as u64 + 1) << 24);

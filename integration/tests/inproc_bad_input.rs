@@ -4,6 +4,8 @@
 //! The scene: contexts 1 and 2 of one guest, a dead context 3, a blob attached to context 1 only, one fault of context 1
 //! that waits for an answer through the whole table, and one that was answered.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 #[path = "bad_input/rows.rs"]
 mod rows;
 #[path = "bad_input/scene.rs"]

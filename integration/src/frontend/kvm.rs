@@ -34,7 +34,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// First global system interrupt of ours; those below are the interrupt chips'.
 const FIRST_GSI: u32 = 24;
 /// Global system interrupt of the order interrupt.
-const ORDER_GSI: u32 = FIRST_GSI + NUM_QUEUES as u32;
+const ORDER_GSI: u32 = FIRST_GSI + boot::QUEUES;
+const _: () = assert!(boot::END <= LOW_RESERVED);
 /// Where KVM may keep its task state segment: below 4 GiB, in nobody's way.
 const KVM_TSS_ADDRESS: usize = 0xfffb_d000;
 /// Where a message-signalled interrupt for the first local APIC is written to.
@@ -190,7 +191,6 @@ fn add_memory(vm: &VmFd, ram: &Arc<GuestRam>) -> Result<()> {
         // holds an Arc of it and its vCPU ends before that is dropped; all other access to it is volatile.
         unsafe { vm.set_user_memory_region(memory) }.context("KVM_SET_USER_MEMORY_REGION")?;
     }
-    debug_assert!(boot::END <= LOW_RESERVED);
     Ok(())
 }
 
@@ -201,7 +201,7 @@ fn wire_events(vm: &VmFd) -> Result<Events> {
     let event = || EventFd::new(EFD_NONBLOCK).context("eventfd");
     let (mut kicks, mut calls, mut wakes) = (vec![], vec![], vec![]);
     let mut routes = vec![];
-    for queue in 0..NUM_QUEUES as u32 {
+    for queue in 0..boot::QUEUES {
         let (kick, call, wake) = (event()?, event()?, event()?);
         for (fd, base) in [(&kick, boot::DOORBELLS), (&wake, boot::BACK_DOORBELLS)] {
             let address = IoEventAddress::Mmio(u64::from(base + queue * boot::DOORBELL_STRIDE));

@@ -19,7 +19,7 @@ impl Accounts {
 }
 
 fn asid(ctx_id: u32, device: usize) -> u32 {
-    100 * (device as u32 + 1) + ctx_id
+    100 * (u32::try_from(device).unwrap() + 1) + ctx_id
 }
 
 /// Every context touches the same windows on both devices; the guest is asked about the first device's only. Which

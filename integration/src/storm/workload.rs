@@ -19,7 +19,8 @@ pub const ARENA: u64 = 0x7f12_3450_0000;
 /// C: where it stands in every GPU VM. Aligned as A is, so that windows of both are the same pages.
 pub const GPU_ARENA: u64 = 0x0042_0000_0000;
 /// Devices that can share a window: each has a page of its own at least.
-pub const MAX_DEVICES: usize = WINDOW_PAGES as usize;
+pub const MAX_DEVICES: usize = 16;
+const _: () = assert!(MAX_DEVICES as u64 == WINDOW_PAGES);
 
 const WINDOW_BYTES: u64 = WINDOW_PAGES * PAGE_SIZE;
 /// Words that one packet touches at most.
@@ -48,7 +49,7 @@ struct DeviceWork {
 
 impl Workload {
     /// Work that raises `faults[d]` faults on device d, at least 2 each.
-    pub fn new(seed: u64, faults: &Vec<u64>) -> Self {
+    pub fn new(seed: u64, faults: &[u64]) -> Self {
         let result_windows = faults.len() as u64;
         let data_windows = faults.iter().map(|faults| faults - 1).max().unwrap_or(0);
         let (initial, expected) = (BTreeMap::new(), BTreeMap::new());
@@ -211,7 +212,7 @@ mod tests {
 
     #[test]
     fn every_fault_is_of_another_window() {
-        let workload = Workload::new(7, &vec![40, 39]);
+        let workload = Workload::new(7, &[40, 39]);
         let touches = workload.touches(&"g".into(), 1);
         assert_eq!(touches.len(), 79);
         let windows: BTreeSet<_> = touches.iter().map(|t| (t.device, t.page / WINDOW_PAGES)).collect();
@@ -220,15 +221,15 @@ mod tests {
 
     #[test]
     fn equal_seeds_give_equal_work() {
-        let (a, b) = (Workload::new(3, &vec![20, 20]), Workload::new(3, &vec![20, 20]));
+        let (a, b) = (Workload::new(3, &[20, 20]), Workload::new(3, &[20, 20]));
         assert_eq!(a.packets(1), b.packets(1));
         assert_eq!(a.expected, b.expected);
-        assert_ne!(a.packets(0), Workload::new(4, &vec![20, 20]).packets(0));
+        assert_ne!(a.packets(0), Workload::new(4, &[20, 20]).packets(0));
     }
 
     #[test]
     fn devices_write_different_words() {
-        let workload = Workload::new(11, &vec![60, 60]);
+        let workload = Workload::new(11, &[60, 60]);
         let written = |device| {
             let packets = workload.packets(device).iter();
             packets.map(|p| p.dst.get() / PAGE_SIZE).collect::<BTreeSet<u64>>()

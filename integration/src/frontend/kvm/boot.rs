@@ -154,7 +154,8 @@ svm_guest_end:
     queues = const NUM_QUEUES,
     end_of_interrupt = const 0xfee0_00b0_u32,
 );
-// The handlers above are written out for as many queues as there are.
+/// Queues, and so handlers above.
+pub const QUEUES: u32 = 3;
 const _: () = assert!(NUM_QUEUES == 3);
 
 unsafe extern "C" {
@@ -199,7 +200,7 @@ pub fn load(ram: &GuestRam) -> Result<()> {
     write_descriptors(ram)?;
     write_gate(ram, IDLE_VECTOR, CODE + image.idle, 3)?;
     write_gate(ram, ORDER_VECTOR, CODE + image.order, 0)?;
-    for queue in 0..NUM_QUEUES as u32 {
+    for queue in 0..QUEUES {
         let handler = CODE + image.queues + QUEUE_HANDLER_BYTES * u64::from(queue);
         write_gate(ram, QUEUE_VECTOR + queue, handler, 0)?;
     }
@@ -220,7 +221,7 @@ fn write_page_tables(ram: &GuestRam) -> Result<()> {
     for entry in 0..512 {
         let page = entry << 21;
         ram.store(low + 8 * entry, page | LARGE | OPEN)?;
-        ram.store(devices + 8 * entry, (3 << 30) + page | LARGE | UNCACHED | OPEN)?;
+        ram.store(devices + 8 * entry, ((3 << 30) + page) | LARGE | UNCACHED | OPEN)?;
     }
     Ok(())
 }

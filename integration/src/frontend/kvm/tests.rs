@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 /// A machine, or a word on the real stderr why there is none.
 fn machine() -> Option<KvmMachine> {
     if let Err(cause) = available() {
-        writeln!(std::io::stderr(), "SKIPPED, {cause:#}").unwrap();
+        std::io::stderr().write_all(format!("SKIPPED a KVM test: {cause:#}\n").as_bytes()).unwrap();
         return None;
     }
     let ram = GuestRam::new(Layout::Flat { bytes: 32 << 20 }, 1).unwrap();
