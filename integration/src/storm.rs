@@ -1,7 +1,7 @@
 //! The storm: many processes of many guests, all at the same addresses, fault at random on all devices at once; then
 //! three ledgers are compared and every word that a job wrote is checked.
 //!
-//! One seed decides everything: which pages, in which order, with which accesses and lengths. [`workload`] makes a
+//! One seed decides everything: which pages, in which order, with which accesses and lengths. `workload` makes a
 //! process' share of it and says what must come out.
 
 mod workload;

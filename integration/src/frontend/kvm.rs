@@ -2,7 +2,7 @@
 //! (an ioeventfd, the queue's vhost-user kick), each interrupt is taken by guest code (an irqfd, the queue's call).
 //!
 //! Owns the KVM machine and the thread that runs its vCPU. The driver itself runs in this process on the same guest
-//! memory; what it asks of the vCPU goes through a mailbox in guest memory ([`boot`]), and what the vCPU tells it comes
+//! memory; what it asks of the vCPU goes through a mailbox in guest memory (`boot`), and what the vCPU tells it comes
 //! back as doorbells of its own, so that neither side polls.
 //!
 //! ```text

@@ -89,7 +89,7 @@ impl ArenaMemory for ContiguousArenas {
         let gpa = self.ram.take_dma(len).map_err(io::Error::other)?;
         let offset = self.ram.offset(gpa, len).map_err(io::Error::other)?;
         let fd = self.ram.file().as_fd().try_clone_to_owned()?;
-        let pages = (gpa..gpa + len).step_by(PAGE_SIZE as usize).collect();
+        let pages = (0..len / PAGE_SIZE).map(|page| gpa + page * PAGE_SIZE).collect();
         Ok(ArenaPages { id: self.last_id.fetch_add(1, Ordering::Relaxed), fd, offset, pages })
     }
     fn release(&self, _id: u64) {}
