@@ -5,11 +5,35 @@
 //! two remaps, one map. Each change can be undone, so that a vector of operations takes effect whole or not at all;
 //! the ranges whose translations must go are collected in the [`Change`] and zapped by the caller at the end.
 //!
+//! # The cases of drm_gpuvm's documentation
+//! `a`, `b`: objects; `a+1`: object a from its page 1 on. Tests bear the numbers (`case_NN`).
 //! ```text
-//!   request      |-------|        |-----|      |-----|          |---------|
-//!   old       |-----|          |-----------|      |-----|          |---|
-//!   steps     remap(prev)      remap(prev,     remap(next)      unmap
-//!             map              next), map      map              map
+//!         1: keep       2             3             4: keep       5             6: keep
+//!   old   |--a--|       |--a--|       |--a--|       |-a-|         |---a---|     |---a---|
+//!   req   |--a--|       |-a+9-|       |--b--|       |---a---|     |-b-|         |-a-|
+//!   new   |--a--|       |-a+9-|       |--b--|       |---a---|     |-b-|a+1|     |-a-|a+1|
+//!
+//!         7             8: keep       9             10: keep      11            12: keep
+//!   old   |---a---|     |---a---|     |---a---|     |---a---|     |-----a-----| |-----a-----|
+//!   req       |-b-|         |a+1|         |---b---|     |--a+1--|     |-b-|         |a+1|
+//!   new   |-a-|-b-|     |-a-|a+1|     |-a-|---b---| |-a-|--a+1--| |-a-|-b-|a+2| |-a-|a+1|a+2|
+//!
+//!         13: keep      14: keep      15
+//!   old       |a+1|         |a+1|         |---a---|
+//!   req   |---a---|     |-----a-----| |---b---|
+//!   new   |---a---|     |-----a-----| |---b---|a+1|
+//! ```
+//! In 4, 13 and 14 translations are kept only if the object is the same and contiguous, as drawn; the kernel's text
+//! says that an identical mapping (1) may get no step at all, its code emits an unmap (kept) and a map, and so do we.
+//!
+//! The walk for advice ([`Mappings::split`]) splits at the two edges and neither unmaps nor merges; mappings that have an
+//! object are passed over:
+//! ```text
+//!         16            17                     18                     19            20
+//!   old   |-----a-----| |--a--|--b--|--c--|    |--a--|--b--|--c--|    |--a--|--b--|   (nothing)
+//!   range     |---|        |-------------|     |---------------|      |-----------|   |-------|
+//!   new   |-a-|=a=|-a-| |a|=a=|--b--|=c=|c|    |--a--|--b--|=c=|c|    |--a--|--b--|   (nothing)
+//!   steps remap, map    remap, map, map, remap remap, map             none            none
 //! ```
 
 use crate::addr::PageRange;
@@ -34,6 +58,10 @@ impl Backing {
             Self::Userptr(page) => Self::Userptr(page.wrapping_add(pages)),
             Self::Blob(blob, page) => Self::Blob(Arc::clone(blob), page.wrapping_add(pages)),
         }
+    }
+    /// Whether no object stands behind it.
+    fn is_objectless(&self) -> bool {
+        matches!(self, Self::Userptr(_))
     }
     /// drm_gpuvm's `keep`: translations of an overlapped mapping may stay, because the request maps the same object
     /// contiguously. Object-less mappings never keep.
@@ -64,6 +92,13 @@ impl GpuVa {
     fn part(&self, range: PageRange) -> Self {
         let skipped = range.start.saturating_sub(self.range.start);
         Self { range, backing: self.backing.advanced(skipped), readonly: self.readonly }
+    }
+    /// What sticks out left of `within`, what lies in it, what sticks out right.
+    fn parts(&self, within: PageRange) -> (Option<Self>, Self, Option<Self>) {
+        let left = PageRange { start: self.range.start, end: within.start };
+        let right = PageRange { start: within.end, end: self.range.end };
+        let stick_out = |range: PageRange| (range.pages() > 0).then(|| self.part(range));
+        (stick_out(left), self.part(within), stick_out(right))
     }
     /// What stands behind one of its pages.
     pub fn backing_at(&self, page: u64) -> Backing {
@@ -160,6 +195,19 @@ impl Mappings {
     pub fn unmap(&mut self, range: PageRange, change: &mut Change) {
         self.cut(range, None, change);
     }
+    /// Splits object-less mappings at the edges of a range, so that advice about the range has mappings of its own.
+    /// Nothing is unmapped or merged, and translations stay.
+    pub fn split(&mut self, range: PageRange, change: &mut Change) {
+        for edge in [range.start, range.end] {
+            let inside = self.find(edge).filter(|va| va.range.start < edge && va.backing.is_objectless());
+            let Some(va) = inside.cloned() else { continue };
+            let Some(within) = va.range.intersect(range) else { continue };
+            let (prev, map, next) = va.parts(within);
+            self.replace(&va, prev.iter().chain(&next).chain([&map]));
+            change.steps.push(SmStep::Remap { prev, next, va, keep: true });
+            change.steps.push(SmStep::Map(map));
+        }
+    }
     /// Undoes a change that was made last.
     pub fn undo(&mut self, change: Change) {
         for step in change.steps.into_iter().rev() {
@@ -198,6 +246,10 @@ impl Mappings {
                 (prev, next) => SmStep::Remap { prev, next, va, keep },
             });
         }
+    }
+    fn replace<'a>(&mut self, va: &GpuVa, parts: impl Iterator<Item = &'a GpuVa>) {
+        self.remove(va);
+        parts.for_each(|part| self.insert(part.clone()));
     }
     fn insert(&mut self, va: GpuVa) {
         let replaced = self.by_start.insert(va.range.start, va);

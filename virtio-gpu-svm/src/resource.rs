@@ -37,11 +37,6 @@ impl Blob {
         let (at, gpa_page) = self.runs.get(after.checked_sub(1)?)?;
         Some(gpa_page.wrapping_add(page.wrapping_sub(*at)))
     }
-    /// A blob of consecutive pages.
-    #[cfg(test)]
-    pub(crate) fn for_test(pages: u64) -> Self {
-        Self::new(1, std::iter::once((1000, pages)))
-    }
 }
 
 #[cfg(test)]

@@ -25,17 +25,178 @@ fn zaps(change: &Change) -> Vec<(u64, u64)> {
     zapped
 }
 
-#[test]
-fn map_inside_splits_in_two() {
+/// Objects a, b and c of the drawings; their numbers are their resource ids.
+fn objects() -> [Arc<Blob>; 3] {
+    [1, 2, 3].map(|id| Arc::new(Blob::new(id, std::iter::once((1000, 64)))))
+}
+/// (start, end, object, first page of it), all in pages.
+type Drawn = (u64, u64, usize, u64);
+
+fn drawn(objects: &[Arc<Blob>; 3], (start, end, object, page): Drawn) -> GpuVa {
+    blob(start, end, &objects[object], page)
+}
+fn drawing(mappings: &Mappings) -> Vec<Drawn> {
+    let one = |va: &GpuVa| match &va.backing {
+        Backing::Blob(blob, page) => (va.range.start, va.range.end, blob.resource_id as usize - 1, *page),
+        Backing::Userptr(page) => (va.range.start, va.range.end, usize::MAX, *page),
+    };
+    mappings.iter().map(one).collect()
+}
+
+const A: usize = 0;
+const B: usize = 1;
+
+/// One drawing: `old` is there, `req` is mapped, `new` must come out; `kept` says whether translations may stay. What
+/// is zapped otherwise is what both have. Then it is undone.
+fn case(old: Drawn, req: Drawn, new: &[Drawn], kept: bool) {
+    let objects = objects();
     let (mut m, mut change) = (Mappings::default(), Change::default());
-    m.map(userptr(0, 10, 100), &mut Change::default());
-    m.map(userptr(3, 5, 900), &mut change);
-    assert_eq!(shape(&m), [(0, 3, 100), (3, 5, 900), (5, 10, 105)]);
-    assert_eq!(zaps(&change), [(3, 5)]);
+    m.map(drawn(&objects, old), &mut Change::default());
+    m.map(drawn(&objects, req), &mut change);
+    assert_eq!(drawing(&m), new);
+    let both = (old.0.max(req.0), old.1.min(req.1));
+    assert_eq!(zaps(&change), if kept { vec![] } else { vec![both] });
+    let covered = req.0 <= old.0 && old.1 <= req.1;
+    let step =
+        matches!((&change.steps[0], covered), (SmStep::Unmap { .. }, true) | (SmStep::Remap { .. }, false));
+    assert!(step && matches!(change.steps[1], SmStep::Map(_)) && change.steps.len() == 2, "{change:?}");
+    m.undo(change);
+    assert_eq!(drawing(&m), [old]);
 }
 
 #[test]
-fn map_over_edges_cuts_both() {
+fn case_01_identical_is_kept() {
+    case((0, 1, A, 5), (0, 1, A, 5), &[(0, 1, A, 5)], true);
+}
+
+#[test]
+fn case_02_other_offset_replaces() {
+    case((0, 1, A, 5), (0, 1, A, 9), &[(0, 1, A, 9)], false);
+}
+
+#[test]
+fn case_03_other_object_replaces() {
+    case((0, 1, A, 5), (0, 1, B, 5), &[(0, 1, B, 5)], false);
+}
+
+#[test]
+fn case_04_left_aligned_subset_is_replaced() {
+    case((0, 1, A, 5), (0, 2, A, 5), &[(0, 2, A, 5)], true);
+    case((0, 1, A, 5), (0, 2, A, 6), &[(0, 2, A, 6)], false);
+    case((0, 1, A, 5), (0, 2, B, 5), &[(0, 2, B, 5)], false);
+}
+
+#[test]
+fn case_05_left_aligned_request_of_another_object_splits() {
+    case((0, 2, A, 5), (0, 1, B, 5), &[(0, 1, B, 5), (1, 2, A, 6)], false);
+    case((0, 2, A, 5), (0, 1, A, 9), &[(0, 1, A, 9), (1, 2, A, 6)], false);
+}
+
+#[test]
+fn case_06_left_aligned_request_of_the_same_is_kept() {
+    case((0, 2, A, 5), (0, 1, A, 5), &[(0, 1, A, 5), (1, 2, A, 6)], true);
+}
+
+#[test]
+fn case_07_right_aligned_request_of_another_object_splits() {
+    case((0, 2, A, 5), (1, 2, B, 8), &[(0, 1, A, 5), (1, 2, B, 8)], false);
+}
+
+#[test]
+fn case_08_right_aligned_request_of_the_same_is_kept() {
+    case((0, 2, A, 5), (1, 2, A, 6), &[(0, 1, A, 5), (1, 2, A, 6)], true);
+}
+
+#[test]
+fn case_09_overlap_at_the_end_cuts() {
+    case((0, 2, A, 5), (1, 3, B, 8), &[(0, 1, A, 5), (1, 3, B, 8)], false);
+}
+
+#[test]
+fn case_10_contiguous_overlap_at_the_end_is_kept() {
+    case((0, 2, A, 5), (1, 3, A, 6), &[(0, 1, A, 5), (1, 3, A, 6)], true);
+}
+
+#[test]
+fn case_11_centred_request_of_another_object_splits_in_two() {
+    case((0, 3, A, 5), (1, 2, B, 8), &[(0, 1, A, 5), (1, 2, B, 8), (2, 3, A, 7)], false);
+}
+
+#[test]
+fn case_12_centred_request_of_the_same_is_kept() {
+    case((0, 3, A, 5), (1, 2, A, 6), &[(0, 1, A, 5), (1, 2, A, 6), (2, 3, A, 7)], true);
+}
+
+#[test]
+fn case_13_right_aligned_subset_is_replaced() {
+    case((1, 2, A, 6), (0, 2, A, 5), &[(0, 2, A, 5)], true);
+    case((1, 2, A, 6), (0, 2, B, 5), &[(0, 2, B, 5)], false);
+}
+
+#[test]
+fn case_14_centred_subset_is_replaced() {
+    case((1, 2, A, 6), (0, 3, A, 5), &[(0, 3, A, 5)], true);
+    case((1, 2, A, 6), (0, 3, A, 4), &[(0, 3, A, 4)], false);
+}
+
+#[test]
+fn case_15_overlap_at_the_beginning_cuts() {
+    case((1, 3, A, 5), (0, 2, B, 8), &[(0, 2, B, 8), (2, 3, A, 6)], false);
+}
+
+/// Object-less mappings `old`, split at a range: `new` must come out, in this many steps, with every translation kept.
+fn advice(old: &[(u64, u64, u64)], edges: (u64, u64), new: &[(u64, u64, u64)], steps: usize) {
+    let (mut m, mut change) = (Mappings::default(), Change::default());
+    for (start, end, cpu) in old {
+        m.map(userptr(*start, *end, *cpu), &mut Change::default());
+    }
+    m.split(range(edges.0, edges.1), &mut change);
+    assert_eq!((shape(&m).as_slice(), change.steps.len()), (new, steps));
+    assert_eq!(zaps(&change), []);
+    m.undo(change);
+    assert_eq!(shape(&m), old);
+}
+
+#[test]
+fn case_16_advice_within_one_mapping_splits_it_in_three() {
+    advice(&[(0, 9, 100)], (3, 6), &[(0, 3, 100), (3, 6, 103), (6, 9, 106)], 2);
+}
+
+#[test]
+fn case_17_advice_over_several_splits_the_first_and_the_last() {
+    let old = [(0, 4, 100), (4, 8, 200), (8, 12, 300)];
+    let new = [(0, 2, 100), (2, 4, 102), (4, 8, 200), (8, 10, 300), (10, 12, 302)];
+    advice(&old, (2, 10), &new, 4);
+}
+
+#[test]
+fn case_18_advice_with_one_edge_inside_splits_once() {
+    let old = [(0, 4, 100), (4, 8, 200), (8, 12, 300)];
+    advice(&old, (0, 10), &[(0, 4, 100), (4, 8, 200), (8, 10, 300), (10, 12, 302)], 2);
+    advice(&old, (2, 12), &[(0, 2, 100), (2, 4, 102), (4, 8, 200), (8, 12, 300)], 2);
+}
+
+#[test]
+fn case_19_advice_at_the_edges_does_nothing() {
+    advice(&[(0, 4, 100), (4, 8, 200)], (0, 8), &[(0, 4, 100), (4, 8, 200)], 0);
+}
+
+#[test]
+fn case_20_advice_about_nothing_does_nothing() {
+    advice(&[], (0, 8), &[], 0);
+}
+
+#[test]
+fn advice_passes_over_mappings_with_an_object() {
+    let objects = objects();
+    let (mut m, mut change) = (Mappings::default(), Change::default());
+    m.map(drawn(&objects, (0, 9, A, 5)), &mut Change::default());
+    m.split(range(3, 6), &mut change);
+    assert_eq!((drawing(&m).as_slice(), change.steps.len()), ([(0, 9, A, 5)].as_slice(), 0));
+}
+
+#[test]
+fn map_over_several_cuts_both_edges_and_unmaps_the_middle() {
     let (mut m, mut change) = (Mappings::default(), Change::default());
     m.map(userptr(0, 10, 100), &mut Change::default());
     m.map(userptr(10, 12, 300), &mut Change::default());
@@ -46,20 +207,8 @@ fn map_over_edges_cuts_both() {
 }
 
 #[test]
-fn same_object_contiguous_keeps_its_translations() {
-    let bo = Arc::new(Blob::for_test(64));
-    let (mut m, mut change) = (Mappings::default(), Change::default());
-    m.map(blob(10, 20, &bo, 5), &mut Change::default());
-    m.map(blob(8, 30, &bo, 3), &mut change);
-    assert_eq!(zaps(&change), []);
-    let mut moved = Change::default();
-    m.map(blob(8, 30, &bo, 4), &mut moved);
-    assert_eq!(zaps(&moved), [(8, 30)]);
-}
-
-#[test]
 fn readonly_change_zaps_even_the_same_object() {
-    let bo = Arc::new(Blob::for_test(64));
+    let [bo, ..] = objects();
     let (mut m, mut change) = (Mappings::default(), Change::default());
     m.map(blob(0, 4, &bo, 0), &mut Change::default());
     m.map(GpuVa { readonly: true, ..blob(0, 4, &bo, 0) }, &mut change);
@@ -74,12 +223,20 @@ fn cpu_range_is_shown_at_its_gpu_range() {
     assert_eq!(va.showing(range(110, 200)), None);
 }
 
-/// Random maps and unmaps against a page-by-page model; every change is also undone and done again.
+/// Random maps, unmaps and splits against a page-by-page model, three seeds; every change is also undone and done
+/// again. `SVM_SEED` repeats one seed, `SVM_OPS` sets the operations of each (the long version has 1,000,000).
 #[test]
 fn agrees_with_a_page_map() {
-    let seed = std::env::var("SVM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0xc0ffee_u64);
-    println!("seed {seed} (set SVM_SEED to repeat)");
-    let mut x = seed | 1;
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let seeds = number("SVM_SEED").map_or(vec![1, 2, 3], |seed| vec![seed]);
+    for seed in seeds {
+        println!("seed {seed} (set SVM_SEED to repeat)");
+        compare_with_a_page_map(seed, number("SVM_OPS").unwrap_or(100_000));
+    }
+}
+
+fn compare_with_a_page_map(seed: u64, operations: u64) {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = move |below: u64| {
         x ^= x << 13;
         x ^= x >> 7;
@@ -87,15 +244,15 @@ fn agrees_with_a_page_map() {
         x % below
     };
     let (mut m, mut model): (Mappings, HashMap<u64, u64>) = Default::default();
-    for _ in 0..20_000 {
-        let (start, pages, cpu) = (next(60), 1 + next(20), 1000 + next(1000));
-        let (before, unmap) = (shape(&m), next(3) == 0);
+    for _ in 0..operations {
+        let (start, pages, cpu, what) = (next(60), 1 + next(20), 1000 + next(1000), next(6));
+        let before = shape(&m);
         let apply = |m: &mut Mappings| {
             let mut change = Change::default();
-            if unmap {
-                m.unmap(range(start, start + pages), &mut change);
-            } else {
-                m.map(userptr(start, start + pages, cpu), &mut change);
+            match what {
+                0 | 1 => m.unmap(range(start, start + pages), &mut change),
+                2 => m.split(range(start, start + pages), &mut change),
+                _ => m.map(userptr(start, start + pages, cpu), &mut change),
             }
             change
         };
@@ -106,7 +263,11 @@ fn agrees_with_a_page_map() {
         let zapped = zaps(&change);
         for n in 0..pages {
             let page = start + n;
-            let was = if unmap { model.remove(&page) } else { model.insert(page, cpu + n) };
+            let was = match what {
+                0 | 1 => model.remove(&page),
+                2 => None,
+                _ => model.insert(page, cpu + n),
+            };
             let gone = zapped.iter().any(|(s, e)| (*s..*e).contains(&page));
             assert_eq!(was.is_some(), gone, "page {page}");
         }
