@@ -1,5 +1,7 @@
 //! Real guests under QEMU, one at a time. What a test lacks is said on stderr and fails it.
 
+mod killed_agent;
+
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -123,6 +125,12 @@ fn qemu_whose_fault_is_it() -> Result<()> {
     let stage = Stage { vmm: VmmKind::Qemu, guests: 2, processes: 2, sabotage: None };
     let shown = show(stage, &narrate).and_then(|report| as_it_must_be(&report));
     shown.with_context(|| format!("-- the story so far --\n{}", told.borrow()))
+}
+
+#[test]
+fn qemu_killed_agent_leaves_no_stray_write() -> Result<()> {
+    let _turn = one_at_a_time();
+    killed_agent::leaves_no_stray_write(&Vm::open()?)
 }
 
 fn as_it_must_be(report: &Report) -> Result<()> {
