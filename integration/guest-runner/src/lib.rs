@@ -4,6 +4,7 @@
 //! The host chooses an id for each process and never uses it twice. A process' `Output` precedes its `Exited`, except for
 //! what a descendant that holds its pipes writes later.
 
+pub mod churn;
 pub mod story;
 
 use serde::{Deserialize, Serialize};

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Where the agent listens in the guest.
-const AGENT_SOCKET: &str = "/run/svm-agent.sock";
+pub const AGENT_SOCKET: &str = "/run/svm-agent.sock";
 
 /// How long the agent may take to serve.
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
@@ -34,11 +34,7 @@ impl QemuMachine {
     pub fn boot(vm: &Vm, name: &str, socket: &Path) -> Result<Self> {
         let guest = Guest::builder(name).kernel(vm.cloud_kernel()?).vhost_user_gpu(socket).boot(vm)?;
         let agent = guest.spawn(ROOT, "svm-agent serve --hold-answers")?;
-        let deadline = Instant::now() + AGENT_PATIENCE;
-        while guest.run(ROOT, "svm-agent status --json")?.code != Some(0) {
-            ensure!(Instant::now() < deadline, "svm-agent of {name} does not come up: {}", agent.output());
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        wait_for_agent(&guest, &agent)?;
         Ok(Self { name: name.into(), guest, _agent: agent })
     }
     /// The guest.
@@ -73,6 +69,24 @@ impl Machine for QemuMachine {
         );
         report.entries.iter().map(|entry| Answered::from_agent(&self.name, devices, entry)).collect()
     }
+}
+
+/// Waits until `agent` serves processes.
+///
+/// # Errors
+/// It does not; what it wrote is in the error.
+pub fn wait_for_agent(guest: &Guest, agent: &Process) -> Result<()> {
+    let deadline = Instant::now() + AGENT_PATIENCE;
+    while guest.run(ROOT, "svm-agent status --json")?.code != Some(0) {
+        ensure!(
+            Instant::now() < deadline,
+            "svm-agent of {} does not come up: {}",
+            guest.name(),
+            agent.output()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 struct QemuActor(Process);

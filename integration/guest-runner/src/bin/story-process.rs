@@ -3,6 +3,7 @@
 //! line.
 
 use guest_agent::client::{Arena, Client, Error, Job, Vm};
+use guest_runner::churn;
 use guest_runner::story::{Geometry, Memory};
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
@@ -10,7 +11,8 @@ use std::process::ExitCode;
 use virtio_gpu_svm::protocol::errno;
 
 const USAGE: &str = "usage: story-process SOCKET CPU GPU SEED    (addresses and seed in hex)
-commands: map | launch ROUND | results | unbind DEVICE | touch DEVICE | strand | exit";
+commands: map | launch ROUND | results | unbind DEVICE | touch DEVICE | strand | churn | exit
+churn answers after its first round, goes on until the agent is gone, answers again, and ends the process.";
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -57,14 +59,20 @@ fn run() -> Result<(), Failure> {
             ("unbind", Some(process)) => process.unbind(argument)?,
             ("touch", Some(process)) => process.touch(argument)?,
             ("strand", Some(process)) => process.strand()?,
+            ("churn", Some(process)) => return process.churn(),
             // At once, with jobs in flight and everything still mapped.
             ("exit", _) => std::process::exit(0),
             _ => return Err(format!("{line:?} now? {USAGE}").into()),
         };
-        println!("{answer}");
-        std::io::stdout().flush()?;
+        say(&answer)?;
     }
     Ok(())
+}
+
+fn say(answer: &Value) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    writeln!(out, "{answer}")?;
+    out.flush()
 }
 
 impl Process {
@@ -133,6 +141,20 @@ impl Process {
             self.jobs.push((vm.dev_id(), job));
         }
         Ok(json!({ "launched": self.vms.len() }))
+    }
+    /// Works without rest until it is cut off.
+    fn churn(&self) -> Result<(), Failure> {
+        let begun = || {
+            let begun = json!({ "churning": self.client.ctx_id(), "arena_bytes": churn::LASTING_BYTES });
+            // A host that does not read is gone, and this process with the guest.
+            say(&begun).ok();
+        };
+        match churn::run(&self.client, &self.vms, begun) {
+            (rounds, churn::End::CutOff(cause)) => {
+                Ok(say(&json!({ "rounds": rounds, "cut_off": cause.to_string() }))?)
+            }
+            (_, wrong) => Err(wrong.into()),
+        }
     }
     fn vm(&self, device: u32) -> Result<&Vm, Failure> {
         self.vms

@@ -1,12 +1,17 @@
 //! Real guests under QEMU, one at a time. What a test lacks is said on stderr and fails it.
 
+mod killed_agent;
+
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, ensure};
+use integration::demo::{Stage, VmmKind, show};
 use integration::initramfs::FIRST_UID;
 use integration::provision::{Kernel, Vm};
 use integration::qemu::{Guest, ROOT};
+use integration::story::Report;
 use integration::svmd::{Options, Svmd};
 use serde_json::{Value, json};
 use virtio_gpu_svm::protocol::{CAPSET_SVM, CAPSET_SVM_VERSION, SVM_MAGIC, SvmConfig, VERSION_MAJOR};
@@ -109,6 +114,32 @@ fn qemu_ends_with_its_guest() -> Result<()> {
     drop(guest);
     ensure!(!std::path::Path::new(&format!("/proc/{pid}")).exists(), "QEMU is still there");
     ensure!(process.wait().is_err(), "a process outlived its guest");
+    Ok(())
+}
+
+#[test]
+fn qemu_whose_fault_is_it() -> Result<()> {
+    let _turn = one_at_a_time();
+    let told = RefCell::new(String::new());
+    let narrate = |line: &str| told.borrow_mut().extend([line, "\n"]);
+    let stage = Stage { vmm: VmmKind::Qemu, guests: 2, processes: 2, sabotage: None };
+    let shown = show(stage, &narrate).and_then(|report| as_it_must_be(&report));
+    shown.with_context(|| format!("-- the story so far --\n{}", told.borrow()))
+}
+
+#[test]
+fn qemu_killed_agent_leaves_no_stray_write() -> Result<()> {
+    let _turn = one_at_a_time();
+    killed_agent::leaves_no_stray_write(&Vm::open()?)
+}
+
+fn as_it_must_be(report: &Report) -> Result<()> {
+    ensure!(report.devices == 2 && report.peak_pending_vms == 8, "not all GPU VMs were pending: {report:?}");
+    let faults = &report.faults;
+    ensure!(faults.misrouted == 0 && faults.lost == 0 && report.data_mismatches == 0, "{report:?}");
+    // The process that exits has a job in flight on each device, and one job touches what is not bound.
+    ensure!(faults.dropped == 2 && faults.refused == 1 && faults.answered >= 8, "{report:?}");
+    ensure!(report.holds(), "the ledgers do not agree: {report:?}");
     Ok(())
 }
 
