@@ -126,6 +126,7 @@ impl<'a> Story<'a> {
         self.map_all()?;
         self.fault_all()?;
         self.read_all("each process reads results computed from its own bytes")?;
+        self.tell_routes()?;
         if !self.plan.sabotaged {
             self.touch_unbound()?;
             self.leave_with_jobs()?;
@@ -209,6 +210,34 @@ impl<'a> Story<'a> {
         }
         for machine in self.machines {
             machine.hold_answers(false)?;
+        }
+        Ok(())
+    }
+
+    /// Tells where the first fault of each GPU VM went, from the daemon's own account.
+    fn tell_routes(&self) -> Result<()> {
+        self.say("\nwhere the first fault of each GPU VM went");
+        let recent = self.daemon.call("fault.recent", json!({ "limit": 1024 }))?;
+        let faults = recent["faults"].as_array().context("no faults")?;
+        for process in &self.processes {
+            let context = self.context(process)?;
+            for vm in context["vms"].as_array().context("no GPU VMs")? {
+                let of_vm = |fault: &&Value| fault["device"] == vm["device"] && fault["asid"] == vm["asid"];
+                let first = faults.iter().filter(of_vm).min_by_key(|fault| fault["time_ns"].as_u64());
+                // With very many GPU VMs the daemon's account has forgotten the first ones.
+                let Some(fault) = first else { continue };
+                self.say(format!(
+                    "  device {} asid {}: {} at C {:#x} -> {}, context {}, A {:#x}: {}",
+                    vm["device"],
+                    vm["asid"],
+                    fault["access"].as_str().unwrap_or("?"),
+                    number(fault, "/gpu_addr")?,
+                    fault["guest"].as_str().unwrap_or("?"),
+                    fault["ctx_id"],
+                    number(fault, "/cpu_addr")?,
+                    fault["outcome"].as_str().unwrap_or("?"),
+                ));
+            }
         }
         Ok(())
     }
