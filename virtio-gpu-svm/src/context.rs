@@ -10,7 +10,7 @@ use crate::address_space::AddressSpace;
 use crate::device::{Asid, Device, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
 use crate::event::{DoneJob, Record, Stamp, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
-use crate::fault::{Outcome, PendingFaults};
+use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
@@ -118,7 +118,7 @@ pub struct State {
     next_vm: u32,
     pub(crate) faults: PendingFaults,
     /// Parked accesses beyond the limit of pending faults: raised again as others end.
-    pub(crate) throttled: VecDeque<(usize, StopId)>,
+    pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
     retiring: HashSet<(usize, Asid)>,
@@ -273,6 +273,8 @@ impl Context {
 
     /// Takes a GPU VM out of the context and begins to destroy it on its device.
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
+        // Its device drops their jobs; here they would only keep others waiting.
+        state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
         for cookie in state.faults.cookies_in(vm_id, PageRange { start: 0, end: u64::MAX }) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
@@ -383,7 +385,6 @@ impl Context {
         let retired = {
             let mut state = self.lock();
             state.life = Life::Destroyed;
-            state.throttled.clear();
             let vms: Vec<u32> = state.vms.keys().copied().collect();
             for vm_id in vms {
                 self.close_vm(&mut state, vm_id, &mut after);

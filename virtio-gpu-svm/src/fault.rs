@@ -180,6 +180,23 @@ struct Raised<'a> {
     fault: &'a Fault,
 }
 
+/// A parked access beyond the limit of pending faults. It was counted as throttled, and is raised again when there is
+/// room.
+pub struct Throttled {
+    device: usize,
+    vm_id: u32,
+    page: u64,
+    access: Access,
+    stop: StopId,
+}
+
+impl Throttled {
+    /// The GPU VM that it belongs to.
+    pub fn vm_id(&self) -> u32 {
+        self.vm_id
+    }
+}
+
 impl Raised<'_> {
     fn page(&self) -> u64 {
         self.fault.addr.page()
@@ -208,12 +225,14 @@ impl Context {
                 Resolution::Gone => (Outcome::Dropped, Verdict::Fail(ECANCELED)),
                 Resolution::Ask(fault_type, cpu_page) => {
                     self.ask(&mut state, &raised, fault_type, cpu_page, &mut after);
+                    self.let_throttled_in(&mut state, &mut after);
                     drop(state);
                     return self.settle(after);
                 }
             };
             after.resume(device, fault.stop, verdict);
             self.trace(&mut state, &raised, outcome);
+            self.let_throttled_in(&mut state, &mut after);
         }
         self.settle(after);
     }
@@ -228,7 +247,8 @@ impl Context {
             return;
         }
         if state.faults.count() >= usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX) {
-            state.throttled.push_back((raised.device, fault.stop));
+            let (device, page) = (raised.device, raised.page());
+            state.throttled.push_back(Throttled { device, vm_id, page, access: fault.access, stop: fault.stop });
             self.trace(state, raised, Outcome::Throttled);
             return;
         }
@@ -275,9 +295,7 @@ impl Context {
             after.resume(pending.device, *stop, verdict);
         }
         state.count(outcome, count);
-        if let Some((device, stop)) = state.throttled.pop_front() {
-            after.resume(device, stop, Verdict::Retry);
-        }
+        self.let_throttled_in(state, after);
         let now = self.host.now_ns();
         self.host.traces.push(FaultTrace {
             time_ns: pending.raised_ns,
@@ -292,6 +310,24 @@ impl Context {
             outcome: outcome.name(),
             wait_ns: now.saturating_sub(pending.raised_ns),
         });
+    }
+
+    /// Lets as many throttled accesses go on as there is room for, and those in front of them that need none any more.
+    ///
+    /// Called after every change that makes room or could have made a page known by a fault. So none is forgotten: one
+    /// that was let go on either faults again, which leads here, or its page was bound, and that led here too.
+    fn let_throttled_in(&self, state: &mut State, after: &mut After) {
+        let limit = usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX);
+        let mut room = limit.saturating_sub(state.faults.count());
+        while room > 0
+            && let Some(throttled) = state.throttled.pop_front()
+        {
+            let Throttled { device, vm_id, page, access, stop } = throttled;
+            if matches!(state.resolve(vm_id, page, access), Resolution::Ask(..)) {
+                room = room.saturating_sub(1);
+            }
+            after.resume(device, stop, Verdict::Retry);
+        }
     }
 
     /// Counts and traces a fault that did not become pending.

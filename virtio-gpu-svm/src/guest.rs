@@ -216,6 +216,10 @@ impl Guest {
     pub fn host_device(&self, dev_id: u32) -> Option<usize> {
         self.devices.get(usize::try_from(dev_id).ok()?).copied()
     }
+    /// Whether its rings are stopped and its jobs with them.
+    pub fn is_frozen(&self) -> bool {
+        self.lock().frozen
+    }
     /// Whether the driver has said HELLO in this session.
     pub(crate) fn greeted(&self) -> bool {
         self.lock().incarnation != 0

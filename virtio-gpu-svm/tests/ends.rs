@@ -1,0 +1,124 @@
+//! Ends that come at an awkward moment: who waits is let go, what is counted adds up, and nothing of a life that is
+//! over reaches the next one.
+#![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
+
+mod mock;
+
+use mock::{A, C, GPA, LIMITS, MEMORY, World, hdr, map, region, run, table, unmap};
+use std::collections::BTreeSet;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+use virtio_gpu_svm::device::{Access, Asid, StopId, Verdict};
+use virtio_gpu_svm::host::Limits;
+use virtio_gpu_svm::info::Counters;
+use virtio_gpu_svm::protocol::control::*;
+use virtio_gpu_svm::protocol::errno::*;
+use virtio_gpu_svm::protocol::event::*;
+use virtio_gpu_svm::protocol::gpu::*;
+use virtio_gpu_svm::protocol::request::{SVM_REQ_VM_DESTROY, VmRef};
+use zerocopy::{FromBytes, IntoBytes};
+
+fn faults(world: &World) -> Vec<FaultRecord> {
+    let records = world.records();
+    let faults = records.iter().map(|bytes| FaultRecord::read_from_bytes(bytes).unwrap());
+    faults.filter(|record| record.kind.get() == EVENT_FAULT).collect()
+}
+fn notices(world: &World) -> Vec<(u32, u32, u64)> {
+    let records = world.records();
+    let notices = records.iter().map(|bytes| NoticeRecord::read_from_bytes(bytes).unwrap());
+    notices.map(|notice| (notice.kind.get(), notice.ctx_id.get(), notice.value.get())).collect()
+}
+fn destroy_vm(world: &World, ctx_id: u32, vm_id: u32) {
+    let body = VmRef { vm_id: vm_id.into(), ..VmRef::default() };
+    assert_eq!(world.submit(ctx_id, SVM_REQ_VM_DESTROY, &body.as_bytes()[16..]).0, 0);
+}
+/// A GPU address whose page shares no fault-around window with those of other numbers.
+fn apart(n: u64) -> u64 {
+    C + n * 16 * 4096
+}
+/// Every fault that was raised ended as exactly one thing, or waits.
+fn assert_balanced(world: &World, waiting: u64) {
+    let c = world.host.stats().counters;
+    let ended = c.faults_served_locally
+        + c.faults_answered
+        + c.faults_refused
+        + c.faults_dropped
+        + c.faults_throttled;
+    assert_eq!(c.faults_raised, ended + waiting, "{c:?}");
+}
+
+#[test]
+fn throttled_accesses_all_go_on_though_one_answer_serves_them() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    let stops: Vec<StopId> =
+        (0..12).map(|n| w.devices[0].raise(&w.host, asid, C + n * 4096, Access::Read)).collect();
+    let records = faults(&w);
+    assert_eq!(records.len(), 4);
+    // The first answer makes all twelve pages known and binds them: the others need no fault of their own any more.
+    for record in records {
+        assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_SUCCESS, &[run(A, GPA, 16, 0)]), 0);
+    }
+    let stuck: Vec<_> = stops.iter().filter(|stop| w.devices[0].verdict(**stop).is_none()).collect();
+    assert!(stuck.is_empty(), "nothing is pending any more, and still parked: {stuck:?}");
+    assert_balanced(&w, 0);
+}
+
+#[test]
+fn throttled_accesses_that_are_served_when_raised_again_let_others_in() {
+    let w = World::with_limits(Limits { jobs: 64, ..LIMITS });
+    let (_, asid) = w.mapped(1);
+    let (vm1, asid1) = w.create_vm(1, 1);
+    assert_eq!(w.bind(1, vm1, &[map(C, A, 64)]), 0);
+    // Device 0 holds all records; on device 1 twenty accesses wait for a place.
+    for n in 0..4 {
+        w.devices[0].raise(&w.host, asid, C + n * 4096, Access::Read);
+    }
+    let mut parked: BTreeSet<(StopId, u64)> =
+        (0..20).map(|n| (w.devices[1].raise(&w.host, asid1, C + n * 4096, Access::Read), n)).collect();
+    loop {
+        for record in faults(&w) {
+            let cpu = record.cpu_addr.get();
+            let gpa = GPA + (cpu - A);
+            assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_SUCCESS, &[run(cpu, gpa, 1, 0)]), 0);
+        }
+        let released: Vec<_> =
+            parked.iter().filter(|(stop, _)| w.devices[1].verdict(*stop).is_some()).copied().collect();
+        if released.is_empty() {
+            break;
+        }
+        for (stop, n) in released {
+            parked.remove(&(stop, n));
+            // As the device does: the access is repeated, and faults if there is still no translation.
+            if w.devices[1].bound(asid1, C + n * 4096).is_none() {
+                parked.insert((w.devices[1].raise(&w.host, asid1, C + n * 4096, Access::Read), n));
+            }
+        }
+    }
+    assert!(parked.is_empty(), "nothing is pending any more, and still parked: {parked:?}");
+    assert_balanced(&w, 0);
+}
+
+#[test]
+fn throttled_accesses_of_a_destroyed_vm_hold_up_nobody() {
+    let w = World::with_limits(Limits { jobs: 64, ..LIMITS });
+    w.create_context(1);
+    let (vm0, asid0) = w.create_vm(1, 0);
+    let (vm1, asid1) = w.create_vm(1, 1);
+    for vm in [vm0, vm1] {
+        assert_eq!(w.bind(1, vm, &[map(C, A, 256)]), 0);
+    }
+    for n in 0..4 {
+        w.devices[1].raise(&w.host, asid1, apart(n), Access::Read);
+    }
+    for n in 0..6 {
+        w.devices[0].raise(&w.host, asid0, apart(n), Access::Read);
+    }
+    let last = w.devices[1].raise(&w.host, asid1, apart(5), Access::Read);
+    destroy_vm(&w, 1, vm0);
+    let record = faults(&w)[0];
+    let page = run(record.cpu_addr.get(), GPA, 1, 0);
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_SUCCESS, &[page]), 0);
+    assert_eq!(w.devices[1].verdict(last), Some(Verdict::Retry));
+    assert_balanced(&w, 3);
+}
