@@ -435,7 +435,7 @@ impl Answer<'_> {
         self.supplied(supplied)
     }
     fn supplied(&mut self, supplied: Supplied) -> Result<()> {
-        let status = if supplied.refused > 0 { crate::protocol::errno::EAGAIN.saturating_neg() } else { 0 };
+        let status = if supplied.pending { crate::protocol::errno::EAGAIN.saturating_neg() } else { 0 };
         let resp = self.head(VIRTIO_GPU_RESP_OK_NODATA, status, supplied.first_refused);
         self.put(&SupplyResp {
             resp,

@@ -491,7 +491,7 @@ impl Context {
             let Some(waiting) = state.waiting.pop_front() else { break };
             record = match waiting {
                 Waiting::Fault(cookie) => state.faults.get_mut(cookie).map(|fault| {
-                    fault.reported = true;
+                    fault.told = Some(fault.perm);
                     state.counters.faults_reported = state.counters.faults_reported.saturating_add(1);
                     let dev_id = state.vms.get(&fault.vm_id).map_or(0, |vm| vm.dev_id);
                     fault_record(self.ctx_id, dev_id, fault, stamp())

@@ -61,6 +61,10 @@ impl Context {
         let mut guard = self.lock();
         let state = &mut *guard;
         let seq = state.space.invalidate(range);
+        // An emptied leaf is gone; answers on their way still race with invalidations of their own leaf only.
+        for cpu_page in state.faults.cpu_pages().filter(|page| range.contains(*page)) {
+            state.space.expect(cpu_page);
+        }
         let mut flushes = Vec::new();
         for vm in state.vms.values() {
             for shown in vm.mappings.iter().filter_map(|va| va.showing(range)) {

@@ -122,3 +122,86 @@ fn throttled_accesses_of_a_destroyed_vm_hold_up_nobody() {
     assert_eq!(w.devices[1].verdict(last), Some(Verdict::Retry));
     assert_balanced(&w, 3);
 }
+
+#[test]
+fn failure_ends_its_job_with_efault_and_others_with_epipe_unasked() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    let stop = w.devices[0].raise(&w.host, asid, apart(0), Access::Read);
+    let other = w.devices[0].raise(&w.host, asid, apart(1), Access::Read);
+    let cookie = faults(&w)[0].cookie.get();
+    assert_eq!(w.respond(1, cookie, PAGE_RESP_FAILURE, &[]), 0);
+    assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Fail(EFAULT)));
+    assert_eq!(w.devices[0].verdict(other), Some(Verdict::Fail(EPIPE)));
+    // A job that was running meanwhile: the guest has said that it cannot answer any more.
+    let later = w.devices[0].raise(&w.host, asid, apart(2), Access::Read);
+    assert_eq!(w.devices[0].verdict(later), Some(Verdict::Fail(EPIPE)));
+    assert!(faults(&w).is_empty());
+    assert_eq!(w.host.stats().pending_vms, 0);
+    assert_balanced(&w, 0);
+}
+
+#[test]
+fn write_that_joins_after_the_record_was_read_does_not_spoil_its_answer() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    let read = w.devices[0].raise(&w.host, asid, C, Access::Read);
+    let record = faults(&w)[0];
+    assert_eq!(record.perm.get(), PERM_READ);
+    let write = w.devices[0].raise(&w.host, asid, C, Access::Write);
+    let mut readonly = run(A, GPA, 1, 0);
+    readonly.flags = RUN_READONLY.into();
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_SUCCESS, &[readonly]), 0);
+    assert_eq!(w.devices[0].verdict(read), Some(Verdict::Retry));
+    assert_eq!(w.devices[0].verdict(write), Some(Verdict::Retry));
+    // Repeated, it asks for what it needs.
+    w.devices[0].raise(&w.host, asid, C, Access::Write);
+    let record = faults(&w)[0];
+    assert_eq!((record.fault_type, record.perm.get()), (FAULT_WRITE_ACCESS, PERM_WRITE));
+}
+
+#[test]
+fn answer_stands_when_only_pages_beside_it_have_raced() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    let stop = w.devices[0].raise(&w.host, asid, C, Access::Read);
+    let cookie = faults(&w)[0].cookie.get();
+    // Far from A: only the second run is too old.
+    let far = A + (8 << 20);
+    w.invalidate(1, far, 4096);
+    let answer = PageResponse {
+        hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, 1),
+        cookie: cookie.into(),
+        code: PAGE_RESP_SUCCESS.into(),
+        num_runs: 2.into(),
+    };
+    let runs = [run(A, GPA, 1, 0), run(far, GPA + 0x1000, 1, 0)];
+    let resp =
+        SupplyResp::read_from_bytes(&w.send(&[answer.as_bytes(), runs.as_bytes()].concat())).unwrap();
+    assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
+    assert_eq!((resp.installed.get(), resp.refused.get()), (1, 1));
+    assert_eq!(resp.resp.status.get(), 0, "-EAGAIN means that the fault is still pending");
+}
+
+#[test]
+fn pending_fault_is_not_starved_by_invalidations_elsewhere() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    let stop = w.devices[0].raise(&w.host, asid, C, Access::Read);
+    let cookie = faults(&w)[0].cookie.get();
+    // Its own leaf once, while nothing of it is known; from then on only others.
+    let (seq, _) = w.invalidate(1, A, 4096);
+    w.invalidate(1, A + (64 << 20), 4096);
+    assert_eq!(w.respond(1, cookie, PAGE_RESP_SUCCESS, &[run(A, GPA, 1, seq)]), 0);
+    assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
+}
+
+#[test]
+fn length_hint_ends_with_the_mapping() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    w.devices[0].raise_long(&w.host, asid, C + 62 * 4096 + 8, Access::Read, 1 << 30);
+    w.devices[0].raise_long(&w.host, asid, C + 8, Access::Read, 4096);
+    let hints: Vec<_> = faults(&w).iter().map(|record| record.length_hint.get()).collect();
+    assert_eq!(hints, [2 * 4096, 4096 + 8]);
+}
