@@ -5,7 +5,7 @@
 //! record. Only then may the guest reuse a page. PROTOCOL 4.5.
 
 use crate::addr::PageRange;
-use crate::context::{After, Context, State};
+use crate::context::{After, Context, Life, State};
 use crate::device::{Asid, Flush, Ticket};
 use crate::event::Waiting;
 use crate::memory::{MemoryTable, Region};
@@ -83,7 +83,9 @@ impl Context {
         let mut after = After::default();
         {
             let mut state = self.lock();
+            // Records of a destroyed context would be taken for the next one's of its id.
             if state.invalidations.passed(device, asid, ticket)
+                && state.life == Life::Alive
                 && !state.waiting.contains(&Waiting::InvalDone)
             {
                 state.waiting.push_back(Waiting::InvalDone);

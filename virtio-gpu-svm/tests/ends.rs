@@ -197,6 +197,86 @@ fn pending_fault_is_not_starved_by_invalidations_elsewhere() {
 }
 
 #[test]
+fn invalidation_of_a_destroyed_context_is_not_told() {
+    let w = World::new();
+    let (_, asid) = w.mapped(1);
+    assert_eq!(w.supply(1, &[run(A, GPA, 1, 0)]), 0);
+    w.devices[0].raise(&w.host, asid, C, Access::Read);
+    w.devices[0].told().busy = true;
+    let (seq, done) = w.invalidate(1, A, 4096);
+    assert!(done < seq);
+    w.destroy_context(1);
+    w.create_context(1);
+    w.devices[0].pass(&w.host);
+    w.devices[0].retire_all(&w.host);
+    // The new context of that id has sequences of its own.
+    assert_eq!(notices(&w), [(EVENT_CONTEXT_RETIRED, 1, 0)]);
+}
+
+#[test]
+fn notices_that_are_not_fetched_count_as_contexts() {
+    let w = World::new();
+    for ctx_id in 1..=LIMITS.contexts {
+        w.create_context(ctx_id);
+        w.destroy_context(ctx_id);
+    }
+    let create = CtxCreate { hdr: hdr(VIRTIO_GPU_CMD_CTX_CREATE, 1), ..CtxCreate::default() };
+    assert_eq!(w.status(create.as_bytes()), -ENOSPC, "or they would pile up without end");
+    assert_eq!(notices(&w).len(), LIMITS.contexts as usize);
+    w.create_context(1);
+}
+
+#[test]
+fn driver_without_hello_is_told_nothing_of_its_contexts() {
+    let w = World::new();
+    w.guest.reset();
+    for _ in 0..100 {
+        w.create_context(1);
+        w.destroy_context(1);
+    }
+    assert!(!w.guest.has_events());
+}
+
+#[test]
+fn quiet_waits_for_earlier_incarnations_only() {
+    let w = World::new();
+    w.mapped(1);
+    assert_eq!(w.hello(2).retiring.get(), 1);
+    let mine = w.mapped(1).1;
+    w.destroy_context(1);
+    assert_eq!(w.hello(2).retiring.get(), 1, "its own is none of an earlier one");
+    // The old one goes, the new one stays busy.
+    let kept = {
+        let mut told = w.devices[0].told();
+        let (kept, gone) = told.destroyed.iter().partition(|asid| asid.0 == mine);
+        told.destroyed = gone;
+        kept
+    };
+    w.devices[0].retire_all(&w.host);
+    assert_eq!(notices(&w), [(EVENT_QUIET, 0, 2)]);
+    w.devices[0].told().destroyed = kept;
+    w.devices[0].retire_all(&w.host);
+    assert_eq!(notices(&w), [(EVENT_CONTEXT_RETIRED, 1, 0)]);
+}
+
+#[test]
+fn new_incarnation_does_not_let_the_old_jobs_run_again() {
+    let w = World::new();
+    let asid = Asid(w.mapped(1).1);
+    w.guest.freeze();
+    assert!(w.devices[0].told().frozen.contains(&asid));
+    w.hello(1);
+    assert!(!w.devices[0].told().frozen.contains(&asid), "the same driver goes on");
+    w.guest.freeze();
+    let unknown = Hello { hdr: hdr(VIRTIO_GPU_CMD_SVM_HELLO, 0), incarnation: 1.into(), ..Hello::default() };
+    assert_eq!(w.status(unknown.as_bytes()), -EOPNOTSUPP);
+    assert!(w.guest.is_frozen(), "a HELLO that is refused decides nothing");
+    w.hello(2);
+    assert!(w.devices[0].told().frozen.contains(&asid), "its jobs would write into the next driver's memory");
+    assert!(!w.guest.is_frozen());
+}
+
+#[test]
 fn length_hint_ends_with_the_mapping() {
     let w = World::new();
     let (_, asid) = w.mapped(1);
@@ -204,4 +284,24 @@ fn length_hint_ends_with_the_mapping() {
     w.devices[0].raise_long(&w.host, asid, C + 8, Access::Read, 4096);
     let hints: Vec<_> = faults(&w).iter().map(|record| record.length_hint.get()).collect();
     assert_eq!(hints, [2 * 4096, 4096 + 8]);
+}
+
+#[test]
+fn removed_memory_is_out_of_use_by_dying_vms_too() {
+    let w = World::new();
+    let (vm, _) = w.mapped(1);
+    let asid = Asid(w.mapped(2).1);
+    destroy_vm(&w, 1, vm);
+    w.destroy_context(2);
+    let (done, wait) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            w.guest.set_memory(table(&[region(9, GPA, MEMORY)]));
+            done.send(w.devices[0].told().vms.contains_key(&asid)).unwrap();
+        });
+        // No deadline: an answer that comes early is the defect.
+        assert_eq!(wait.recv_timeout(Duration::from_millis(50)), Err(RecvTimeoutError::Timeout));
+        w.devices[0].retire_all(&w.host);
+        assert!(!wait.recv().unwrap());
+    });
 }
