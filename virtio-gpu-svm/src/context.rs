@@ -15,7 +15,7 @@ use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
 use crate::info::{ContextStatus, Counters, MappingStatus, VmStatus};
-use crate::invalidation::Invalidations;
+use crate::invalidation::{Invalidations, zap};
 use crate::memory::MemoryTable;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
@@ -275,7 +275,7 @@ impl Context {
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
         // Its device drops their jobs; here they would only keep others waiting.
         state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
-        for cookie in state.faults.cookies_in(vm_id, PageRange { start: 0, end: u64::MAX }) {
+        for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
@@ -319,14 +319,13 @@ impl Context {
         }
         let (device, asid, mut zapped) = (self.host.device_of(vm.device), vm.asid, Vec::new());
         change.zapped(|range| zapped.push(range));
-        for range in zapped {
-            // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.
-            let (Flush::Done | Flush::Pending(_)) = device.unbind(asid, range);
-            // A fault whose mapping is gone is raised again, and judged by what stands there then.
-            for cookie in state.faults.cookies_in(vm_id, range) {
-                self.end_pending(state, cookie, Outcome::Dropped, Verdict::Retry, after);
-            }
+        let zapped = PageRange::merge(zapped);
+        // A fault whose mapping is gone is raised again, and judged by what stands there then.
+        for cookie in state.faults.cookies_in(vm_id, &zapped) {
+            self.end_pending(state, cookie, Outcome::Dropped, Verdict::Retry, after);
         }
+        // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.
+        let (Flush::Done | Flush::Pending(_)) = zap(device.as_ref(), asid, zapped);
         Ok(())
     }
 
@@ -474,10 +473,9 @@ impl Context {
         for vm in state.vms.values().filter(|vm| device.is_none_or(|device| device == vm.device)) {
             let gpu = self.host.device_of(vm.device);
             evicted = evicted.saturating_add(gpu.resident_pages(vm.asid));
-            for va in vm.mappings.iter() {
-                // Pages stay the guest's; nobody frees them because of an eviction.
-                let (Flush::Done | Flush::Pending(_)) = gpu.unbind(vm.asid, va.range);
-            }
+            let ranges = vm.mappings.iter().map(|va| va.range).collect();
+            // Pages stay the guest's; nobody frees them because of an eviction.
+            let (Flush::Done | Flush::Pending(_)) = zap(gpu.as_ref(), vm.asid, ranges);
         }
         evicted
     }

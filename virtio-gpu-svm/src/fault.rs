@@ -143,9 +143,13 @@ impl PendingFaults {
     pub fn cpu_pages(&self) -> impl Iterator<Item = u64> {
         self.by_cookie.values().map(|pending| pending.cpu_page)
     }
-    /// Cookies of a GPU VM's pending faults in a range of it.
-    pub fn cookies_in(&self, vm_id: u32, range: PageRange) -> Vec<u64> {
-        let inside = |p: &&Pending| p.vm_id == vm_id && range.contains(p.page);
+    /// Cookies of a GPU VM's pending faults in ranges of it, which are sorted and apart.
+    pub fn cookies_in(&self, vm_id: u32, ranges: &[PageRange]) -> Vec<u64> {
+        let hit = |page: u64| {
+            let before = ranges.partition_point(|range| range.start <= page);
+            before.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|range| range.contains(page))
+        };
+        let inside = |p: &&Pending| p.vm_id == vm_id && hit(p.page);
         self.by_cookie.values().filter(inside).map(|p| p.cookie).collect()
     }
 }
@@ -259,7 +263,13 @@ impl Context {
         }
         if state.faults.count() >= usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX) {
             let (device, page) = (raised.device, raised.page());
-            state.throttled.push_back(Throttled { device, vm_id, page, access: fault.access, stop: fault.stop });
+            state.throttled.push_back(Throttled {
+                device,
+                vm_id,
+                page,
+                access: fault.access,
+                stop: fault.stop,
+            });
             self.trace(state, raised, Outcome::Throttled);
             return;
         }

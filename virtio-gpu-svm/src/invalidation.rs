@@ -6,12 +6,15 @@
 
 use crate::addr::PageRange;
 use crate::context::{After, Context, Life, State};
-use crate::device::{Asid, Flush, Ticket};
+use crate::device::{Asid, Device, Flush, Ticket};
 use crate::event::Waiting;
 use crate::memory::{MemoryTable, Region};
 use crate::protocol::PAGE_SHIFT;
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// Most ranges of a GPU VM that are dropped one by one.
+const ZAPPED_ONE_BY_ONE: usize = 64;
 
 /// What engines still have to pass before an invalidation is done.
 #[derive(Debug)]
@@ -55,6 +58,25 @@ impl Invalidations {
     }
 }
 
+/// Drops the translations of ranges. Many are dropped as one with all that is between them, which faults again: the
+/// lock of a context is not held for thousands of calls.
+pub(crate) fn zap(device: &dyn Device, asid: Asid, ranges: Vec<PageRange>) -> Flush {
+    let mut ranges = PageRange::merge(ranges);
+    if ranges.len() > ZAPPED_ONE_BY_ONE
+        && let (Some(first), Some(last)) = (ranges.first(), ranges.last())
+    {
+        ranges = vec![PageRange { start: first.start, end: last.end }];
+    }
+    let mut flush = Flush::Done;
+    for range in ranges {
+        // A later ticket says all that an earlier one of this GPU VM says.
+        if let Flush::Pending(ticket) = device.unbind(asid, range) {
+            flush = Flush::Pending(ticket);
+        }
+    }
+    flush
+}
+
 impl Context {
     /// Withdraws CPU pages from the context: accepted on return. Returns the sequence.
     pub fn invalidate(&self, range: PageRange) -> u64 {
@@ -67,10 +89,9 @@ impl Context {
         }
         let mut flushes = Vec::new();
         for vm in state.vms.values() {
-            for shown in vm.mappings.iter().filter_map(|va| va.showing(range)) {
-                if let Flush::Pending(ticket) = self.host.device_of(vm.device).unbind(vm.asid, shown) {
-                    flushes.push((vm.device, vm.asid, ticket));
-                }
+            let shown = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
+            if let Flush::Pending(ticket) = zap(self.host.device_of(vm.device).as_ref(), vm.asid, shown) {
+                flushes.push((vm.device, vm.asid, ticket));
             }
         }
         state.invalidations.begin(seq, flushes);

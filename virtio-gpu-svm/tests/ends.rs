@@ -176,8 +176,7 @@ fn answer_stands_when_only_pages_beside_it_have_raced() {
         num_runs: 2.into(),
     };
     let runs = [run(A, GPA, 1, 0), run(far, GPA + 0x1000, 1, 0)];
-    let resp =
-        SupplyResp::read_from_bytes(&w.send(&[answer.as_bytes(), runs.as_bytes()].concat())).unwrap();
+    let resp = SupplyResp::read_from_bytes(&w.send(&[answer.as_bytes(), runs.as_bytes()].concat())).unwrap();
     assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
     assert_eq!((resp.installed.get(), resp.refused.get()), (1, 1));
     assert_eq!(resp.resp.status.get(), 0, "-EAGAIN means that the fault is still pending");
@@ -304,4 +303,52 @@ fn removed_memory_is_out_of_use_by_dying_vms_too() {
         w.devices[0].retire_all(&w.host);
         assert!(!wait.recv().unwrap());
     });
+}
+
+#[test]
+fn many_small_mappings_are_zapped_by_few_calls() {
+    let w = World::with_limits(Limits { mappings: 4096, ..LIMITS });
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    let binds: Vec<_> = (0..2000).map(|n| map(C + n * 8192, A + n * 4096, 1)).collect();
+    assert_eq!(w.bind(1, vm, &binds), 0);
+    assert_eq!(w.supply(1, &[run(A, GPA, 2000, 0)]), 0);
+    let touch = |n: u64| {
+        w.devices[0].raise(&w.host, asid, C + n * 8192, Access::Read);
+        assert!(w.devices[0].bound(asid, C + n * 8192).is_some());
+    };
+    (0..2000).for_each(touch);
+    w.devices[0].told().unbinds = 0;
+    w.invalidate(1, A, 2000 * 4096);
+    assert!(w.devices[0].told().bound.is_empty());
+    assert_eq!(w.supply(1, &[run(A, GPA, 2000, 1)]), 0);
+    (0..2000).for_each(touch);
+    assert_eq!(w.bind(1, vm, &[unmap(C, 4000)]), 0);
+    assert!(w.devices[0].told().bound.is_empty());
+    let unbinds = w.devices[0].told().unbinds;
+    assert!(unbinds <= 200, "{unbinds} calls under the context's lock");
+}
+
+#[test]
+fn pages_of_one_command_are_bounded() {
+    let w = World::new();
+    w.create_context(1);
+    let all = (MEMORY / 4096) as u32;
+    let most = (1 << 22) / all as usize;
+    assert_eq!(w.supply(1, &vec![run(A, GPA, all, 0); most]), 0);
+    assert_eq!(w.supply(1, &vec![run(A, GPA, all, 0); most + 1]), -EINVAL);
+}
+
+#[test]
+fn refusal_names_the_run_that_it_is_about() {
+    let w = World::new();
+    w.create_context(1);
+    let good = run(A, GPA, 1, 0);
+    let wrong = [run(A + 1, GPA, 1, 0), run(A, GPA, 0, 0), run(A, 0, 1, 0), run(A, GPA, 1, 7)];
+    for bad in wrong {
+        let cmd = Supply { hdr: hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1), num_runs: 3.into(), reserved: 0.into() };
+        let bytes = w.send(&[cmd.as_bytes(), [good, good, bad].as_bytes()].concat());
+        let resp = SvmResp::read_from_bytes(&bytes).unwrap();
+        assert_eq!(resp.detail.get(), 2, "{bad:?}");
+    }
 }

@@ -5,6 +5,7 @@
 //! -EAGAIN, and its fault stays pending for another try. PROTOCOL 4.3, 4.4.
 
 use super::Outcome;
+use crate::addr::PageRange;
 use crate::address_space::{Install, Page, Run};
 use crate::context::{After, Context, Life, State};
 use crate::device::Verdict;
@@ -171,7 +172,7 @@ impl Context {
             return;
         };
         vm.state = gpu_vm::State::Unusable { errno, addr: page << crate::protocol::PAGE_SHIFT };
-        let others = state.faults.cookies_in(vm_id, crate::addr::PageRange { start: 0, end: u64::MAX });
+        let others = state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]);
         for cookie in others {
             self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EPIPE), after);
         }

@@ -63,14 +63,7 @@ impl MockDevice {
         self.raise_long(host, asid, addr, access, 8)
     }
     /// The same, of a packet that is going to touch `length_hint` bytes.
-    pub fn raise_long(
-        &self,
-        host: &Host,
-        asid: u32,
-        addr: u64,
-        access: Access,
-        length_hint: u64,
-    ) -> StopId {
+    pub fn raise_long(&self, host: &Host, asid: u32, addr: u64, access: Access, length_hint: u64) -> StopId {
         let stop = StopId(self.next_stop.fetch_add(1, Ordering::Relaxed));
         let fault = Fault {
             asid: Asid(asid),
