@@ -24,6 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
+use vhost_user_backend::VringT;
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
 
@@ -93,6 +94,11 @@ impl EventQueue {
     /// Whether records may be delivered now. Opening does not deliver.
     pub fn set_open(&self, open: bool) {
         self.open.store(open, Ordering::SeqCst);
+    }
+
+    /// Waits for a delivery that is under way, if there is one.
+    pub fn wait_for_delivery(&self) {
+        drop(self.ring.get().map(VringT::get_ref));
     }
 
     /// Delivers what there is.

@@ -13,7 +13,7 @@
 //! queue stops, the guest is frozen: no engine touches its memory. When it starts again, the framework calls
 //! `handle_event` for it once even without a kick (so that no kick is lost), and that is where it is noticed:
 //! * the ring goes on at an index other than 0: the same driver goes on, and the guest is thawed at once;
-//! * it goes on at 0: the first command decides. HELLO thaws, and then drops the old incarnation by itself; any other
+//! * it goes on at 0: the first command decides. HELLO drops an old incarnation and thaws what is left; any other
 //!   command is from a driver that does not know HELLO and began anew: everything is dropped.
 //!
 //! A driver that is paused after a multiple of 65,536 commands cannot be told from one that began anew; it loses its
@@ -79,7 +79,8 @@ pub struct Setup {
 enum Driver {
     /// The driver that the guest's state belongs to.
     Known,
-    /// Rings stopped. `reset`: the VMM said that the device was reset.
+    /// Rings stopped. `reset`: where the control queue stands does not tell who starts it again, because the VMM said
+    /// that the device was reset, or a first HELLO was refused.
     Stopped { reset: bool },
 }
 
@@ -304,15 +305,22 @@ impl Session {
         if queue != CONTROLQ {
             return self.guest.cursor(command, answer, room);
         }
-        if self.driver() != Driver::Known {
-            if is_hello(command) {
-                self.guest.thaw();
-            } else {
-                self.guest.reset();
-            }
+        let hello = is_hello(command);
+        if self.driver() != Driver::Known && !hello {
+            self.guest.reset();
             self.set_driver(Driver::Known);
         }
         self.guest.control(command, answer, room);
+        if hello {
+            // A record that was taken before may still be on its way; behind the answer it would seem to be of this life.
+            self.events.wait_for_delivery();
+            if self.driver() != Driver::Known {
+                // Accepted, it has dropped what is not this driver's and let the rest run. Refused, the next command
+                // decides; that the queue has moved on from 0 says nothing then.
+                let undecided = self.guest.is_frozen();
+                self.set_driver(if undecided { Driver::Stopped { reset: true } } else { Driver::Known });
+            }
+        }
     }
 }
 

@@ -114,9 +114,34 @@ impl PageRange {
     pub fn contains(self, page: u64) -> bool {
         self.start <= page && page < self.end
     }
+    /// The same pages as few ranges: sorted, and those that touch or overlap joined.
+    pub fn merge(mut ranges: Vec<Self>) -> Vec<Self> {
+        ranges.sort_unstable();
+        let mut merged: Vec<Self> = Vec::new();
+        for range in ranges {
+            match merged.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => merged.push(range),
+            }
+        }
+        merged
+    }
     /// What both have, if anything.
     pub fn intersect(self, other: Self) -> Option<Self> {
         let (start, end) = (self.start.max(other.start), self.end.min(other.end));
         (start < end).then_some(Self { start, end })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_touch_are_merged() {
+        let range = |start, end| PageRange { start, end };
+        let merged = PageRange::merge(vec![range(7, 9), range(1, 3), range(2, 4), range(4, 5), range(7, 8)]);
+        assert_eq!(merged, [range(1, 5), range(7, 9)]);
+        assert_eq!(PageRange::merge(vec![]), []);
     }
 }

@@ -212,6 +212,10 @@ impl Leaf {
     fn contradicts(&self, run: &Run, index: u64) -> bool {
         let (part, slots) = part_of(run.va, index);
         let first = run.first.plus(part.start.wrapping_sub(run.va.start));
+        if let Pages::Large(known) = self.pages {
+            let same = known.plus(slots.start).gpa_page == first.gpa_page;
+            return !same || (first.readonly && !known.readonly);
+        }
         self.known != 0
             && slots.zip(0..).any(|(slot, n)| {
                 self.page(slot).is_some_and(|known| {

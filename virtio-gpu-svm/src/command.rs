@@ -11,13 +11,15 @@ use crate::context::{self, NewContext};
 use crate::device::{AddressModel, FaultModel};
 use crate::fault::response::{self, Code, Supplied};
 use crate::guest::{self, Guest};
-use crate::memory::GUEST_PA_END;
+use crate::memory::{GUEST_PA_END, MemoryTable};
 use crate::protocol::control::*;
-use crate::protocol::errno::{EACCES, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, EPIPE};
+use crate::protocol::errno::{
+    EACCES, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSPC, EOPNOTSUPP, EPIPE,
+};
 use crate::protocol::gpu::*;
 use crate::protocol::{
-    CAPSET_SVM, CAPSET_SVM_VERSION, GUEST_VA_END, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_RUNS, PAGE_SHIFT,
-    PAGE_SIZE, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
+    CAPSET_SVM, CAPSET_SVM_VERSION, GUEST_VA_END, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_RUN_PAGES,
+    MAX_RUNS, PAGE_SHIFT, PAGE_SIZE, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::resource::Blob;
 use std::sync::Arc;
@@ -57,8 +59,8 @@ pub enum Error {
     #[error(transparent)]
     Range(#[from] RangeError),
     /// Outside guest memory.
-    #[error("entry {0} lies outside guest memory")]
-    NoMemory(u32),
+    #[error("outside guest memory")]
+    NoMemory,
     /// Contexts and resources.
     #[error(transparent)]
     Guest(#[from] guest::Error),
@@ -68,9 +70,9 @@ pub enum Error {
     /// Pages and answers.
     #[error(transparent)]
     Pages(#[from] response::Error),
-    /// Within a submission.
-    #[error("request {index} was refused")]
-    Request {
+    /// One of several: a run, an entry, a bind or a request.
+    #[error("number {index} was refused")]
+    At {
         /// Which.
         index: u32,
         /// Its errno.
@@ -86,7 +88,7 @@ impl Error {
             Self::NoHello => EPIPE,
             Self::Length | Self::Reserved | Self::Value | Self::Count | Self::Range(_) => EINVAL,
             Self::NoDevice(_) => ENOENT,
-            Self::NoMemory(_) => EFAULT,
+            Self::NoMemory => EFAULT,
             Self::Guest(error) => match error {
                 guest::Error::NoContext(_) | guest::Error::NoResource(_) => ENOENT,
                 guest::Error::ContextExists(_) | guest::Error::ResourceExists(_) => EEXIST,
@@ -95,7 +97,7 @@ impl Error {
             },
             Self::Context(error) => error.errno(),
             Self::Pages(error) => error.errno(),
-            Self::Request { errno, .. } => *errno,
+            Self::At { errno, .. } => *errno,
         }
     }
     /// The nearest response of virtio-gpu. PROTOCOL 8.
@@ -108,16 +110,20 @@ impl Error {
             ) => VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID,
             Self::UnknownCommand(_) | Self::NoHello | Self::Unsupported => VIRTIO_GPU_RESP_ERR_UNSPEC,
             other => match other.errno() {
-                ENOSPC => VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY,
+                ENOSPC | ENOMEM => VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY,
                 EINVAL | EFAULT | ENOENT => VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER,
                 EACCES | EBUSY | EEXIST => VIRTIO_GPU_RESP_ERR_UNSPEC,
                 _ => VIRTIO_GPU_RESP_ERR_UNSPEC,
             },
         }
     }
+    /// The same, said of one of several.
+    fn at(self, index: u32) -> Self {
+        Self::At { index, errno: self.errno() }
+    }
     fn detail(&self) -> u32 {
         match self {
-            Self::Request { index, .. } | Self::NoMemory(index) => *index,
+            Self::At { index, .. } => *index,
             Self::Pages(error) => error.index(),
             _ => 0,
         }
@@ -276,6 +282,7 @@ impl Answer<'_> {
     }
     fn get_capset_info(&mut self, request: &[u8]) -> Result<()> {
         let cmd: GetCapsetInfo = whole(request)?;
+        zero(cmd.padding.get() == 0)?;
         if cmd.capset_index.get() != 0 {
             return Err(Error::Value);
         }
@@ -337,10 +344,7 @@ impl Answer<'_> {
         let memory = self.guest.memory();
         let mut pages = Vec::with_capacity(entries.len());
         for (index, entry) in (0..).zip(entries) {
-            zero(entry.padding.get() == 0)?;
-            let range = PageRange::from_bytes(entry.addr.get(), entry.length.get().into(), GUEST_PA_END)?;
-            memory.lookup(range.start, range.pages()).ok_or(Error::NoMemory(index))?;
-            pages.push((range.start, range.pages()));
+            pages.push(blob_entry(entry, &memory).map_err(|error| error.at(index))?);
         }
         if pages.iter().map(|(_, pages)| *pages).fold(0, u64::saturating_add) != size.pages() {
             return Err(Error::Length);
@@ -388,6 +392,9 @@ impl Answer<'_> {
     fn get_device(&mut self, request: &[u8]) -> Result<()> {
         let cmd: GetDevice = whole(request)?;
         zero(cmd.reserved.get() == 0)?;
+        if self.request.ctx_id.get() != 0 {
+            return Err(Error::Value);
+        }
         let dev_id = cmd.dev_id.get();
         let index = self.guest.host_device(dev_id).ok_or(Error::NoDevice(dev_id))?;
         let info = self.guest.host().device_of(index).info().clone();
@@ -435,7 +442,7 @@ impl Answer<'_> {
         self.supplied(supplied)
     }
     fn supplied(&mut self, supplied: Supplied) -> Result<()> {
-        let status = if supplied.refused > 0 { crate::protocol::errno::EAGAIN.saturating_neg() } else { 0 };
+        let status = if supplied.pending { crate::protocol::errno::EAGAIN.saturating_neg() } else { 0 };
         let resp = self.head(VIRTIO_GPU_RESP_OK_NODATA, status, supplied.first_refused);
         self.put(&SupplyResp {
             resp,
@@ -478,7 +485,7 @@ impl Answer<'_> {
         let head = match refused {
             None => self.ok(),
             Some((index, errno)) => {
-                let error = Error::Request { index, errno };
+                let error = Error::At { index, errno };
                 self.head(error.response(), errno.saturating_neg(), index)
             }
         };
@@ -488,9 +495,19 @@ impl Answer<'_> {
     }
 }
 
+/// An entry of a blob: its first guest-physical page, and how many.
+fn blob_entry(entry: &MemEntry, memory: &MemoryTable) -> Result<(u64, u64)> {
+    zero(entry.padding.get() == 0)?;
+    let range = PageRange::from_bytes(entry.addr.get(), entry.length.get().into(), u64::MAX)?;
+    memory.lookup(range.start, range.pages()).ok_or(Error::NoMemory)?;
+    Ok((range.start, range.pages()))
+}
+
 /// Checks runs as far as this can be done without the context.
 fn checked_runs(runs: &[PageRun]) -> Result<Vec<Run>> {
-    let check = |run: &PageRun| {
+    let mut left = MAX_RUN_PAGES;
+    let mut check = |run: &PageRun| {
+        left = left.checked_sub(run.pages.get().into()).ok_or(Error::Count)?;
         zero(run.flags.get() & !RUN_READONLY == 0)?;
         let bytes = u64::from(run.pages.get()).saturating_mul(PAGE_SIZE);
         let va = PageRange::from_bytes(run.va.get(), bytes, GUEST_VA_END)?;
@@ -498,5 +515,5 @@ fn checked_runs(runs: &[PageRun]) -> Result<Vec<Run>> {
         let first = Page { gpa_page: gpa.start, readonly: run.flags.get() & RUN_READONLY != 0 };
         Ok(Run { va, first, as_of: run.as_of.get() })
     };
-    runs.iter().map(check).collect()
+    (0..).zip(runs).map(|(index, run)| check(run).map_err(|error: Error| error.at(index))).collect()
 }

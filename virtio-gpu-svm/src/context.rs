@@ -10,12 +10,12 @@ use crate::address_space::AddressSpace;
 use crate::device::{Asid, Device, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
 use crate::event::{DoneJob, Record, Stamp, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
-use crate::fault::{Outcome, PendingFaults};
+use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
 use crate::info::{ContextStatus, Counters, MappingStatus, VmStatus};
-use crate::invalidation::Invalidations;
+use crate::invalidation::{Invalidations, zap};
 use crate::memory::MemoryTable;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
@@ -118,7 +118,7 @@ pub struct State {
     next_vm: u32,
     pub(crate) faults: PendingFaults,
     /// Parked accesses beyond the limit of pending faults: raised again as others end.
-    pub(crate) throttled: VecDeque<(usize, StopId)>,
+    pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
     retiring: HashSet<(usize, Asid)>,
@@ -273,7 +273,9 @@ impl Context {
 
     /// Takes a GPU VM out of the context and begins to destroy it on its device.
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
-        for cookie in state.faults.cookies_in(vm_id, PageRange { start: 0, end: u64::MAX }) {
+        // Its device drops their jobs; here they would only keep others waiting.
+        state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
+        for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
@@ -317,14 +319,13 @@ impl Context {
         }
         let (device, asid, mut zapped) = (self.host.device_of(vm.device), vm.asid, Vec::new());
         change.zapped(|range| zapped.push(range));
-        for range in zapped {
-            // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.
-            let (Flush::Done | Flush::Pending(_)) = device.unbind(asid, range);
-            // A fault whose mapping is gone is raised again, and judged by what stands there then.
-            for cookie in state.faults.cookies_in(vm_id, range) {
-                self.end_pending(state, cookie, Outcome::Dropped, Verdict::Retry, after);
-            }
+        let zapped = PageRange::merge(zapped);
+        // A fault whose mapping is gone is raised again, and judged by what stands there then.
+        for cookie in state.faults.cookies_in(vm_id, &zapped) {
+            self.end_pending(state, cookie, Outcome::Dropped, Verdict::Retry, after);
         }
+        // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.
+        let (Flush::Done | Flush::Pending(_)) = zap(device.as_ref(), asid, zapped);
         Ok(())
     }
 
@@ -383,7 +384,6 @@ impl Context {
         let retired = {
             let mut state = self.lock();
             state.life = Life::Destroyed;
-            state.throttled.clear();
             let vms: Vec<u32> = state.vms.keys().copied().collect();
             for vm_id in vms {
                 self.close_vm(&mut state, vm_id, &mut after);
@@ -473,10 +473,9 @@ impl Context {
         for vm in state.vms.values().filter(|vm| device.is_none_or(|device| device == vm.device)) {
             let gpu = self.host.device_of(vm.device);
             evicted = evicted.saturating_add(gpu.resident_pages(vm.asid));
-            for va in vm.mappings.iter() {
-                // Pages stay the guest's; nobody frees them because of an eviction.
-                let (Flush::Done | Flush::Pending(_)) = gpu.unbind(vm.asid, va.range);
-            }
+            let ranges = vm.mappings.iter().map(|va| va.range).collect();
+            // Pages stay the guest's; nobody frees them because of an eviction.
+            let (Flush::Done | Flush::Pending(_)) = zap(gpu.as_ref(), vm.asid, ranges);
         }
         evicted
     }
@@ -490,7 +489,7 @@ impl Context {
             let Some(waiting) = state.waiting.pop_front() else { break };
             record = match waiting {
                 Waiting::Fault(cookie) => state.faults.get_mut(cookie).map(|fault| {
-                    fault.reported = true;
+                    fault.told = Some(fault.perm);
                     state.counters.faults_reported = state.counters.faults_reported.saturating_add(1);
                     let dev_id = state.vms.get(&fault.vm_id).map_or(0, |vm| vm.dev_id);
                     fault_record(self.ctx_id, dev_id, fault, stamp())

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   raised --+-- page known ------------------------------------> served locally
-//!            +-- no mapping, no right ---------------------------> refused
+//!            +-- no mapping, no right, GPU VM unusable -----------> refused
 //!            +-- owner gone -------------------------------------> dropped
 //!            +-- too many pending -------------------------------> throttled (raised again later)
 //!            +-- pending --+-- answer SUCCESS -------------------> answered
@@ -18,9 +18,9 @@ pub mod router;
 
 use crate::context::{After, Context, Life, State};
 use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
-use crate::gpu_vm::Backing;
+use crate::gpu_vm::{self, Backing};
 use crate::info::FaultTrace;
-use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM};
+use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
 use crate::protocol::event::{
     FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
 };
@@ -77,6 +77,9 @@ pub struct Pending {
     pub cpu_page: u64,
     /// `PERM_*` of the accesses.
     pub perm: u16,
+    /// `PERM_*` that the guest was told, and so all that its answer must grant; accesses that join later are repeated
+    /// and ask again. None before the guest was told: until then no answer can be honest.
+    pub told: Option<u16>,
     /// `FAULT_*` type.
     pub fault_type: u8,
     /// Where the walk ended.
@@ -87,8 +90,6 @@ pub struct Pending {
     pub length_hint: u32,
     /// When it was raised.
     pub raised_ns: u64,
-    /// Whether the guest has been told; before that no answer can be honest.
-    pub reported: bool,
     /// Parked accesses: the first one and those that joined.
     pub waiters: Vec<StopId>,
 }
@@ -117,10 +118,16 @@ impl PendingFaults {
     fn joined(&mut self, vm_id: u32, page: u64) -> Option<&mut Pending> {
         self.by_cookie.get_mut(self.by_page.get(&(vm_id, page))?)
     }
-    /// Cookies carry the generation of their context and are used once.
+    /// Cookies carry the generation of their context and are not used again while one is pending.
     fn insert(&mut self, generation: u64, mut pending: Pending) -> u64 {
-        self.next = self.next.wrapping_add(1);
-        let cookie = (generation << 32) | u64::from(self.next);
+        let cookie = loop {
+            self.next = self.next.wrapping_add(1);
+            let cookie = (generation << 32) | u64::from(self.next);
+            // After four thousand million faults one of the first may still be pending.
+            if !self.by_cookie.contains_key(&cookie) {
+                break cookie;
+            }
+        };
         pending.cookie = cookie;
         self.by_page.insert((pending.vm_id, pending.page), cookie);
         self.by_cookie.insert(cookie, pending);
@@ -132,9 +139,17 @@ impl PendingFaults {
         self.by_page.remove(&(pending.vm_id, pending.page));
         Some(pending)
     }
-    /// Cookies of a GPU VM's pending faults in a range of it.
-    pub fn cookies_in(&self, vm_id: u32, range: PageRange) -> Vec<u64> {
-        let inside = |p: &&Pending| p.vm_id == vm_id && range.contains(p.page);
+    /// CPU pages that are waited for; one may come up more than once.
+    pub fn cpu_pages(&self) -> impl Iterator<Item = u64> {
+        self.by_cookie.values().map(|pending| pending.cpu_page)
+    }
+    /// Cookies of a GPU VM's pending faults in ranges of it, which are sorted and apart.
+    pub fn cookies_in(&self, vm_id: u32, ranges: &[PageRange]) -> Vec<u64> {
+        let hit = |page: u64| {
+            let before = ranges.partition_point(|range| range.start <= page);
+            before.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|range| range.contains(page))
+        };
+        let inside = |p: &&Pending| p.vm_id == vm_id && hit(p.page);
         self.by_cookie.values().filter(inside).map(|p| p.cookie).collect()
     }
 }
@@ -180,6 +195,23 @@ struct Raised<'a> {
     fault: &'a Fault,
 }
 
+/// A parked access beyond the limit of pending faults. It was counted as throttled, and is raised again when there is
+/// room.
+pub struct Throttled {
+    device: usize,
+    vm_id: u32,
+    page: u64,
+    access: Access,
+    stop: StopId,
+}
+
+impl Throttled {
+    /// The GPU VM that it belongs to.
+    pub fn vm_id(&self) -> u32 {
+        self.vm_id
+    }
+}
+
 impl Raised<'_> {
     fn page(&self) -> u64 {
         self.fault.addr.page()
@@ -208,12 +240,14 @@ impl Context {
                 Resolution::Gone => (Outcome::Dropped, Verdict::Fail(ECANCELED)),
                 Resolution::Ask(fault_type, cpu_page) => {
                     self.ask(&mut state, &raised, fault_type, cpu_page, &mut after);
+                    self.let_throttled_in(&mut state, &mut after);
                     drop(state);
                     return self.settle(after);
                 }
             };
             after.resume(device, fault.stop, verdict);
             self.trace(&mut state, &raised, outcome);
+            self.let_throttled_in(&mut state, &mut after);
         }
         self.settle(after);
     }
@@ -228,11 +262,19 @@ impl Context {
             return;
         }
         if state.faults.count() >= usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX) {
-            state.throttled.push_back((raised.device, fault.stop));
+            let (device, page) = (raised.device, raised.page());
+            state.throttled.push_back(Throttled {
+                device,
+                vm_id,
+                page,
+                access: fault.access,
+                stop: fault.stop,
+            });
             self.trace(state, raised, Outcome::Throttled);
             return;
         }
         let hint = fault.length_hint.saturating_add(fault.addr.0 & (PAGE_SIZE - 1));
+        let hint = hint.min(state.bytes_to_end(vm_id, raised.page()));
         let pending = Pending {
             cookie: 0,
             vm_id,
@@ -241,12 +283,12 @@ impl Context {
             page: raised.page(),
             cpu_page,
             perm: fault.access.perm(),
+            told: None,
             fault_type,
             level: fault.level,
             engine: fault.engine,
             length_hint: u32::try_from(hint).unwrap_or(u32::MAX),
             raised_ns: self.host.now_ns(),
-            reported: false,
             waiters: vec![fault.stop],
         };
         state.space.expect(cpu_page);
@@ -267,7 +309,7 @@ impl Context {
     ) {
         let Some(pending) = state.faults.take(cookie) else { return };
         self.count_pending(state, pending.vm_id, false);
-        if !pending.reported {
+        if pending.told.is_none() {
             state.waiting.retain(|waiting| *waiting != Waiting::Fault(cookie));
         }
         let count = u64::try_from(pending.waiters.len()).unwrap_or(u64::MAX);
@@ -275,9 +317,7 @@ impl Context {
             after.resume(pending.device, *stop, verdict);
         }
         state.count(outcome, count);
-        if let Some((device, stop)) = state.throttled.pop_front() {
-            after.resume(device, stop, Verdict::Retry);
-        }
+        self.let_throttled_in(state, after);
         let now = self.host.now_ns();
         self.host.traces.push(FaultTrace {
             time_ns: pending.raised_ns,
@@ -292,6 +332,24 @@ impl Context {
             outcome: outcome.name(),
             wait_ns: now.saturating_sub(pending.raised_ns),
         });
+    }
+
+    /// Lets as many throttled accesses go on as there is room for, and those in front of them that need none any more.
+    ///
+    /// Called after every change that makes room or could have made a page known by a fault. So none is forgotten: one
+    /// that was let go on either faults again, which leads here, or its page was bound, and that led here too.
+    fn let_throttled_in(&self, state: &mut State, after: &mut After) {
+        let limit = usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX);
+        let mut room = limit.saturating_sub(state.faults.count());
+        while room > 0
+            && let Some(throttled) = state.throttled.pop_front()
+        {
+            let Throttled { device, vm_id, page, access, stop } = throttled;
+            if matches!(state.resolve(vm_id, page, access), Resolution::Ask(..)) {
+                room = room.saturating_sub(1);
+            }
+            after.resume(device, stop, Verdict::Retry);
+        }
     }
 
     /// Counts and traces a fault that did not become pending.
@@ -376,6 +434,9 @@ impl State {
         let Some(vm) = self.vms.get(&vm_id).filter(|_| self.life == Life::Alive) else {
             return Resolution::Gone;
         };
+        if vm.state != gpu_vm::State::Usable {
+            return Resolution::Refuse(EPIPE);
+        }
         let Some(va) = vm.mappings.find(page) else { return Resolution::Refuse(EINVAL) };
         if access.writes() && va.readonly {
             return Resolution::Refuse(EPERM);
@@ -398,6 +459,11 @@ impl State {
                 (Some(_), _) => Resolution::Serve,
             },
         }
+    }
+    /// Bytes from a GPU page on to the end of its mapping.
+    fn bytes_to_end(&self, vm_id: u32, page: u64) -> u64 {
+        let va = self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page));
+        va.map_or(0, |va| va.range.end.saturating_sub(page) << PAGE_SHIFT)
     }
     /// The CPU page shown at a GPU page, for traces; 0 where there is none.
     fn cpu_page(&self, vm_id: u32, page: u64) -> u64 {

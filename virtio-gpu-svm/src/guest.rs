@@ -88,6 +88,13 @@ struct Inner {
     frozen: bool,
 }
 
+impl Inner {
+    /// Contexts of earlier incarnations that engines may still use.
+    fn retiring_of_earlier(&self) -> usize {
+        self.retiring.values().filter(|(_, farewell)| *farewell == Farewell::None).count()
+    }
+}
+
 /// Whether the driver is told when a context has retired.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Farewell {
@@ -112,7 +119,7 @@ pub struct Guest {
     limits: Limits,
     devices: Vec<usize>,
     port: Arc<dyn EventPort>,
-    /// Guards contexts, resources, memory and the driver's life. Contexts may be locked under it.
+    /// Guards contexts, resources, memory and the driver's life. Contexts and the outbox may be locked under it.
     inner: Mutex<Inner>,
     /// Guards the order of records; nothing is locked under it.
     outbox: Mutex<Outbox>,
@@ -216,20 +223,29 @@ impl Guest {
     pub fn host_device(&self, dev_id: u32) -> Option<usize> {
         self.devices.get(usize::try_from(dev_id).ok()?).copied()
     }
+    /// Whether its rings are stopped and its jobs with them.
+    pub fn is_frozen(&self) -> bool {
+        self.lock().frozen
+    }
     /// Whether the driver has said HELLO in this session.
     pub(crate) fn greeted(&self) -> bool {
         self.lock().incarnation != 0
     }
 
-    /// Opens a driver's life: contexts and resources of an earlier incarnation are dropped. PROTOCOL 4.1.
+    /// Opens a driver's life: contexts and resources of an earlier incarnation are dropped, and what is left runs if it
+    /// was frozen. PROTOCOL 4.1.
     pub(crate) fn hello(self: &Arc<Self>, incarnation: u64) -> Greeting {
         if self.lock().incarnation != incarnation {
             self.drop_everything();
         }
+        if self.is_frozen() {
+            self.thaw();
+        }
         let mut inner = self.lock();
         inner.incarnation = incarnation;
-        let retiring = u32::try_from(inner.retiring.len()).unwrap_or(u32::MAX);
+        let retiring = inner.retiring_of_earlier();
         inner.quiet_due = retiring > 0;
+        let retiring = u32::try_from(retiring).unwrap_or(u32::MAX);
         Greeting { retiring, num_devices: self.num_devices() }
     }
 
@@ -240,7 +256,9 @@ impl Guest {
             return Err(Error::ContextExists(new.ctx_id));
         }
         let limit = usize::try_from(self.limits.contexts).unwrap_or(usize::MAX);
-        if inner.contexts.len().saturating_add(inner.retiring.len()) >= limit {
+        // A notice counts until it is fetched: they would pile up in front of a driver that fetches none.
+        let untold = self.lock_outbox().notices.len();
+        if inner.contexts.len().saturating_add(inner.retiring.len()).saturating_add(untold) >= limit {
             return Err(Error::TooManyContexts(self.limits.contexts));
         }
         let memory = Arc::clone(&inner.memory);
@@ -262,7 +280,9 @@ impl Guest {
             for resource in inner.resources.values_mut() {
                 resource.attached.remove(&ctx_id);
             }
-            inner.retiring.insert(context.generation, (Arc::clone(&context), Farewell::Record));
+            // Records are for drivers of this protocol; another one posts no buffers for them.
+            let farewell = if inner.incarnation == 0 { Farewell::None } else { Farewell::Record };
+            inner.retiring.insert(context.generation, (Arc::clone(&context), farewell));
             context
         };
         self.end_context(&context);
@@ -276,18 +296,19 @@ impl Guest {
     }
     /// No device holds anything of a destroyed context any more.
     pub(crate) fn on_context_retired(self: &Arc<Self>, context: &Arc<Context>) {
-        let (farewell, quiet) = {
+        {
             let mut inner = self.lock();
             let Some((_, farewell)) = inner.retiring.remove(&context.generation) else { return };
-            let quiet = inner.quiet_due && inner.retiring.is_empty();
+            let quiet = inner.quiet_due && inner.retiring_of_earlier() == 0;
             inner.quiet_due &= !quiet;
-            (farewell, quiet.then_some(inner.incarnation))
-        };
+            let retired = Notice { kind: EVENT_CONTEXT_RETIRED, ctx_id: context.ctx_id, value: 0, errno: 0 };
+            let value = inner.incarnation;
+            let quiet = quiet.then_some(Notice { kind: EVENT_QUIET, ctx_id: 0, value, errno: 0 });
+            let notices = [(farewell == Farewell::Record).then_some(retired), quiet];
+            // Queued before the guest's lock is released, so that a new incarnation drops it or never sees it.
+            self.lock_outbox().notices.extend(notices.into_iter().flatten());
+        }
         self.host.remember(&context.counters());
-        let retired = Notice { kind: EVENT_CONTEXT_RETIRED, ctx_id: context.ctx_id, value: 0, errno: 0 };
-        let quiet = quiet.map(|value| Notice { kind: EVENT_QUIET, ctx_id: 0, value, errno: 0 });
-        let notices = [(farewell == Farewell::Record).then_some(retired), quiet];
-        self.lock_outbox().notices.extend(notices.into_iter().flatten());
         self.port.ready();
     }
 
@@ -339,10 +360,7 @@ impl Guest {
         attached.iter().for_each(|context| context.unmap_blob(resource_id));
         let flushes = contexts.iter().flat_map(|context| context.flush_all()).collect();
         self.wait_flushed(flushes);
-        self.wait_until(|| {
-            let inner = self.lock();
-            inner.retiring.is_empty() && contexts.iter().all(|context| !context.is_retiring())
-        });
+        self.wait_retired(&contexts);
         Ok(())
     }
     /// The blob of a resource that is attached to a context.
@@ -425,18 +443,23 @@ impl Guest {
                 old.regions().iter().filter(|region| !kept.contains(&region.id())).cloned().collect();
             (gone, inner.contexts.values().cloned().collect::<Vec<_>>())
         };
-        for context in contexts {
+        for context in &contexts {
             let vms = context.change_memory(&table, &gone);
             for (device, asid) in vms {
                 gone.iter().for_each(|region| self.host.device_of(device).drop_region(asid, region.id()));
             }
+        }
+        if !gone.is_empty() {
+            // GPU VMs on their way out hold regions too.
+            self.wait_retired(&contexts);
         }
     }
     /// The memory table now.
     pub fn memory(&self) -> Arc<MemoryTable> {
         Arc::clone(&self.lock().memory)
     }
-    /// The rings stopped: stops this guest's jobs; on return no engine touches its memory.
+    /// The rings stopped: stops this guest's jobs; on return no engine touches its memory. Until [`Guest::thaw`],
+    /// [`Guest::reset`] or a HELLO no other command may be carried out.
     pub fn freeze(&self) {
         let contexts: Vec<Arc<Context>> = {
             let mut inner = self.lock();
@@ -445,9 +468,7 @@ impl Guest {
         };
         let flushes = contexts.iter().flat_map(|context| context.set_frozen(true)).collect();
         self.wait_flushed(flushes);
-        self.wait_until(|| {
-            self.lock().retiring.is_empty() && contexts.iter().all(|context| !context.is_retiring())
-        });
+        self.wait_retired(&contexts);
     }
     /// The rings run again with the driver that left them.
     pub fn thaw(&self) {
@@ -506,6 +527,12 @@ impl Guest {
             flushes
                 .iter()
                 .all(|(device, asid, ticket)| self.host.device_of(*device).has_flushed(*asid, *ticket))
+        });
+    }
+    /// Waits until engines have let go of destroyed contexts, and of destroyed GPU VMs of these.
+    fn wait_retired(&self, contexts: &[Arc<Context>]) {
+        self.wait_until(|| {
+            self.lock().retiring.is_empty() && contexts.iter().all(|context| !context.is_retiring())
         });
     }
     fn wait_until(&self, done: impl Fn() -> bool) {

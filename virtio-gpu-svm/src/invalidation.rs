@@ -5,13 +5,16 @@
 //! record. Only then may the guest reuse a page. PROTOCOL 4.5.
 
 use crate::addr::PageRange;
-use crate::context::{After, Context, State};
-use crate::device::{Asid, Flush, Ticket};
+use crate::context::{After, Context, Life, State};
+use crate::device::{Asid, Device, Flush, Ticket};
 use crate::event::Waiting;
 use crate::memory::{MemoryTable, Region};
 use crate::protocol::PAGE_SHIFT;
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// Most ranges of a GPU VM that are dropped one by one.
+const ZAPPED_ONE_BY_ONE: usize = 64;
 
 /// What engines still have to pass before an invalidation is done.
 #[derive(Debug)]
@@ -55,18 +58,40 @@ impl Invalidations {
     }
 }
 
+/// Drops the translations of ranges. Many are dropped as one with all that is between them, which faults again: the
+/// lock of a context is not held for thousands of calls.
+pub(crate) fn zap(device: &dyn Device, asid: Asid, ranges: Vec<PageRange>) -> Flush {
+    let mut ranges = PageRange::merge(ranges);
+    if ranges.len() > ZAPPED_ONE_BY_ONE
+        && let (Some(first), Some(last)) = (ranges.first(), ranges.last())
+    {
+        ranges = vec![PageRange { start: first.start, end: last.end }];
+    }
+    let mut flush = Flush::Done;
+    for range in ranges {
+        // A later ticket says all that an earlier one of this GPU VM says.
+        if let Flush::Pending(ticket) = device.unbind(asid, range) {
+            flush = Flush::Pending(ticket);
+        }
+    }
+    flush
+}
+
 impl Context {
     /// Withdraws CPU pages from the context: accepted on return. Returns the sequence.
     pub fn invalidate(&self, range: PageRange) -> u64 {
         let mut guard = self.lock();
         let state = &mut *guard;
         let seq = state.space.invalidate(range);
+        // An emptied leaf is gone; answers on their way still race with invalidations of their own leaf only.
+        for cpu_page in state.faults.cpu_pages().filter(|page| range.contains(*page)) {
+            state.space.expect(cpu_page);
+        }
         let mut flushes = Vec::new();
         for vm in state.vms.values() {
-            for shown in vm.mappings.iter().filter_map(|va| va.showing(range)) {
-                if let Flush::Pending(ticket) = self.host.device_of(vm.device).unbind(vm.asid, shown) {
-                    flushes.push((vm.device, vm.asid, ticket));
-                }
+            let shown = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
+            if let Flush::Pending(ticket) = zap(self.host.device_of(vm.device).as_ref(), vm.asid, shown) {
+                flushes.push((vm.device, vm.asid, ticket));
             }
         }
         state.invalidations.begin(seq, flushes);
@@ -79,7 +104,9 @@ impl Context {
         let mut after = After::default();
         {
             let mut state = self.lock();
+            // Records of a destroyed context would be taken for the next one's of its id.
             if state.invalidations.passed(device, asid, ticket)
+                && state.life == Life::Alive
                 && !state.waiting.contains(&Waiting::InvalDone)
             {
                 state.waiting.push_back(Waiting::InvalDone);

@@ -184,6 +184,22 @@ fn hello_with_the_same_incarnation_keeps_contexts_and_a_new_one_drops_them() {
 }
 
 #[test]
+fn refused_hello_neither_thaws_nor_drops() {
+    let daemon = Daemon::start();
+    let mut vmm = with_context(&daemon);
+    vmm.stop_rings();
+    vmm.start_rings(true);
+    for _ in 0..2 {
+        assert_ne!(kind(&vmm.command(hello(0).as_bytes())), VIRTIO_GPU_RESP_OK_NODATA);
+        assert!(frozen(&daemon), "nothing says yet who is there");
+        assert_eq!(contexts(&daemon), 1);
+    }
+    assert_eq!(kind(&vmm.command(hello(1).as_bytes())), VIRTIO_GPU_RESP_OK_NODATA);
+    assert!(!frozen(&daemon));
+    assert_eq!(contexts(&daemon), 1);
+}
+
+#[test]
 fn records_of_a_driver_that_is_gone_are_not_delivered_to_the_next() {
     let daemon = Daemon::start();
     let mut vmm = with_context(&daemon);

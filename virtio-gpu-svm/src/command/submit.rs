@@ -100,7 +100,7 @@ impl Submission<'_> {
         let mut binds = Vec::with_capacity(ops.len());
         for (index, op) in (0..).zip(ops) {
             let bind = self.bind_op(op, space_end);
-            binds.push(bind.map_err(|error| Error::Request { index, errno: error.errno() })?);
+            binds.push(bind.map_err(|error| error.at(index))?);
         }
         self.context.bind(vm_id, &binds)?;
         area.put(hdr, RspHdr::default());

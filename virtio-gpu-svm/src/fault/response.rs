@@ -5,6 +5,7 @@
 //! -EAGAIN, and its fault stays pending for another try. PROTOCOL 4.3, 4.4.
 
 use super::Outcome;
+use crate::addr::PageRange;
 use crate::address_space::{Install, Page, Run};
 use crate::context::{After, Context, Life, State};
 use crate::device::Verdict;
@@ -46,6 +47,8 @@ pub struct Supplied {
     pub refused: u32,
     /// The first of them.
     pub first_refused: u32,
+    /// Whether what was to be achieved is still open: for an answer, that its fault is still pending.
+    pub pending: bool,
 }
 
 /// Why pages or an answer were refused.
@@ -122,21 +125,21 @@ impl Context {
         runs: &[Run],
         after: &mut After,
     ) -> Result<Supplied, Error> {
-        let Some(pending) = state.faults.get(cookie).filter(|pending| pending.reported) else {
+        let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, p.told?))) else {
             state.counters.answers_stale = state.counters.answers_stale.saturating_add(1);
             return Err(Error::UnknownCookie(cookie));
         };
         let (vm_id, asid, page, cpu_page) = (pending.vm_id, pending.asid, pending.page, pending.cpu_page);
-        let writes = u32::from(pending.perm) & PERM_WRITE != 0;
+        let writes = u32::from(perm) & PERM_WRITE != 0;
         if code != Code::Success {
             if !runs.is_empty() {
                 return Err(Error::UnexpectedRuns);
             }
+            self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EFAULT), after);
             if code == Code::Failure {
                 self.make_unusable(state, vm_id, EFAULT, page, after);
             }
-            self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EFAULT), after);
-            return Ok(Supplied::default());
+            return Ok(Supplied { pending: false, ..Supplied::default() });
         }
         state.check_runs(runs)?;
         let serves = |page: Page| !(writes && page.readonly);
@@ -144,8 +147,9 @@ impl Context {
         if !covered && !state.space.lookup(cpu_page).is_some_and(serves) {
             return Err(Error::NotCovered { cpu_page });
         }
-        let supplied = state.install_runs(runs)?;
+        let mut supplied = state.install_runs(runs)?;
         if state.space.lookup(cpu_page).is_some_and(serves) {
+            supplied.pending = false;
             let (outcome, verdict) = match self.bind_around(state, vm_id, asid, page) {
                 Ok(()) => (Outcome::Answered, Verdict::Retry),
                 Err(errno) => (Outcome::Refused, Verdict::Fail(errno)),
@@ -168,7 +172,7 @@ impl Context {
             return;
         };
         vm.state = gpu_vm::State::Unusable { errno, addr: page << crate::protocol::PAGE_SHIFT };
-        let others = state.faults.cookies_in(vm_id, crate::addr::PageRange { start: 0, end: u64::MAX });
+        let others = state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]);
         for cookie in others {
             self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EPIPE), after);
         }
@@ -194,7 +198,7 @@ impl State {
     }
     fn install_runs(&mut self, runs: &[Run]) -> Result<Supplied, Error> {
         let mut supplied = Supplied::default();
-        for (index, run) in (0..).zip(runs) {
+        let outcome = runs.iter().zip(0..).try_for_each(|(run, index)| {
             match self.space.install(run) {
                 Install::Done => supplied.installed = supplied.installed.saturating_add(1),
                 Install::Raced => {
@@ -206,11 +210,13 @@ impl State {
                 Install::Conflict => return Err(Error::Conflict { index }),
                 Install::Full => return Err(Error::Full { index }),
             }
-        }
+            Ok(())
+        });
         let counters = &mut self.counters;
         counters.runs_installed = counters.runs_installed.saturating_add(supplied.installed.into());
         counters.runs_refused = counters.runs_refused.saturating_add(supplied.refused.into());
-        Ok(supplied)
+        supplied.pending = supplied.refused > 0;
+        outcome.map(|()| supplied)
     }
 }
 

@@ -53,6 +53,8 @@ pub const MAX_COMMAND_BYTES: usize = 2 << 20;
 pub const MAX_RESPONSE_BYTES: usize = 64 << 10;
 /// Most page runs in one SUPPLY or PAGE_RESPONSE.
 pub const MAX_RUNS: u32 = 4096;
+/// Most pages of all runs in one SUPPLY or PAGE_RESPONSE: 16 GiB.
+pub const MAX_RUN_PAGES: u64 = 1 << 22;
 /// Most operations in one VM_BIND.
 pub const MAX_BINDS: u32 = 4096;
 /// Most packets in one EXEC.

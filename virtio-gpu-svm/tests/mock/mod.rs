@@ -39,6 +39,8 @@ pub struct Told {
     pub jobs: Vec<(Asid, JobId)>,
     pub destroyed: Vec<Asid>,
     pub frozen: BTreeSet<Asid>,
+    /// Calls of `unbind`.
+    pub unbinds: usize,
     /// While set, unbinding leaves engines with old translations until `pass`.
     pub busy: bool,
     tickets: u64,
@@ -58,13 +60,17 @@ impl MockDevice {
     }
     /// Raises a fault as an engine would, on this thread.
     pub fn raise(&self, host: &Host, asid: u32, addr: u64, access: Access) -> StopId {
+        self.raise_long(host, asid, addr, access, 8)
+    }
+    /// The same, of a packet that is going to touch `length_hint` bytes.
+    pub fn raise_long(&self, host: &Host, asid: u32, addr: u64, access: Access, length_hint: u64) -> StopId {
         let stop = StopId(self.next_stop.fetch_add(1, Ordering::Relaxed));
         let fault = Fault {
             asid: Asid(asid),
             stop,
             job: JobId(1),
             addr: GpuAddr(addr),
-            length_hint: 8,
+            length_hint,
             access,
             engine: 0,
             level: 0,
@@ -143,6 +149,7 @@ impl Device for MockDevice {
     }
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
         let mut told = self.told();
+        told.unbinds += 1;
         told.bound.retain(|(a, page), _| *a != asid || !range.contains(*page));
         Self::ticket(&mut told)
     }
@@ -203,6 +210,9 @@ pub const LIMITS: Limits = Limits { contexts: 16, pending_faults: 4, jobs: 4, ma
 
 impl World {
     pub fn new() -> Self {
+        Self::with_limits(LIMITS)
+    }
+    pub fn with_limits(limits: Limits) -> Self {
         let device = |index| {
             let info = DeviceInfo {
                 name: format!("mock{index}"),
@@ -216,7 +226,7 @@ impl World {
         };
         let devices: Vec<_> = (0..2).map(device).collect();
         let host = Host::new(devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect());
-        let guest = host.open_guest("g", LIMITS, &[0, 1], Arc::new(Port::default()));
+        let guest = host.open_guest("g", limits, &[0, 1], Arc::new(Port::default()));
         let world = Self { host, devices, guest };
         world.guest.set_memory(table(&[region(1, GPA, MEMORY)]));
         world.hello(1);
