@@ -55,6 +55,9 @@ pub enum Error {
     /// Over the quota of mappings.
     #[error("the GPU VM would have more than {0} mappings")]
     TooManyMappings(u32),
+    /// A mirror window would be cut where it has pages.
+    #[error("the mirror window has pages there; invalidate them first")]
+    MirrorBusy,
     /// The device refused.
     #[error("the device refused")]
     Device(#[source] crate::device::Error),
@@ -67,6 +70,7 @@ impl Error {
             Self::NoVm(_) => ENOENT,
             Self::VmExists(_) => EEXIST,
             Self::VmUnusable(_) => EPIPE,
+            Self::MirrorBusy => EBUSY,
             Self::NoAsid | Self::TooManyJobs(_) | Self::TooManyMappings(_) => ENOSPC,
             Self::Device(error) => match error {
                 crate::device::Error::NoVm(_) => EPIPE,
@@ -87,6 +91,8 @@ pub enum Bind {
     Map(GpuVa),
     /// Unmap.
     Unmap(PageRange),
+    /// Unmap every mapping of a blob resource.
+    UnmapAll(u32),
 }
 
 /// What must be done once the context's lock is released.
@@ -311,6 +317,7 @@ impl Context {
             match bind {
                 Bind::Map(va) => vm.mappings.map(va.clone(), &mut change),
                 Bind::Unmap(range) => vm.mappings.unmap(*range, &mut change),
+                Bind::UnmapAll(resource_id) => vm.mappings.unmap_blob(*resource_id, &mut change),
             }
         }
         if vm.mappings.len() > usize::try_from(limit).unwrap_or(usize::MAX) {
@@ -318,6 +325,12 @@ impl Context {
             return Err(Error::TooManyMappings(limit));
         }
         let (device, asid, mut zapped) = (self.host.device_of(vm.device), vm.asid, Vec::new());
+        let mut busy = false;
+        change.out_of_mirrors(|range| busy |= device.is_resident(asid, range));
+        if busy {
+            vm.mappings.undo(change);
+            return Err(Error::MirrorBusy);
+        }
         change.zapped(|range| zapped.push(range));
         let zapped = PageRange::merge(zapped);
         // A fault whose mapping is gone is raised again, and judged by what stands there then.
@@ -450,17 +463,10 @@ impl Context {
 
     /// Unmaps a blob resource from every GPU VM of the context.
     pub(crate) fn unmap_blob(self: &Arc<Self>, resource_id: u32) {
-        let shows =
-            |va: &&GpuVa| matches!(&va.backing, Backing::Blob(blob, _) if blob.resource_id == resource_id);
-        let found: Vec<(u32, Vec<Bind>)> = {
-            let state = self.lock();
-            let unmaps =
-                |vm: &GpuVm| vm.mappings.iter().filter(shows).map(|va| Bind::Unmap(va.range)).collect();
-            state.vms.iter().map(|(vm_id, vm)| (*vm_id, unmaps(vm))).collect()
-        };
-        for (vm_id, binds) in found {
+        let vms: Vec<u32> = self.lock().vms.keys().copied().collect();
+        for vm_id in vms {
             // The queue thread alone changes mappings and destroys GPU VMs, and it is in here.
-            if let Err(error) = self.bind(vm_id, &binds) {
+            if let Err(error) = self.bind(vm_id, &[Bind::UnmapAll(resource_id)]) {
                 unreachable!("an unmap was refused: {error}");
             }
         }
@@ -592,11 +598,11 @@ fn mapping_status(va: &GpuVa) -> MappingStatus {
         offset: None,
         readonly: va.readonly,
     };
+    let cpu = va.cpu_range();
+    let (cpu_start, cpu_end) = (cpu.map(PageRange::start_addr), cpu.map(PageRange::end_addr));
     match &va.backing {
-        Backing::Userptr(page) => {
-            let end = page.saturating_add(va.range.pages());
-            MappingStatus { cpu_start: Some(page << PAGE_SHIFT), cpu_end: Some(end << PAGE_SHIFT), ..none }
-        }
+        Backing::Userptr(_) => MappingStatus { cpu_start, cpu_end, ..none },
+        Backing::Mirror(_) => MappingStatus { kind: "mirror", cpu_start, cpu_end, ..none },
         Backing::Blob(blob, page) => MappingStatus {
             kind: "blob",
             resource_id: Some(blob.resource_id),

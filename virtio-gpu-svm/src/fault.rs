@@ -18,7 +18,7 @@ pub mod router;
 
 use crate::context::{After, Context, Life, State};
 use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
-use crate::gpu_vm::{self, Backing};
+use crate::gpu_vm::{self, Behind};
 use crate::info::FaultTrace;
 use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
 use crate::protocol::event::{
@@ -396,8 +396,8 @@ impl Context {
         let device = self.host.device_of(vm.device);
         let block =
             PageRange { start: page & !(LEAF_PAGES - 1), end: (page | (LEAF_PAGES - 1)).saturating_add(1) };
-        if let (Some(both), Backing::Userptr(cpu)) = (va.range.intersect(block), va.backing_at(block.start))
-            && both == block
+        if va.range.intersect(block) == Some(block)
+            && let Behind::Cpu(cpu) = va.behind(block.start)
             && cpu % LEAF_PAGES == 0
             && let Some(first) = space.lookup_large(cpu)
             && let Some((region, offset)) = memory.lookup(first.gpa_page, LEAF_PAGES)
@@ -411,7 +411,7 @@ impl Context {
         let window = va.range.intersect(window).unwrap_or(window);
         let mut at = window.start;
         for page in window.start..=window.end {
-            let known = (page < window.end).then(|| known_page(va.backing_at(page), space)).flatten();
+            let known = (page < window.end).then(|| known_page(va.behind(page), space)).flatten();
             let found = known.and_then(|known| Some((known, memory.lookup(known.gpa_page, 1)?)));
             if let Some((known, (region, offset))) = found {
                 let writable = !va.readonly && !known.readonly;
@@ -441,14 +441,14 @@ impl State {
         if access.writes() && va.readonly {
             return Resolution::Refuse(EPERM);
         }
-        match va.backing_at(page) {
-            Backing::Blob(blob, at) => {
+        match va.behind(page) {
+            Behind::Blob(blob, at) => {
                 match blob.gpa_page(at).and_then(|gpa_page| self.memory.lookup(gpa_page, 1)) {
                     Some(_) => Resolution::Serve,
                     None => Resolution::Refuse(EFAULT),
                 }
             }
-            Backing::Userptr(cpu_page) => match (self.space.lookup(cpu_page), access) {
+            Behind::Cpu(cpu_page) => match (self.space.lookup(cpu_page), access) {
                 (None, _) => Resolution::Ask(FAULT_NOT_PRESENT, cpu_page),
                 (Some(known), Access::Write) if known.readonly => {
                     Resolution::Ask(FAULT_WRITE_ACCESS, cpu_page)
@@ -467,9 +467,9 @@ impl State {
     }
     /// The CPU page shown at a GPU page, for traces; 0 where there is none.
     fn cpu_page(&self, vm_id: u32, page: u64) -> u64 {
-        match self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page)).map(|va| va.backing_at(page)) {
-            Some(Backing::Userptr(cpu_page)) => cpu_page,
-            Some(Backing::Blob(..)) | None => 0,
+        match self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page)).map(|va| va.behind(page)) {
+            Some(Behind::Cpu(cpu_page)) => cpu_page,
+            Some(Behind::Blob(..)) | None => 0,
         }
     }
     fn count(&mut self, outcome: Outcome, n: u64) {
@@ -485,12 +485,12 @@ impl State {
 }
 
 fn known_page(
-    backing: Backing,
+    behind: Behind,
     space: &crate::address_space::AddressSpace,
 ) -> Option<crate::address_space::Page> {
-    match backing {
-        Backing::Userptr(cpu_page) => space.lookup(cpu_page),
-        Backing::Blob(blob, page) => {
+    match behind {
+        Behind::Cpu(cpu_page) => space.lookup(cpu_page),
+        Behind::Blob(blob, page) => {
             Some(crate::address_space::Page { gpa_page: blob.gpa_page(page)?, readonly: false })
         }
     }

@@ -47,6 +47,8 @@ use std::sync::Arc;
 pub enum Backing {
     /// The process' CPU pages from this page number on (A).
     Userptr(u64),
+    /// A mirror window: the CPU page is the GPU page and this much, wherever the mapping begins.
+    Mirror(i64),
     /// A blob resource, from this page of it on.
     Blob(Arc<Blob>, u64),
 }
@@ -56,12 +58,16 @@ impl Backing {
     fn advanced(&self, pages: u64) -> Self {
         match self {
             Self::Userptr(page) => Self::Userptr(page.wrapping_add(pages)),
+            Self::Mirror(offset) => Self::Mirror(*offset),
             Self::Blob(blob, page) => Self::Blob(Arc::clone(blob), page.wrapping_add(pages)),
         }
     }
     /// Whether no object stands behind it.
     fn is_objectless(&self) -> bool {
-        matches!(self, Self::Userptr(_))
+        match self {
+            Self::Userptr(_) | Self::Mirror(_) => true,
+            Self::Blob(..) => false,
+        }
     }
     /// drm_gpuvm's `keep`: translations of an overlapped mapping may stay, because the request maps the same object
     /// contiguously. Object-less mappings never keep.
@@ -74,6 +80,15 @@ impl Backing {
             _ => false,
         }
     }
+}
+
+/// What stands behind one page of a mapping.
+#[derive(Clone, Debug)]
+pub enum Behind {
+    /// A CPU page of the process.
+    Cpu(u64),
+    /// A page of a blob resource.
+    Blob(Arc<Blob>, u64),
 }
 
 /// A mapping C..D (drm_gpuvm calls it a `gpuva`).
@@ -101,15 +116,23 @@ impl GpuVa {
         (stick_out(left), self.part(within), stick_out(right))
     }
     /// What stands behind one of its pages.
-    pub fn backing_at(&self, page: u64) -> Backing {
-        self.backing.advanced(page.saturating_sub(self.range.start))
+    pub fn behind(&self, page: u64) -> Behind {
+        match self.backing.advanced(page.saturating_sub(self.range.start)) {
+            Backing::Userptr(cpu) => Behind::Cpu(cpu),
+            Backing::Mirror(offset) => Behind::Cpu(page.wrapping_add_signed(offset)),
+            Backing::Blob(blob, at) => Behind::Blob(blob, at),
+        }
+    }
+    /// The CPU pages that it shows.
+    pub fn cpu_range(&self) -> Option<PageRange> {
+        let Behind::Cpu(start) = self.behind(self.range.start) else { return None };
+        Some(PageRange { start, end: start.saturating_add(self.range.pages()) })
     }
     /// The GPU pages that show any of these CPU pages.
     pub fn showing(&self, cpu: PageRange) -> Option<PageRange> {
-        let Backing::Userptr(first) = self.backing else { return None };
-        let shown = PageRange { start: first, end: first.saturating_add(self.range.pages()) };
+        let shown = self.cpu_range()?;
         let both = shown.intersect(cpu)?;
-        let to_gpu = |page: u64| page.saturating_sub(first).saturating_add(self.range.start);
+        let to_gpu = |page: u64| page.saturating_sub(shown.start).saturating_add(self.range.start);
         Some(PageRange { start: to_gpu(both.start), end: to_gpu(both.end) })
     }
 }
@@ -148,13 +171,25 @@ pub struct Change {
 impl Change {
     /// Ranges whose translations must go.
     pub fn zapped(&self, mut zap: impl FnMut(PageRange)) {
+        self.taken(|_, range| zap(range));
+    }
+    /// Ranges that were taken out of mirror windows.
+    pub fn out_of_mirrors(&self, mut tell: impl FnMut(PageRange)) {
+        self.taken(|va, range| {
+            if matches!(va.backing, Backing::Mirror(_)) {
+                tell(range)
+            }
+        });
+    }
+    /// What was taken from which mapping, unless its translations may stay.
+    fn taken(&self, mut tell: impl FnMut(&GpuVa, PageRange)) {
         for step in &self.steps {
             match step {
-                SmStep::Unmap { va, keep: false } => zap(va.range),
+                SmStep::Unmap { va, keep: false } => tell(va, va.range),
                 SmStep::Remap { prev, next, va, keep: false } => {
                     let start = prev.as_ref().map_or(va.range.start, |p| p.range.end);
                     let end = next.as_ref().map_or(va.range.end, |n| n.range.start);
-                    zap(PageRange { start, end });
+                    tell(va, PageRange { start, end });
                 }
                 SmStep::Unmap { .. } | SmStep::Remap { .. } | SmStep::Map(_) => {}
             }
@@ -194,6 +229,13 @@ impl Mappings {
     /// Unmaps whatever is there.
     pub fn unmap(&mut self, range: PageRange, change: &mut Change) {
         self.cut(range, None, change);
+    }
+    /// Unmaps every mapping of a blob resource.
+    pub fn unmap_blob(&mut self, resource_id: u32, change: &mut Change) {
+        let shows =
+            |va: &&GpuVa| matches!(&va.backing, Backing::Blob(blob, _) if blob.resource_id == resource_id);
+        let ranges: Vec<PageRange> = self.iter().filter(shows).map(|va| va.range).collect();
+        ranges.into_iter().for_each(|range| self.unmap(range, change));
     }
     /// Splits object-less mappings at the edges of a range, so that advice about the range has mappings of its own.
     /// Nothing is unmapped or merged, and translations stay.

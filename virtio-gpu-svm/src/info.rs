@@ -111,11 +111,11 @@ pub struct MappingStatus {
     pub gpu_start: u64,
     /// D.
     pub gpu_end: u64,
-    /// `"userptr"` or `"blob"`.
+    /// `"userptr"`, `"mirror"` or `"blob"`.
     pub kind: &'static str,
-    /// A, for a userptr.
+    /// A, for a userptr or mirror.
     pub cpu_start: Option<u64>,
-    /// B, for a userptr.
+    /// B, for a userptr or mirror.
     pub cpu_end: Option<u64>,
     /// The resource, for a blob.
     pub resource_id: Option<u32>,

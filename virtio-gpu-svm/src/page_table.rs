@@ -249,6 +249,13 @@ impl Block {
         if word & LARGE != 0 { BLOCK_PAGES } else { word >> PAGE_SHIFT }
     }
 
+    /// Whether one of its small pages in the range has a translation.
+    fn holds(&self, part: PageRange) -> bool {
+        let Some(leaf) = self.leaf.get().filter(|_| self.present() > 0) else { return false };
+        let word = |page| entry(leaf, index(page, 0)).load(Ordering::Relaxed);
+        (part.start..part.end).any(|page| word(page) & PRESENT != 0)
+    }
+
     /// Stores the word, but keeps whether the block is noted as emptied.
     fn set_word(&self, word: u64) {
         let noted = self.word.load(Ordering::Relaxed) & NOTED;
@@ -308,6 +315,13 @@ impl<'a> Edit<'a> {
                 edit.note(part.start >> FANOUT_BITS, block);
             }
         });
+    }
+
+    /// Whether a page of the range has a translation.
+    pub fn is_resident(&mut self, range: PageRange) -> bool {
+        let mut found = false;
+        self.visit(range, |_, part, block| found |= block.is_large() || block.holds(part));
+        found
     }
 
     /// Drops the translations of a range; a large leaf that is cut goes whole.

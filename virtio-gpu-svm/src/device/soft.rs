@@ -292,6 +292,11 @@ impl Device for SoftDevice {
         vm.map_or(0, |vm| vm.memory.resident_pages())
     }
 
+    fn is_resident(&self, asid: Asid, range: PageRange) -> bool {
+        let vm = self.sched().vm(asid);
+        vm.is_some_and(|vm| vm.memory.is_resident(range))
+    }
+
     fn check_packets(&self, packets: &[Packet]) -> Result<(), Error> {
         packet::check(packets, 1u64.wrapping_shl(self.info.va_bits))
     }

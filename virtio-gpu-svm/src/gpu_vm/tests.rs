@@ -13,9 +13,8 @@ fn blob(start: u64, end: u64, of: &Arc<Blob>, page: u64) -> GpuVa {
 fn shape(mappings: &Mappings) -> Vec<(u64, u64, u64)> {
     mappings
         .iter()
-        .map(|va| match va.backing {
-            Backing::Userptr(cpu) => (va.range.start, va.range.end, cpu),
-            Backing::Blob(_, page) => (va.range.start, va.range.end, page),
+        .map(|va| match va.behind(va.range.start) {
+            Behind::Cpu(page) | Behind::Blob(_, page) => (va.range.start, va.range.end, page),
         })
         .collect()
 }
@@ -36,9 +35,9 @@ fn drawn(objects: &[Arc<Blob>; 3], (start, end, object, page): Drawn) -> GpuVa {
     blob(start, end, &objects[object], page)
 }
 fn drawing(mappings: &Mappings) -> Vec<Drawn> {
-    let one = |va: &GpuVa| match &va.backing {
-        Backing::Blob(blob, page) => (va.range.start, va.range.end, blob.resource_id as usize - 1, *page),
-        Backing::Userptr(page) => (va.range.start, va.range.end, usize::MAX, *page),
+    let one = |va: &GpuVa| match va.behind(va.range.start) {
+        Behind::Blob(blob, page) => (va.range.start, va.range.end, blob.resource_id as usize - 1, page),
+        Behind::Cpu(page) => (va.range.start, va.range.end, usize::MAX, page),
     };
     mappings.iter().map(one).collect()
 }
@@ -272,9 +271,9 @@ fn compare_with_a_page_map(seed: u64, operations: u64) {
             assert_eq!(was.is_some(), gone, "page {page}");
         }
         for page in 0..80 {
-            let found = m.find(page).map(|va| match va.backing_at(page) {
-                Backing::Userptr(cpu) => cpu,
-                Backing::Blob(..) => unreachable!(),
+            let found = m.find(page).map(|va| match va.behind(page) {
+                Behind::Cpu(cpu) => cpu,
+                Behind::Blob(..) => unreachable!(),
             });
             assert_eq!(found, model.get(&page).copied());
         }

@@ -23,8 +23,13 @@ pub const BIND_OP_UNMAP: u32 = 1;
 /// [`BindOp::op`]: map a range of the process' CPU addresses.
 pub const BIND_OP_MAP_USERPTR: u32 = 2;
 
+/// [`BindOp::op`]: unmap every mapping of a blob resource.
+pub const BIND_OP_UNMAP_ALL: u32 = 3;
+
 /// [`BindOp::flags`]: the GPU may only read.
 pub const BIND_READONLY: u32 = 1 << 0;
+/// [`BindOp::flags`] of a MAP: a mirror window, CPU address = GPU address + `obj_offset` (signed).
+pub const BIND_CPU_ADDR_MIRROR: u32 = 1 << 5;
 
 /// [`VmProperty::state`]: works.
 pub const VM_USABLE: u32 = 0;
@@ -108,19 +113,20 @@ wire! {
     }
 }
 wire! {
-    /// One operation of [`VmBind`]; numbering of xe's `VM_BIND`.
+    /// One operation of [`VmBind`]; numbering of xe's `VM_BIND`, for operations and flags.
     BindOp, 48 {
         /// `BIND_OP_*`.
         op: U32,
         /// `BIND_*`.
         flags: U32,
-        /// First GPU address (C), page aligned.
+        /// First GPU address (C), page aligned. UNMAP_ALL: zero.
         addr: U64,
-        /// Bytes, a multiple of the page size, not 0.
+        /// Bytes, a multiple of the page size, not 0. UNMAP_ALL: zero.
         range: U64,
-        /// MAP: offset in the resource. MAP_USERPTR: first guest CPU address (A). UNMAP: zero.
+        /// MAP: offset in the resource, or of a mirror window (two's complement). MAP_USERPTR: first guest CPU address
+        /// (A). UNMAP, UNMAP_ALL: zero.
         obj_offset: U64,
-        /// MAP: the resource. Else zero.
+        /// MAP (but of a mirror window), UNMAP_ALL: the resource. Else zero.
         resource_id: U32,
         /// Zero.
         reserved: U32,

@@ -127,6 +127,11 @@ impl VmMemory {
         self.read().table.resident_pages()
     }
 
+    /// Whether a page of the range has a translation now.
+    pub fn is_resident(&self, range: PageRange) -> bool {
+        self.read().table.edit().is_resident(range)
+    }
+
     /// Enters for a slice.
     pub fn view(&self) -> View<'_> {
         View { inner: self.read() }

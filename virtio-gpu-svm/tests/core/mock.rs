@@ -1,6 +1,5 @@
 //! A guest on a device that does nothing by itself: tests raise its faults and pass its checkpoints, and look at what
 //! it was told.
-#![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -164,6 +163,9 @@ impl Device for MockDevice {
     }
     fn resident_pages(&self, asid: Asid) -> u64 {
         self.told().bound.keys().filter(|(a, _)| *a == asid).count() as u64
+    }
+    fn is_resident(&self, asid: Asid, range: PageRange) -> bool {
+        self.told().bound.keys().any(|(a, page)| *a == asid && range.contains(*page))
     }
     fn check_packets(&self, _packets: &[Packet]) -> Result<(), Error> {
         Ok(())

@@ -1,16 +1,12 @@
 //! Ends that come at an awkward moment: who waits is let go, what is counted adds up, and nothing of a life that is
 //! over reaches the next one.
-#![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
 
-mod mock;
-
-use mock::{A, C, GPA, LIMITS, MEMORY, World, hdr, map, region, run, table, unmap};
+use crate::mock::{A, C, GPA, LIMITS, MEMORY, World, hdr, map, region, run, table, unmap};
 use std::collections::BTreeSet;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 use virtio_gpu_svm::device::{Access, Asid, StopId, Verdict};
 use virtio_gpu_svm::host::Limits;
-use virtio_gpu_svm::info::Counters;
 use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::errno::*;
 use virtio_gpu_svm::protocol::event::*;

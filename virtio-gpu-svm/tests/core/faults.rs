@@ -1,9 +1,6 @@
 //! A fault's life against every event that can meet it, on a device that does nothing by itself.
-#![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
 
-mod mock;
-
-use mock::{A, C, GPA, MEMORY, World, map, region, run, table, unmap};
+use crate::mock::{A, C, GPA, MEMORY, World, map, region, run, table, unmap};
 use virtio_gpu_svm::device::{Access, Verdict};
 use virtio_gpu_svm::protocol::control::{
     PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS, RUN_READONLY,
