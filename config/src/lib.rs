@@ -137,11 +137,20 @@ pub struct Limits {
     pub mappings: u32,
     /// Blob resources of a guest.
     pub resources: u32,
+    /// Milliseconds in which a fault must be answered; 0: any time will do.
+    pub fault_deadline_ms: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { contexts: 4096, pending_faults: 256, jobs: 256, mappings: 65_536, resources: 4096 }
+        Self {
+            contexts: 4096,
+            pending_faults: 256,
+            jobs: 256,
+            mappings: 65_536,
+            resources: 4096,
+            fault_deadline_ms: 60_000,
+        }
     }
 }
 

@@ -4,10 +4,11 @@
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
-//! [`devices`] are what it is all about; [`control`] is the door for whoever operates all this.
+//! [`devices`] are what it is all about, [`deadlines`] ends faults that nobody answers; [`control`] is the door for whoever operates all this.
 
 mod attendant;
 pub mod control;
+pub mod deadlines;
 pub mod devices;
 pub mod eventq;
 pub mod exit;

@@ -10,6 +10,7 @@ use args::Args;
 use clap::Parser;
 use config::{Config, LogLevel};
 use daemon::control::{self, ControlState};
+use daemon::deadlines::Deadlines;
 use daemon::devices::Devices;
 use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use daemon::socket::ListeningSocket;
@@ -57,6 +58,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     if args.sabotage == Some(args::Sabotage::SwapAsid) {
         host.sabotage_swap_asids();
     }
+    let deadlines = Deadlines::start(Arc::clone(&host)).map_err(|e| Failure::Runtime(e.into()))?;
     let registry = Registry::new(
         host,
         Options {
@@ -72,6 +74,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         .and_then(|runtime| runtime.block_on(serve(&registry, &config, inherited.zip(args.fd))));
     // Sessions first: closing a guest waits for the engines.
     registry.shutdown();
+    deadlines.stop();
     devices.stop();
     served
 }
@@ -158,8 +161,8 @@ fn end_with_its_only_guest(registry: &Registry, shutdown: &Arc<Notify>) {
 }
 
 fn limits(limits: config::Limits) -> Limits {
-    let config::Limits { contexts, pending_faults, jobs, mappings, resources } = limits;
-    Limits { contexts, pending_faults, jobs, mappings, resources }
+    let config::Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms } = limits;
+    Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms }
 }
 
 fn log_to_stderr(level: LogLevel) {

@@ -24,6 +24,7 @@ use crate::protocol::job::Packet;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 /// Whether a context still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -453,6 +454,10 @@ impl Context {
             Flush::Pending(ticket) => Some((device, asid, ticket)),
         };
         self.asids().into_iter().filter_map(flush).collect()
+    }
+    /// The guest's own time now.
+    pub(crate) fn run_time(&self) -> Duration {
+        self.guest.upgrade().map_or(Duration::ZERO, |guest| guest.run_time())
     }
     /// Wakes who waits for engines on behalf of its guest.
     pub(crate) fn wake_guest(&self) {

@@ -28,6 +28,7 @@ use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
 use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
 pub const FAULT_AROUND_PAGES: u64 = 16;
@@ -90,6 +91,8 @@ pub struct Pending {
     pub length_hint: u32,
     /// When it was raised.
     pub raised_ns: u64,
+    /// The same on the guest's own clock.
+    pub raised_run: Duration,
     /// Parked accesses: the first one and those that joined.
     pub waiters: Vec<StopId>,
 }
@@ -142,6 +145,11 @@ impl PendingFaults {
     /// CPU pages that are waited for; one may come up more than once.
     pub fn cpu_pages(&self) -> impl Iterator<Item = u64> {
         self.by_cookie.values().map(|pending| pending.cpu_page)
+    }
+    /// Pending faults that were raised at `run` of the guest's own time or before: cookie, GPU VM, GPU page.
+    pub fn raised_until(&self, run: Duration) -> Vec<(u64, u32, u64)> {
+        let old = self.by_cookie.values().filter(|pending| pending.raised_run <= run);
+        old.map(|pending| (pending.cookie, pending.vm_id, pending.page)).collect()
     }
     /// Cookies of a GPU VM's pending faults in ranges of it, which are sorted and apart.
     pub fn cookies_in(&self, vm_id: u32, ranges: &[PageRange]) -> Vec<u64> {
@@ -289,6 +297,7 @@ impl Context {
             engine: fault.engine,
             length_hint: u32::try_from(hint).unwrap_or(u32::MAX),
             raised_ns: self.host.now_ns(),
+            raised_run: self.run_time(),
             waiters: vec![fault.stop],
         };
         state.space.expect(cpu_page);

@@ -4,6 +4,7 @@
 //! Commands come from one queue thread; engines announce records; the vhost-user thread changes memory and stops and
 //! starts the rings. Locks are taken in the order guest -> context; engines never take the guest's.
 
+use crate::clock::RunClock;
 use crate::context::{Context, NewContext};
 use crate::device::Ticket;
 use crate::event::{Notice, Record, Stamp, notice_record};
@@ -124,6 +125,8 @@ pub struct Guest {
     /// Guards the order of records; nothing is locked under it.
     outbox: Mutex<Outbox>,
     sequence: AtomicU64,
+    /// Passes while the rings run.
+    clock: RunClock,
     /// Counts what engines have let go of, for those who wait for it.
     passed: Mutex<u64>,
     waiters: Condvar,
@@ -148,6 +151,7 @@ impl Guest {
             inner: Mutex::default(),
             outbox: Mutex::default(),
             sequence: AtomicU64::new(0),
+            clock: RunClock::new(),
             passed: Mutex::new(0),
             waiters: Condvar::new(),
         })
@@ -464,6 +468,7 @@ impl Guest {
         let contexts: Vec<Arc<Context>> = {
             let mut inner = self.lock();
             inner.frozen = true;
+            self.clock.stop();
             inner.contexts.values().cloned().collect()
         };
         let flushes = contexts.iter().flat_map(|context| context.set_frozen(true)).collect();
@@ -475,6 +480,7 @@ impl Guest {
         let contexts: Vec<Arc<Context>> = {
             let mut inner = self.lock();
             inner.frozen = false;
+            self.clock.start();
             inner.contexts.values().cloned().collect()
         };
         for context in contexts {
@@ -488,6 +494,7 @@ impl Guest {
         let mut inner = self.lock();
         inner.incarnation = 0;
         inner.frozen = false;
+        self.clock.start();
     }
     /// The session ended: as [`Guest::reset`], and the guest leaves the host's list. On return no engine touches its
     /// memory.
@@ -515,6 +522,17 @@ impl Guest {
         *self.lock_outbox() = Outbox::default();
     }
 
+    /// Its own time: what has passed while its rings ran.
+    pub(crate) fn run_time(&self) -> Duration {
+        self.clock.now()
+    }
+    /// Ends the faults that this guest has not answered in time.
+    pub(crate) fn expire_faults(&self) {
+        let deadline = Duration::from_millis(self.limits.fault_deadline_ms.into());
+        let Some(run) = self.run_time().checked_sub(deadline).filter(|_| !deadline.is_zero()) else { return };
+        let contexts: Vec<Arc<Context>> = self.lock().contexts.values().cloned().collect();
+        contexts.iter().for_each(|context| context.expire_faults(run));
+    }
     /// Wakes who waits for engines.
     pub(crate) fn wake_waiters(&self) {
         let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);

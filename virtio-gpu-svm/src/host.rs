@@ -26,6 +26,8 @@ pub struct Limits {
     pub mappings: u32,
     /// Blob resources.
     pub resources: u32,
+    /// Milliseconds of the guest's own time ([`crate::clock`]) in which a fault must be answered; 0: any time will do.
+    pub fault_deadline_ms: u32,
 }
 
 struct Slot {
@@ -171,6 +173,13 @@ impl Host {
     pub fn recent_faults(&self, limit: usize) -> Vec<FaultTrace> {
         let last = self.traces.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.iter().skip(last.len().saturating_sub(limit)).cloned().collect()
+    }
+    /// Ends the faults that their guests have not answered in time. To be called every now and then; costs nothing
+    /// while no fault waits.
+    pub fn expire_faults(&self) {
+        if self.pending_vms.now.load(Ordering::Relaxed) > 0 {
+            self.guests().iter().for_each(|guest| guest.expire_faults());
+        }
     }
     /// Keeps the counts of a context that goes.
     pub(crate) fn remember(&self, counters: &Counters) {

@@ -31,7 +31,14 @@ impl Daemon {
 
     pub(crate) fn start_with(allow_unsealed: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let limits = Limits { contexts: 16, pending_faults: 16, jobs: 16, mappings: 64, resources: 16 };
+        let limits = Limits {
+            contexts: 16,
+            pending_faults: 16,
+            jobs: 16,
+            mappings: 64,
+            resources: 16,
+            fault_deadline_ms: 0,
+        };
         let runtime_dirs = vec![dir.path().to_owned()];
         let registry = Registry::new(Host::new(Vec::new()), Options { runtime_dirs, limits, allow_unsealed });
         let (tell, events) = mpsc::channel();

@@ -11,9 +11,10 @@ use crate::context::{After, Context, Life, State};
 use crate::device::Verdict;
 use crate::gpu_vm;
 use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
-use crate::protocol::errno::{EFAULT, ENOSPC, EPIPE};
+use crate::protocol::errno::{EFAULT, ENOSPC, EPIPE, ETIMEDOUT};
 use crate::protocol::event::PERM_WRITE;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What an answer says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,6 +158,21 @@ impl Context {
             self.end_pending(state, cookie, outcome, verdict, after);
         }
         Ok(supplied)
+    }
+
+    /// Ends faults that were raised at `run` of the guest's own time or before: the guest has had its time, the job
+    /// fails, and the GPU VM becomes unusable. PROTOCOL 4.4.
+    pub(crate) fn expire_faults(self: &Arc<Self>, run: Duration) {
+        let mut after = After::default();
+        {
+            let mut state = self.lock();
+            for (cookie, vm_id, page) in state.faults.raised_until(run) {
+                let verdict = Verdict::Fail(ETIMEDOUT);
+                self.end_pending(&mut state, cookie, Outcome::Refused, verdict, &mut after);
+                self.make_unusable(&mut state, vm_id, ETIMEDOUT, page, &mut after);
+            }
+        }
+        self.settle(after);
     }
 
     /// Makes a GPU VM unusable for good: nothing more is mapped or run in it. Semantics of panthor.

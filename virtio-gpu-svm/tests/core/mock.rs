@@ -13,7 +13,7 @@ use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits};
 use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
 use virtio_gpu_svm::protocol::control::*;
-use virtio_gpu_svm::protocol::event::{EVENT_RECORD_BYTES, EventHdr};
+use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord};
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
 use virtio_gpu_svm::protocol::request::*;
@@ -208,7 +208,16 @@ pub struct World {
     pub guest: Arc<Guest>,
 }
 
-pub const LIMITS: Limits = Limits { contexts: 16, pending_faults: 4, jobs: 4, mappings: 8, resources: 4 };
+pub const LIMITS: Limits = Limits {
+    contexts: 16,
+    pending_faults: 4,
+    jobs: 4,
+    mappings: 8,
+    resources: 4,
+    fault_deadline_ms: DEADLINE_MS,
+};
+/// Short enough to wait for; nothing expires unless a test asks for it.
+pub const DEADLINE_MS: u32 = 20;
 
 impl World {
     pub fn new() -> Self {
@@ -321,6 +330,12 @@ impl World {
         let resp = InvalidateResp::read_from_bytes(&self.send(cmd.as_bytes())).unwrap();
         assert_eq!(resp.resp.status.get(), 0);
         (resp.seq.get(), resp.resp.inval_done_seq.get())
+    }
+    /// Cookies of the faults whose records wait.
+    pub fn cookies(&self) -> Vec<u64> {
+        let records = self.records();
+        let faults = records.iter().map(|bytes| FaultRecord::read_from_bytes(bytes).unwrap());
+        faults.filter(|record| record.kind.get() == EVENT_FAULT).map(|record| record.cookie.get()).collect()
     }
     /// All records that wait.
     pub fn records(&self) -> Vec<[u8; EVENT_RECORD_BYTES]> {
