@@ -6,3 +6,4 @@ mod ends;
 mod faults;
 mod mirrors;
 mod mock;
+mod refusals;
