@@ -265,7 +265,7 @@ impl Agent {
         let (releaser, released) = mpsc::channel();
         let held = options.hold_answers.then(Vec::new);
         let state = State {
-            life: Life::first(),
+            life: Life::begin(0),
             contexts: HashMap::new(),
             last_ctx_id: 0,
             orphans: Vec::new(),
@@ -526,11 +526,12 @@ impl Agent {
             let Ok(pump) = self.device.pump(PUMP_TIMEOUT) else {
                 return self.on_device_failed();
             };
-            if pump.foreign_epoch.is_some() {
-                self.on_epoch_lost();
-            }
             for completion in pump.completions {
                 self.on_completion(&completion);
+            }
+            // After the answers: one of them may be that to HELLO, and another one newer than it.
+            if pump.foreign_epoch.is_some() {
+                self.on_epoch_lost();
             }
             for (epoch, event) in pump.events {
                 self.on_event(epoch, &event);
@@ -565,6 +566,7 @@ impl Agent {
                 if state.contexts.get(&ctx_id).is_some_and(retiring) {
                     let arenas = state.contexts.remove(&ctx_id).map(|mut context| context.take_arenas());
                     drop(state);
+                    self.device.forget_progress(ctx_id);
                     self.release(arenas.into_iter().flatten());
                 }
             }

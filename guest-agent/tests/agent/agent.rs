@@ -240,6 +240,84 @@ fn lost_epoch_ends_every_context_and_keeps_memory_until_quiet() {
     bench.context();
 }
 
+impl Bench {
+    /// Waits until the agent has looked at everything that the device has said so far.
+    fn heard(&self) {
+        let before = self.agent.ledger(false).unowned;
+        eventually("heard", || {
+            self.mock.script(|script| script.fault(999, 0x1000));
+            self.agent.ledger(false).unowned > before
+        });
+    }
+
+    fn hellos(&self) -> usize {
+        self.mock.look().log.iter().filter(|line| *line == "hello").count()
+    }
+}
+
+/// An answer of the lost life, good as it looks, does not say that all is quiet.
+#[test]
+fn late_answer_of_a_lost_life_is_not_taken_for_quiet() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, sink) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| {
+        script.stalled = true;
+        script.fault(ctx_id, 0x10_0000);
+    });
+    eventually("an answer is on its way", || bench.agent.ledger(false).pending == 1);
+    bench.mock.script(|script| {
+        script.epoch += 1;
+        script.retiring = 1;
+        script.notice(EVENT_INVAL_DONE, 0, 0);
+    });
+    eventually("told", || !sink.0.lock().unwrap().is_empty());
+    bench.mock.script(|script| script.stalled = false);
+    eventually("a second HELLO", || bench.hellos() == 2);
+    bench.heard();
+    assert!(bench.agent.check_open().is_err());
+    assert!(bench.released().is_empty());
+    bench.mock.script(|script| script.notice(EVENT_QUIET, 0, script.incarnation));
+    eventually("released", || bench.released() == [arena.id]);
+}
+
+/// Else nobody would ever say that all is quiet.
+#[test]
+fn state_lost_again_before_quiet_begins_another_life() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    for hellos in [2, 3] {
+        bench.mock.script(|script| {
+            script.lose_state();
+            script.retiring = u32::from(hellos == 2);
+            script.notice(EVENT_INVAL_DONE, 0, 0);
+        });
+        eventually("another HELLO", || bench.hellos() == hellos);
+        if hellos == 2 {
+            bench.heard();
+        }
+    }
+    eventually("released", || bench.released() == [arena.id]);
+    assert!(bench.agent.check_open().is_ok());
+}
+
+/// A fault whose pages the device will never take must not hang its job.
+#[test]
+fn fault_whose_pages_are_refused_for_good_ends_its_job() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    for refusal in [-14, -17, -28] {
+        let cookie = bench.mock.script(|script| {
+            (script.refuse_answers, script.refusal) = (1, refusal);
+            script.fault(ctx_id, 0x10_0000)
+        });
+        assert_eq!(bench.answered(cookie).code, 1, "{refusal}");
+    }
+    eventually("the ledger", || bench.agent.ledger(false).refused == 3);
+}
+
 #[test]
 fn bad_ranges_overlaps_and_quotas_are_refused() {
     let options = AgentOptions {

@@ -49,8 +49,11 @@ pub struct Script {
     /// Contexts alive, and the sequence of their last invalidation.
     pub contexts: HashMap<u32, u64>,
     pub answers: Vec<Answered>,
-    /// Answers to refuse with EAGAIN.
+    /// Answers to refuse with `refusal`.
     pub refuse_answers: u32,
+    pub refusal: i32,
+    /// Commands are not looked at; events go on.
+    pub stalled: bool,
     /// CTX_DESTROY is followed by CONTEXT_RETIRED only when the test says so.
     pub hold_retired: bool,
     /// INVALIDATE is done only when the test says so.
@@ -76,6 +79,8 @@ impl Default for Script {
             contexts: HashMap::new(),
             answers: Vec::new(),
             refuse_answers: 0,
+            refusal: -11,
+            stalled: false,
             hold_retired: false,
             hold_done: false,
             pending: HashSet::new(),
@@ -193,9 +198,11 @@ impl Script {
         let old = runs.iter().any(|run| run.as_of.get() < seq);
         let status = if !self.pending.contains(&cookie) {
             -22
-        } else if old || self.refuse_answers > 0 {
-            self.refuse_answers = self.refuse_answers.saturating_sub(1);
+        } else if old {
             -11
+        } else if self.refuse_answers > 0 {
+            self.refuse_answers -= 1;
+            self.refusal
         } else {
             self.pending.remove(&cookie);
             0
@@ -338,7 +345,7 @@ impl Mock {
             let Some(queues) = queues.as_mut() else { continue };
             let mut script = self.script.lock().unwrap();
             let mut interrupt = false;
-            while let Some(chain) = queues.control.pop() {
+            while let Some(chain) = (!script.stalled).then(|| queues.control.pop()).flatten() {
                 let answer = script.answer(&chain.readable);
                 interrupt |= queues.control.push(&chain, &answer);
             }
