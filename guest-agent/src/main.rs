@@ -134,9 +134,9 @@ struct AgentArgs {
     /// MiB of pinned memory that one process may have
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     process_memory: u32,
-    /// MiB of pinned memory in all
-    #[arg(long, value_name = "MIB", default_value_t = 4096)]
-    total_memory: u32,
+    /// MiB of pinned memory in all [default: half of the guest's memory]
+    #[arg(long, value_name = "MIB")]
+    total_memory: Option<u32>,
     /// Processes that may be connected at once
     #[arg(long, value_name = "COUNT", default_value_t = 512)]
     max_clients: usize,

@@ -5,6 +5,10 @@
 //! touching the memory in between. A present entry is then the pinned page, and stays it until the pin is dropped.
 //! mlock is not enough: compaction moves locked pages.
 //!
+//! The process that the file is for can write to it, so F_SEAL_FUTURE_WRITE is not set, and it may punch holes. That
+//! harms nobody else: the hole's pages leave the file but stay pinned, so the device keeps reaching memory that is
+//! nobody's, while the process sees fresh pages that no device knows.
+//!
 //! Dropping a [`Pinned`] lets the pages go. Its owner ([`crate::keeper`]) does so only when the device cannot use them.
 
 #![expect(unsafe_code, reason = "registers memory with io_uring")]
@@ -76,14 +80,21 @@ pub struct Pinned {
     pub fd: OwnedFd,
     /// Guest-physical address of each page.
     pub pages: Vec<u64>,
-    /// What holds the pages.
-    _hold: Box<dyn Any + Send>,
+    hold: Hold,
 }
+
+/// What holds pages in place: they stay until it is dropped.
+pub type Hold = Box<dyn Any + Send>;
 
 impl Pinned {
     /// Memory that `hold` keeps in place.
-    pub fn new(fd: OwnedFd, pages: Vec<u64>, hold: Box<dyn Any + Send>) -> Self {
-        Self { fd, pages, _hold: hold }
+    pub fn new(fd: OwnedFd, pages: Vec<u64>, hold: Hold) -> Self {
+        Self { fd, pages, hold }
+    }
+
+    /// The hold alone, once those who need them have the file and the addresses.
+    pub fn into_hold(self) -> Hold {
+        self.hold
     }
 }
 

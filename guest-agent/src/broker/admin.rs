@@ -1,12 +1,10 @@
 //! The operator's socket: one line in, one JSON document out. Mode 0600, served one connection after another.
 
 use crate::agent::Agent;
-use crate::socket::unlink_dead;
+use crate::socket::listen;
 use rustix::net::SocketType;
-use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -73,9 +71,7 @@ pub(super) struct AdminListener {
 
 impl AdminListener {
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
-        unlink_dead(path, SocketType::STREAM)?;
-        let listener = UnixListener::bind(path)?;
-        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        let listener = UnixListener::from(listen(path, SocketType::STREAM, 0o600)?);
         Ok(Self { listener, path: path.to_owned() })
     }
 

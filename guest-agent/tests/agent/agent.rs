@@ -4,6 +4,7 @@ use crate::mock::{Mock, device, eventually, file};
 use guest_agent::agent::{Agent, AgentOptions, Answer, ArenaMemory, ArenaPages, Error, EventSink, Owner};
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_QUIET, NoticeRecord};
 use zerocopy::FromBytes;
 
@@ -300,6 +301,48 @@ fn state_lost_again_before_quiet_begins_another_life() {
     }
     eventually("released", || bench.released() == [arena.id]);
     assert!(bench.agent.check_open().is_ok());
+}
+
+/// A process that waits for its job asks the device nothing, and still hears that the daemon has forgotten the job.
+#[test]
+fn silent_loss_of_state_is_noticed() {
+    let pulse = Duration::from_millis(200);
+    let bench = Bench::new(AgentOptions { pulse, ..AgentOptions::default() });
+    let (_, sink) = bench.context();
+    bench.mock.script(|script| {
+        script.lose_state();
+        script.devices = 1;
+    });
+    eventually("told", || !sink.0.lock().unwrap().is_empty());
+    assert_eq!(sink.0.lock().unwrap()[0].kind.get(), EVENT_CONTEXT_LOST);
+    eventually("open", || bench.agent.check_open().is_ok());
+    bench.context();
+    assert_eq!(bench.agent.devices().len(), 1, "the new daemon's devices are listed");
+}
+
+#[test]
+fn device_that_says_nothing_any_more_is_lost() {
+    let pulse = Duration::from_millis(20);
+    let bench = Bench::new(AgentOptions { pulse, ..AgentOptions::default() });
+    let (ctx_id, sink) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| script.stalled = true);
+    eventually("failed", || bench.agent.has_failed());
+    eventually("told", || !sink.0.lock().unwrap().is_empty());
+    assert!(bench.agent.submit(ctx_id, &[0; 16], 0).is_err());
+    assert!(bench.released().is_empty());
+}
+
+#[test]
+fn number_of_arenas_is_limited() {
+    let bench = Bench::new(AgentOptions { context_arenas: 2, ..AgentOptions::default() });
+    let (ctx_id, _) = bench.context();
+    let first = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.agent.create_arena(ctx_id, 0x20_0000, 4096).unwrap();
+    let third = bench.agent.create_arena(ctx_id, 0x30_0000, 4096);
+    assert_eq!(third.map_err(|error| error.status()).unwrap_err(), -28);
+    bench.agent.free_arena(ctx_id, first.id).unwrap();
+    bench.agent.create_arena(ctx_id, 0x30_0000, 4096).unwrap();
 }
 
 /// A fault whose pages the device will never take must not hang its job.

@@ -2,9 +2,9 @@
 
 use crate::mock::{Mock, device, eventually};
 use guest_agent::driver::SvmDevice;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
-use std::sync::Arc;
 use std::time::Duration;
 
 fn post(device: &SvmDevice, token: u64) {

@@ -44,6 +44,8 @@ pub struct Answered {
 pub struct Script {
     pub epoch: u64,
     pub incarnation: u64,
+    /// Host devices.
+    pub devices: u32,
     /// Contexts that HELLO says are still retiring.
     pub retiring: u32,
     /// Contexts alive, and the sequence of their last invalidation.
@@ -75,6 +77,7 @@ impl Default for Script {
         Self {
             epoch: 77,
             incarnation: 0,
+            devices: 2,
             retiring: 0,
             contexts: HashMap::new(),
             answers: Vec::new(),
@@ -177,12 +180,15 @@ impl Script {
         self.lost = false;
         self.contexts.clear();
         self.log.push("hello".into());
-        let (num_devices, retiring) = (2.into(), self.retiring.into());
+        let (num_devices, retiring) = (self.devices.into(), self.retiring.into());
         HelloResp { resp: self.head(0, 0), num_devices, retiring, ..HelloResp::default() }.as_bytes().to_vec()
     }
 
     fn device(&self, request: &[u8]) -> Vec<u8> {
         let dev_id = GetDevice::read_from_bytes(request).unwrap().dev_id;
+        if dev_id.get() >= self.devices {
+            return self.head(0, -2).as_bytes().to_vec();
+        }
         let mut device = GetDeviceResp { resp: self.head(0, 0), dev_id, ..GetDeviceResp::default() };
         device.name[..4].copy_from_slice(b"mock");
         device.va_bits = 48.into();
