@@ -78,6 +78,9 @@ fn prepare(args: &ServeArgs) -> Result<OwnedFd, Box<dyn std::error::Error>> {
         (&args.agent.admin_socket, SocketType::STREAM, "--admin-socket"),
     ];
     for (path, kind, option) in sockets {
+        if !path.parent().is_some_and(|folder| folder.as_os_str().is_empty() || folder.is_dir()) {
+            return Err(format!("the folder of {} does not exist; choose {option}", path.display()).into());
+        }
         unlink_dead(path, kind).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => {
                 format!(

@@ -47,8 +47,14 @@ impl Request {
 /// Why an agent did not answer its operator.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
+    /// Not for this user.
+    #[error("only root may ask the agent at {path}")]
+    NotAllowed {
+        /// The socket.
+        path: PathBuf,
+    },
     /// Nobody listens.
-    #[error("no agent listens at {path}: is `svm-agent serve` running, and are you root?")]
+    #[error("no agent listens at {path}; start `svm-agent serve`, or name its --admin-socket")]
     NotReachable {
         /// The socket.
         path: PathBuf,
@@ -118,7 +124,10 @@ fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
 /// # Errors
 /// When nobody listens there, or the answer is not understood.
 pub fn ask<T: serde::de::DeserializeOwned>(path: &Path, request: Request) -> Result<T, AdminError> {
-    let not_reachable = |source| AdminError::NotReachable { path: path.to_owned(), source };
+    let not_reachable = |source: io::Error| match source.kind() {
+        io::ErrorKind::PermissionDenied => AdminError::NotAllowed { path: path.to_owned() },
+        _ => AdminError::NotReachable { path: path.to_owned(), source },
+    };
     let mut stream = UnixStream::connect(path).map_err(not_reachable)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
