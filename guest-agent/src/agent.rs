@@ -30,19 +30,18 @@ use epoch::Life;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::control::{GetDeviceResp, INVAL_UNMAP};
-use virtio_gpu_svm::protocol::errno::ENOENT;
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
 use virtio_gpu_svm::protocol::{GUEST_VA_END, PAGE_SIZE};
 
 /// How long the first HELLO's predecessors may take to become quiet before [`Agent::start`] gives up.
 const OPEN_DEADLINE: Duration = Duration::from_secs(60);
-/// Host devices that are looked for; a daemon has a handful.
+/// Most host devices that are listed; a daemon has a handful.
 const MAX_DEVICES: u32 = 64;
 
 /// Memory that an [`ArenaMemory`] made: pinned, so that `pages` stay true until it is released.
@@ -260,6 +259,8 @@ pub struct Agent {
     releaser: Mutex<Option<Sender<u64>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     devices: Mutex<Devices>,
+    /// As the last HELLO was answered.
+    num_devices: AtomicU32,
 }
 
 /// Host devices as the daemon of `epoch` has described them.
@@ -303,6 +304,7 @@ impl Agent {
             releaser: Mutex::new(Some(releaser)),
             threads: Mutex::new(Vec::new()),
             devices: Mutex::new(Devices::default()),
+            num_devices: AtomicU32::new(0),
         });
         agent.spawn("svm-release", move |_| {
             for id in released {
@@ -331,7 +333,7 @@ impl Agent {
     fn open(&self) -> Result<()> {
         let incarnation = self.lock().life.incarnation();
         let hello = self.device.hello(incarnation)?;
-        self.on_hello(hello.resp.status.get(), hello.retiring.get());
+        self.on_hello(&hello);
         let state = self.wait_life(OPEN_DEADLINE);
         match state.life {
             Life::Open { .. } => {}
@@ -349,11 +351,8 @@ impl Agent {
             return Ok(());
         }
         let mut list = Vec::new();
-        for dev_id in 0..MAX_DEVICES {
+        for dev_id in 0..self.num_devices.load(Ordering::Acquire).min(MAX_DEVICES) {
             let device = self.device.get_device(dev_id)?;
-            if device.resp.status.get() == -ENOENT {
-                break;
-            }
             checked("GET_DEVICE", device.resp.status.get())?;
             list.push(device);
         }

@@ -2,6 +2,8 @@
 
 use super::{Agent, Context, Error, Result, State};
 use crate::driver::Completion;
+use std::sync::atomic::Ordering;
+use virtio_gpu_svm::protocol::control::HelloResp;
 use virtio_gpu_svm::protocol::errno::EPIPE;
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, NoticeRecord};
 use zerocopy::IntoBytes;
@@ -51,7 +53,9 @@ pub fn new_incarnation() -> u64 {
 
 impl Agent {
     /// The answer to HELLO.
-    pub(super) fn on_hello(&self, status: i32, retiring: u32) {
+    pub(super) fn on_hello(&self, hello: &HelloResp) {
+        let (status, retiring) = (hello.resp.status.get(), hello.retiring.get());
+        self.num_devices.store(hello.num_devices.get(), Ordering::Release);
         let mut state = self.lock();
         let Life::Opening { incarnation, token, quiet, .. } = state.life else { return };
         if status != 0 {
@@ -72,8 +76,12 @@ impl Agent {
             return;
         }
         // A short answer has no count; only a QUIET record helps then.
-        let retiring = completion.response.hello().map_or(u32::MAX, |hello| hello.retiring.get());
-        self.on_hello(completion.response.status(), retiring);
+        let short = |_| HelloResp {
+            resp: completion.response.head,
+            retiring: u32::MAX.into(),
+            ..HelloResp::default()
+        };
+        self.on_hello(&completion.response.hello().unwrap_or_else(short));
     }
 
     /// QUIET may overtake the answer to its HELLO.
