@@ -1,6 +1,10 @@
 //! The shortest useful program: y = a * x + y on a GPU of the host, on plain memory of this process.
 //!
-//! Run it in a guest where `svm-agent serve` runs: `saxpy [SOCKET]`.
+//! Run it in a guest where `svm-agent serve` runs: `saxpy [SOCKET]`. It says which GPU did it, and what y holds:
+//!
+//! ```text
+//! soft0: y[0] = 1, y[1] = 3, y[999] = 1999
+//! ```
 
 use guest_agent::client::{Client, packet};
 use guest_agent::message::DEFAULT_SOCKET;

@@ -15,6 +15,7 @@
 mod answer;
 mod epoch;
 mod ledger;
+mod pump;
 mod status;
 mod table;
 
@@ -23,28 +24,25 @@ pub use ledger::{Answer, Ledger, LedgerEntry, LedgerReport};
 pub use status::{AgentStatus, ContextReport, DeviceReport};
 pub use table::{Arena, ArenaTable};
 
-use crate::driver::{self, Event, SvmDevice};
+use crate::driver::{self, SvmDevice};
 use answer::PendingAnswer;
 use epoch::Life;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::control::{GetDeviceResp, INVAL_UNMAP};
-use virtio_gpu_svm::protocol::event::{
-    EVENT_CONTEXT_LOST, EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES, NoticeRecord,
-};
+use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
 use virtio_gpu_svm::protocol::{GUEST_VA_END, PAGE_SIZE};
-use zerocopy::IntoBytes;
 
-/// How long one turn of the pump waits; bounds how late [`Agent::stop`] is noticed.
-const PUMP_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long the first HELLO's predecessors may take to become quiet before [`Agent::start`] gives up.
 const OPEN_DEADLINE: Duration = Duration::from_secs(60);
+/// Most host devices that are listed; a daemon has a handful.
+const MAX_DEVICES: u32 = 64;
 
 /// Memory that an [`ArenaMemory`] made: pinned, so that `pages` stay true until it is released.
 #[derive(Debug)]
@@ -101,6 +99,10 @@ pub struct AgentOptions {
     pub context_arena_bytes: u64,
     /// Bytes of arenas in all.
     pub total_arena_bytes: u64,
+    /// Arenas that one context may have: each costs its maker a descriptor, whatever its size.
+    pub context_arenas: usize,
+    /// How often a device with contexts is asked for a sign of life.
+    pub pulse: Duration,
 }
 
 impl Default for AgentOptions {
@@ -111,6 +113,8 @@ impl Default for AgentOptions {
             ledger_entries: 65_536,
             context_arena_bytes: 256 << 20,
             total_arena_bytes: 4 << 30,
+            context_arenas: 1024,
+            pulse: Duration::from_secs(2),
         }
     }
 }
@@ -157,6 +161,12 @@ pub enum Error {
         /// The quota.
         limit: u64,
     },
+    /// Too many arenas.
+    #[error("a context may have {limit} arenas")]
+    TooMany {
+        /// The quota.
+        limit: usize,
+    },
     /// Memory could not be made.
     #[error("arena memory")]
     Memory(#[source] std::io::Error),
@@ -181,7 +191,7 @@ impl Error {
             Error::NoArena(_) => Errno::NOENT,
             Error::BadRange { .. } => Errno::INVAL,
             Error::Overlap { .. } => Errno::EXIST,
-            Error::Quota { .. } => Errno::NOSPC,
+            Error::Quota { .. } | Error::TooMany { .. } => Errno::NOSPC,
             Error::Memory(_) | Error::Thread(_) => Errno::NOMEM,
         };
         -errno.raw_os_error()
@@ -248,7 +258,16 @@ pub struct Agent {
     stopping: AtomicBool,
     releaser: Mutex<Option<Sender<u64>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    devices: Mutex<Vec<GetDeviceResp>>,
+    devices: Mutex<Devices>,
+    /// As the last HELLO was answered.
+    num_devices: AtomicU32,
+}
+
+/// Host devices as the daemon of `epoch` has described them.
+#[derive(Default)]
+struct Devices {
+    epoch: u64,
+    list: Vec<GetDeviceResp>,
 }
 
 impl Agent {
@@ -265,7 +284,7 @@ impl Agent {
         let (releaser, released) = mpsc::channel();
         let held = options.hold_answers.then(Vec::new);
         let state = State {
-            life: Life::first(),
+            life: Life::begin(0),
             contexts: HashMap::new(),
             last_ctx_id: 0,
             orphans: Vec::new(),
@@ -284,7 +303,8 @@ impl Agent {
             stopping: AtomicBool::new(false),
             releaser: Mutex::new(Some(releaser)),
             threads: Mutex::new(Vec::new()),
-            devices: Mutex::new(Vec::new()),
+            devices: Mutex::new(Devices::default()),
+            num_devices: AtomicU32::new(0),
         });
         agent.spawn("svm-release", move |_| {
             for id in released {
@@ -313,7 +333,7 @@ impl Agent {
     fn open(&self) -> Result<()> {
         let incarnation = self.lock().life.incarnation();
         let hello = self.device.hello(incarnation)?;
-        self.on_hello(hello.resp.status.get(), hello.retiring.get());
+        self.on_hello(&hello);
         let state = self.wait_life(OPEN_DEADLINE);
         match state.life {
             Life::Open { .. } => {}
@@ -321,14 +341,27 @@ impl Agent {
             Life::Opening { .. } => return Err(Error::NotOpen),
         }
         drop(state);
-        let mut devices = Vec::new();
-        for dev_id in 0..hello.num_devices.get() {
+        self.look_at_devices()
+    }
+
+    /// Asks for the host devices, unless this daemon has described them already: another one may have others.
+    fn look_at_devices(&self) -> Result<()> {
+        let epoch = self.device.epoch();
+        if self.devices_locked().epoch == epoch {
+            return Ok(());
+        }
+        let mut list = Vec::new();
+        for dev_id in 0..self.num_devices.load(Ordering::Acquire).min(MAX_DEVICES) {
             let device = self.device.get_device(dev_id)?;
             checked("GET_DEVICE", device.resp.status.get())?;
-            devices.push(device);
+            list.push(device);
         }
-        *self.devices.lock().unwrap_or_else(PoisonError::into_inner) = devices;
+        *self.devices_locked() = Devices { epoch, list };
         Ok(())
+    }
+
+    fn devices_locked(&self) -> MutexGuard<'_, Devices> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wait_life(&self, timeout: Duration) -> MutexGuard<'_, State> {
@@ -373,7 +406,7 @@ impl Agent {
 
     /// Host devices, in the order of their ids.
     pub fn devices(&self) -> Vec<GetDeviceResp> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.devices_locked().list.clone()
     }
 
     /// Bytes of arenas that one context may have.
@@ -386,6 +419,8 @@ impl Agent {
     /// # Errors
     /// What the device says.
     pub fn create_context(&self, owner: Owner, sink: Arc<dyn EventSink>) -> Result<u32> {
+        self.check_open()?;
+        self.look_at_devices()?;
         let name = format!("{} (pid {}, uid {})", owner.name, owner.pid, owner.uid);
         let context = Context {
             owner,
@@ -470,6 +505,10 @@ impl Agent {
         if context.arena_bytes().saturating_add(len) > limit {
             return Err(Error::Quota { limit });
         }
+        let most = self.options.context_arenas;
+        if context.arenas.len() + context.withdrawn.len() >= most {
+            return Err(Error::TooMany { limit: most });
+        }
         if context.arenas.overlaps(va, len) {
             return Err(Error::Overlap { va, len });
         }
@@ -517,73 +556,6 @@ impl Agent {
     pub fn submit(&self, ctx_id: u32, payload: &[u8], reply_len: usize) -> Result<driver::svm::Response> {
         self.lock().alive(ctx_id)?;
         Ok(self.device.submit_3d(ctx_id, payload, reply_len)?)
-    }
-
-    // The pump.
-
-    fn pump(&self) {
-        while !self.stopping.load(Ordering::Acquire) {
-            let Ok(pump) = self.device.pump(PUMP_TIMEOUT) else {
-                return self.on_device_failed();
-            };
-            if pump.foreign_epoch.is_some() {
-                self.on_epoch_lost();
-            }
-            for completion in pump.completions {
-                self.on_completion(&completion);
-            }
-            for (epoch, event) in pump.events {
-                self.on_event(epoch, &event);
-            }
-        }
-        // Nobody pumps any more: whoever waits for an answer would wait in vain.
-        self.device.close();
-    }
-
-    fn on_event(&self, epoch: u64, event: &Event) {
-        if let Event::Notice(notice) = event
-            && notice.kind.get() == EVENT_QUIET
-        {
-            return self.on_quiet(notice.value.get());
-        }
-        if epoch != self.device.epoch() {
-            return;
-        }
-        match event {
-            Event::Fault(fault) => self.on_fault(*fault),
-            Event::Job(job) => self.forward(job.ctx_id.get(), job.as_bytes()),
-            Event::Notice(notice) => self.on_notice(notice),
-        }
-    }
-
-    fn on_notice(&self, notice: &NoticeRecord) {
-        let ctx_id = notice.ctx_id.get();
-        match notice.kind.get() {
-            EVENT_CONTEXT_RETIRED => {
-                let mut state = self.lock();
-                let retiring = |context: &Context| context.state == ContextState::Retiring;
-                if state.contexts.get(&ctx_id).is_some_and(retiring) {
-                    let arenas = state.contexts.remove(&ctx_id).map(|mut context| context.take_arenas());
-                    drop(state);
-                    self.release(arenas.into_iter().flatten());
-                }
-            }
-            EVENT_CONTEXT_LOST => {
-                if let Some(context) = self.lock().contexts.get_mut(&ctx_id) {
-                    context.lost = notice.status.get();
-                }
-                self.forward(ctx_id, notice.as_bytes());
-            }
-            // INVAL_DONE was noted by the driver; other kinds are for later versions.
-            _ => {}
-        }
-    }
-
-    fn forward(&self, ctx_id: u32, record: &[u8]) {
-        let sink = self.lock().contexts.get(&ctx_id).map(|context| context.sink.clone());
-        if let (Some(sink), Ok(record)) = (sink, record.try_into()) {
-            sink.push(record);
-        }
     }
 
     fn token(&self) -> u64 {

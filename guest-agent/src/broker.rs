@@ -13,15 +13,18 @@ mod connection;
 use crate::agent::Agent;
 use crate::socket::{MessageListener, MessageSocket};
 use connection::Connection;
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 pub use admin::{AdminError, Request as AdminRequest, ask as ask_admin};
+
+/// How long to wait when a connection cannot be accepted.
+const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Where to listen, and for how many.
 #[derive(Clone, Debug)]
@@ -104,9 +107,15 @@ fn accept_loop(shared: &Arc<Shared>, listener: &MessageListener) {
     let mut connections: Vec<JoinHandle<()>> = Vec::new();
     while let Some(true) = wait_readable(listener.as_fd(), shared.stop.as_fd()) {
         connections.retain(|connection| !connection.is_finished());
-        // A connection that cannot be accepted or identified is dropped; its process sees a hang-up.
-        let started = listener.accept().and_then(|socket| start_connection(shared, socket));
-        connections.extend(started.ok());
+        let Ok(socket) = listener.accept() else {
+            // Out of descriptors or memory: the connection still waits, so there is no use in asking again at once.
+            if wait_stop(shared.stop.as_fd(), ACCEPT_PAUSE) {
+                break;
+            }
+            continue;
+        };
+        // A connection that cannot be identified is dropped; its process sees a hang-up.
+        connections.extend(start_connection(shared, socket).ok());
     }
     for connection in connections {
         drop(connection.join());
@@ -114,7 +123,7 @@ fn accept_loop(shared: &Arc<Shared>, listener: &MessageListener) {
 }
 
 /// Waits for `fd`; `Some(true)` when it is readable, `None` when `stop` is.
-fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, stop: std::os::fd::BorrowedFd<'_>) -> Option<bool> {
+fn wait_readable(fd: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Option<bool> {
     loop {
         let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
         match rustix::event::poll(&mut fds, None) {
@@ -132,9 +141,19 @@ fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, stop: std::os::fd::BorrowedFd<
     }
 }
 
+/// Waits for `stop`, at most `timeout`. True: the broker is to end.
+fn wait_stop(stop: BorrowedFd<'_>, timeout: Timespec) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+    matches!(rustix::event::poll(&mut fds, Some(&timeout)), Ok(ready) if ready > 0)
+}
+
 fn start_connection(shared: &Arc<Shared>, socket: MessageSocket) -> io::Result<JoinHandle<()>> {
     socket.pass_credentials()?;
     let peer = socket.peer()?;
+    if peer.credentials.pid == 0 {
+        // Of a process that has no id here, so its messages could not be told from those of another such one.
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied));
+    }
     let uid = peer.credentials.uid;
     let Some(seat) = Seat::take(shared, uid) else {
         return Err(io::Error::from(io::ErrorKind::QuotaExceeded));

@@ -22,7 +22,7 @@ pub use wire::Handover;
 use crate::agent::new_incarnation;
 use crate::driver::dma::PAGE_BYTES;
 use crate::driver::{self, DmaRegion, Event, Rings, SvmDevice, Transport};
-use crate::pin::{self, Pinned, Pinner};
+use crate::pin::{self, Hold, Pinned, Pinner};
 use crate::socket::MessageSocket;
 use rustix::event::{PollFd, PollFlags};
 use std::collections::HashMap;
@@ -124,7 +124,7 @@ pub struct Keeper<H> {
     dma: Arc<DmaRegion>,
     /// Holds the pages of the rings; never dropped before the device is stopped.
     _ring_pin: Pinned,
-    arenas: HashMap<u64, Pinned>,
+    arenas: HashMap<u64, Hold>,
     next_arena: u64,
     /// There has been a serving process, so there may be something to protect.
     served: bool,
@@ -170,7 +170,7 @@ impl<H: Hardware> Keeper<H> {
 
     fn keep(&mut self, spawn: &mut Spawn<'_>, stop: BorrowedFd<'_>) -> Result<()> {
         loop {
-            self.cleanse()?;
+            self.cleanse(stop)?;
             if is_readable(stop) {
                 return Ok(());
             }
@@ -199,12 +199,15 @@ impl<H: Hardware> Keeper<H> {
         Ok(())
     }
 
-    /// Makes sure that nothing of an earlier life is in use, then lets its memory go. Tries for ever, except in a first
-    /// life, which has nothing to protect.
-    fn cleanse(&mut self) -> Result<()> {
+    /// Makes sure that nothing of an earlier life is in use, then lets its memory go. Tries for ever, except while there
+    /// is nothing to protect.
+    fn cleanse(&mut self, stop: BorrowedFd<'_>) -> Result<()> {
         loop {
+            if self.arenas.is_empty() && is_readable(stop) {
+                return Ok(());
+            }
             let restarted = self.hardware.restart(&self.dma).map_err(Error::Hardware);
-            match restarted.and_then(|rings| self.become_quiet(&rings)) {
+            match restarted.and_then(|rings| self.become_quiet(&rings, stop)) {
                 Ok(true) => {
                     self.arenas.clear();
                     return Ok(());
@@ -219,8 +222,8 @@ impl<H: Hardware> Keeper<H> {
         }
     }
 
-    /// Says HELLO and waits for quiet. False: not in time.
-    fn become_quiet(&self, rings: &Rings) -> Result<bool> {
+    /// Says HELLO and waits for quiet. False: not in time, or there is nothing to protect and the keeper is to stop.
+    fn become_quiet(&self, rings: &Rings, stop: BorrowedFd<'_>) -> Result<bool> {
         let transport = self.hardware.transport().map_err(system("no way to the device"))?;
         let device = SvmDevice::new(transport, self.dma.clone(), rings)?;
         let incarnation = new_incarnation();
@@ -229,6 +232,9 @@ impl<H: Hardware> Keeper<H> {
         let mut quiet = false;
         let mut answered = false;
         while Instant::now() < deadline {
+            if self.arenas.is_empty() && is_readable(stop) {
+                return Ok(false);
+            }
             let pump = device.pump(PUMP_TIMEOUT)?;
             for completion in pump.completions {
                 let hello = completion.response.hello()?;
@@ -288,16 +294,17 @@ impl<H: Hardware> Keeper<H> {
         let len = usize::try_from(len).ok().filter(|len| *len > 0 && len.is_multiple_of(PAGE_BYTES));
         let made =
             len.and_then(|len| self.pinner.pin(len).map_err(|error| (self.log)(&error.to_string())).ok());
-        let Some(pinned) = made else {
+        // Running out of anything is the fault of one process, and must not end the service of all.
+        let listed = made.and_then(|pinned| Some((wire::pages_to_file(&pinned.pages).ok()?, pinned)));
+        let Some((pages, pinned)) = listed else {
             return socket.send(&[&serde_json::to_vec(&Reply::Refused)?], &[], true);
         };
-        let pages = wire::pages_to_file(&pinned.pages)?;
         let id = self.next_arena;
         self.next_arena += 1;
         let reply = serde_json::to_vec(&Reply::Created { id })?;
         let sent = socket.send(&[&reply], &[pinned.fd.as_fd(), pages.as_fd()], true);
         // Kept even if it could not be told: then the serving process is gone, and the cleansing lets it go.
-        self.arenas.insert(id, pinned);
+        self.arenas.insert(id, pinned.into_hold());
         sent
     }
 

@@ -26,6 +26,9 @@ const EXIT_NO_AGENT: u8 = 3;
 const EXIT_NO_DEVICE: u8 = 4;
 
 /// Lets this guest's processes share their memory with GPUs of the host.
+///
+/// `serve` owns the guest's virtio-gpu device. Programs connect to its socket, get memory that GPUs reach too (arenas),
+/// and launch jobs on plain pointers. A job's first access to a page is a fault, which the agent answers with the page.
 #[derive(Parser)]
 #[command(name = "svm-agent", version, after_help = EXIT_HELP)]
 struct Cli {
@@ -45,7 +48,15 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Hold answers to faults back from now on, until `svm-agent release`
+    /// Show which faults were answered, and how
+    Ledger {
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Hold answers to faults back until `release`: jobs wait, so what is pending can be looked at
     Hold {
         #[command(flatten)]
         admin: AdminArgs,
@@ -53,19 +64,11 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Let answers go that `hold` or `serve --hold-answers` holds back, and hold none back any more
+    /// Let held answers go, and hold none back any more
     Release {
         #[command(flatten)]
         admin: AdminArgs,
         /// Print one JSON object on one line
-        #[arg(long)]
-        json: bool,
-    },
-    /// Show which faults were answered, and how
-    Ledger {
-        #[command(flatten)]
-        admin: AdminArgs,
-        /// Print one JSON object on one line instead of a table
         #[arg(long)]
         json: bool,
     },
@@ -131,16 +134,16 @@ struct AgentArgs {
     /// Hold answers to faults back until `svm-agent release`
     #[arg(long)]
     hold_answers: bool,
-    /// MiB of pinned memory that one process may have
+    /// MiB of pinned memory that one connection may have
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     process_memory: u32,
-    /// MiB of pinned memory in all
-    #[arg(long, value_name = "MIB", default_value_t = 4096)]
-    total_memory: u32,
-    /// Processes that may be connected at once
+    /// MiB of pinned memory in all [default: half of the guest's memory]
+    #[arg(long, value_name = "MIB")]
+    total_memory: Option<u32>,
+    /// Connections at once
     #[arg(long, value_name = "COUNT", default_value_t = 512)]
     max_clients: usize,
-    /// Processes of one user that may be connected at once
+    /// Connections of one user at once
     #[arg(long, value_name = "COUNT", default_value_t = 256)]
     max_clients_per_user: usize,
 }

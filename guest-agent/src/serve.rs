@@ -8,7 +8,9 @@ use guest_agent::broker::{Broker, BrokerOptions};
 use guest_agent::driver::pci::{PciDevice, PciHandover, PciTransport};
 use guest_agent::keeper::{Keeper, serving};
 use guest_agent::pin::KernelPinner;
-use guest_agent::socket::MessageSocket;
+use guest_agent::socket::{MessageSocket, unlink_dead};
+use rustix::net::SocketType;
+use rustix::process::Resource;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -20,12 +22,15 @@ use std::time::Duration;
 /// finit_module: the file is compressed.
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 
+/// Descriptors that the keeper and the serving process may have: one for each arena, three for each connection.
+const DESCRIPTORS: u64 = 1 << 19;
+
 /// Runs the keeper.
 pub fn keep(args: &ServeArgs) -> ExitCode {
     let stop = match prepare(args) {
         Ok(stop) => stop,
         Err(error) => {
-            complain(&error);
+            complain(error.as_ref());
             return ExitCode::from(EXIT_FAILED);
         }
     };
@@ -63,8 +68,38 @@ fn log(line: &str) {
     eprintln!("svm-agent: {line}");
 }
 
-fn prepare(args: &ServeArgs) -> io::Result<OwnedFd> {
+/// Everything that can go wrong before the device is touched.
+fn prepare(args: &ServeArgs) -> Result<OwnedFd, Box<dyn std::error::Error>> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("`serve` needs root: for the device's registers, and to know where pages are".into());
+    }
+    let sockets = [
+        (&args.agent.socket, SocketType::SEQPACKET, "--socket"),
+        (&args.agent.admin_socket, SocketType::STREAM, "--admin-socket"),
+    ];
+    for (path, kind, option) in sockets {
+        if !path.parent().is_some_and(|folder| folder.as_os_str().is_empty() || folder.is_dir()) {
+            return Err(format!("the folder of {} does not exist; choose {option}", path.display()).into());
+        }
+        unlink_dead(path, kind).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                format!(
+                    "{} is in use or is no socket: stop the other svm-agent, or choose {option}",
+                    path.display()
+                )
+            }
+            _ => format!("cannot use {}: {error}", path.display()),
+        })?;
+    }
     let stop = termination_fd()?;
+    if let Err(error) = raise_descriptors() {
+        log(&format!("the limit of open files stays as it is ({error}); fewer processes and arenas fit"));
+    }
+    // The keeper holds what the device writes to, and processes decide how much: it must not be the one that is killed
+    // when memory runs out.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        log(&format!("the keeper may be killed when memory runs out ({error})"));
+    }
     if let Err(error) = KernelPinner::raise_limit() {
         log(&format!("RLIMIT_MEMLOCK stays as it is ({error}); memory cannot be pinned beyond it"));
     }
@@ -75,6 +110,21 @@ fn prepare(args: &ServeArgs) -> io::Result<OwnedFd> {
         load_module(module).map_err(named)?;
     }
     Ok(stop)
+}
+
+/// For this process and those that it starts.
+fn raise_descriptors() -> io::Result<()> {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.current.map(|current| current.max(DESCRIPTORS));
+    limit.maximum = limit.maximum.map(|maximum| maximum.max(DESCRIPTORS));
+    Ok(rustix::process::setrlimit(Resource::Nofile, limit)?)
+}
+
+/// Half of this guest's memory, in MiB.
+fn half_of_memory() -> u32 {
+    let info = rustix::system::sysinfo();
+    let bytes = u64::from(info.mem_unit) * info.totalram;
+    u32::try_from((bytes / 2) >> 20).unwrap_or(u32::MAX)
 }
 
 /// A descriptor that becomes readable at SIGTERM and SIGINT, which do nothing else any more.
@@ -126,27 +176,36 @@ fn serve_for_keeper(args: &AgentArgs) -> Result<(), Box<dyn std::error::Error>> 
     // Started through /proc/self/exe, which would be called "exe".
     rustix::thread::set_name(c"svm-agent")?;
     let fd = io::stdin().as_fd().try_clone_to_owned()?;
+    // Any other process is the better victim than the keeper, and this one is replaced. Best effort.
+    std::fs::write("/proc/self/oom_score_adj", "0").ok();
     let watch = fd.try_clone()?;
     let socket = MessageSocket::from(fd);
     let (handover, dma, fds) = serving::take_over(&socket)?;
     let hardware: PciHandover = serde_json::from_value(handover.hardware.clone())?;
     let transport = Arc::new(PciTransport::new(&hardware, fds)?);
+    let stopping = transport.clone();
+    // From now on, whatever else this process is doing.
+    std::thread::Builder::new().name("svm-watch".into()).spawn(move || end_with_keeper(&watch, &stopping))?;
     let device = serving::drive(&handover, dma, transport.clone())?;
     let memory = Arc::new(serving::KeeperMemory::new(socket));
     let agent = Agent::start(Arc::new(device), memory, args.agent_options())?;
     let broker = Broker::start(agent.clone(), args.broker_options())?;
     log(&format!("serving processes at {}", args.socket.display()));
-    loop {
-        if serving::keeper_gone(&watch, Duration::from_millis(200)) {
-            // The pins are going down: the device must not write any more.
-            transport.stop()?;
-            return Err("the keeper has died; the device was stopped".into());
-        }
-        if agent.has_failed() {
-            drop(broker);
-            return Err("the device is lost".into());
-        }
+    while !agent.has_failed() {
+        std::thread::sleep(Duration::from_millis(200));
     }
+    drop(broker);
+    Err("the device is lost".into())
+}
+
+/// Waits for the keeper's end. The pins are going down then: the device must not write any more.
+fn end_with_keeper(watch: &OwnedFd, transport: &PciTransport) {
+    while !serving::keeper_gone(watch, Duration::from_secs(3600)) {}
+    match transport.stop() {
+        Ok(()) => log("the connection to the keeper has ended; the device was stopped"),
+        Err(error) => log(&format!("the keeper has gone, and the device could not be stopped: {error}")),
+    }
+    std::process::exit(i32::from(EXIT_FAILED));
 }
 
 impl AgentArgs {
@@ -155,7 +214,7 @@ impl AgentArgs {
             fault_around_pages: self.fault_around,
             hold_answers: self.hold_answers,
             context_arena_bytes: u64::from(self.process_memory) << 20,
-            total_arena_bytes: u64::from(self.total_memory) << 20,
+            total_arena_bytes: u64::from(self.total_memory.unwrap_or_else(half_of_memory)) << 20,
             ..AgentOptions::default()
         }
     }
@@ -176,10 +235,12 @@ impl AgentArgs {
             format!("--admin-socket={}", self.admin_socket.display()),
             format!("--fault-around={}", self.fault_around),
             format!("--process-memory={}", self.process_memory),
-            format!("--total-memory={}", self.total_memory),
             format!("--max-clients={}", self.max_clients),
             format!("--max-clients-per-user={}", self.max_clients_per_user),
         ];
+        if let Some(total) = self.total_memory {
+            arguments.push(format!("--total-memory={total}"));
+        }
         if self.hold_answers {
             arguments.push("--hold-answers".into());
         }

@@ -162,12 +162,7 @@ impl MessageListener {
     /// # Errors
     /// `AddrInUse` when somebody does, or the path is not a socket.
     pub fn bind(path: &Path, mode: u32) -> io::Result<Self> {
-        unlink_dead(path, SocketType::SEQPACKET)?;
-        let fd = new_socket()?;
-        rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
-        std::fs::set_permissions(path, Permissions::from_mode(mode))?;
-        rustix::net::listen(&fd, BACKLOG)?;
-        Ok(Self { fd, path: path.to_owned() })
+        Ok(Self { fd: listen(path, SocketType::SEQPACKET, mode)?, path: path.to_owned() })
     }
 
     /// Waits for a connection.
@@ -197,6 +192,19 @@ fn new_socket() -> io::Result<OwnedFd> {
     Ok(rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
+/// Listens at `path`; nobody can connect before the permissions are set.
+///
+/// # Errors
+/// As [`unlink_dead`], and what else the kernel says.
+pub(crate) fn listen(path: &Path, kind: SocketType, mode: u32) -> io::Result<OwnedFd> {
+    unlink_dead(path, kind)?;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode))?;
+    rustix::net::listen(&fd, BACKLOG)?;
+    Ok(fd)
+}
+
 /// Removes a socket at `path` on which nobody listens, and nothing else.
 ///
 /// # Errors
@@ -208,7 +216,9 @@ pub fn unlink_dead(path: &Path, kind: SocketType) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     let alive = || {
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None);
+        // Without waiting: EAGAIN says that so many wait to be accepted, so it is alive.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None);
         let probe = socket.and_then(|fd| rustix::net::connect(&fd, &SocketAddrUnix::new(path)?));
         // A socket of another type answers EPROTOTYPE, alive or not; its owner must remove it.
         probe != Err(rustix::io::Errno::CONNREFUSED)

@@ -5,7 +5,7 @@ use super::ledger::{Answer, LedgerEntry, LedgerReport};
 use super::{Agent, ContextState, State};
 use crate::driver::Completion;
 use virtio_gpu_svm::protocol::control::{PAGE_RESP_INVALID, PAGE_RESP_SUCCESS, PageRun};
-use virtio_gpu_svm::protocol::errno::EAGAIN;
+use virtio_gpu_svm::protocol::errno::{EAGAIN, EEXIST, EFAULT, ENOSPC};
 use virtio_gpu_svm::protocol::event::FaultRecord;
 
 /// After so many races the fault is given up: each retry needs a new invalidation of the same 2 MiB, so a process that
@@ -34,17 +34,16 @@ impl Agent {
             return;
         }
         drop(state);
-        self.answer(fault, 0);
+        self.answer(fault, 0, self.options.fault_around_pages);
     }
 
     /// Translates and answers; a fault whose context is ending needs no answer, the device drops it. The table is read
-    /// after the sequence, under one lock, so `as_of` is never too new.
-    fn answer(&self, fault: FaultRecord, retries: u32) {
+    /// after the sequence, under one lock, so `as_of` is never too new. A window of 0 pages refuses the access.
+    fn answer(&self, fault: FaultRecord, retries: u32, window_pages: u32) {
         let token = self.token();
         let mut state = self.lock();
         let as_of = self.device.accepted(fault.ctx_id.get());
-        let window = if retries < MAX_RETRIES { self.options.fault_around_pages } else { 0 };
-        let runs = state.pages_for(&fault, window, as_of);
+        let runs = state.pages_for(&fault, window_pages, as_of);
         let code = if runs.is_empty() { Answer::Invalid } else { Answer::Success };
         let context = state.contexts.get(&fault.ctx_id.get());
         let living = context.filter(|context| context.state != ContextState::Retiring);
@@ -82,7 +81,13 @@ impl Agent {
         };
         if status == -EAGAIN {
             self.lock().ledger.counts().retries += 1;
-            return self.answer(pending.fault, pending.retries + 1);
+            let retries = pending.retries + 1;
+            let window = if retries < MAX_RETRIES { self.options.fault_around_pages } else { 0 };
+            return self.answer(pending.fault, retries, window);
+        }
+        // The device does not take these pages and never will, and the job waits (PROTOCOL 4.4): it must end.
+        if pending.code == Answer::Success && matches!(-status, EFAULT | EEXIST | ENOSPC) {
+            return self.answer(pending.fault, pending.retries, 0);
         }
         let fault = &pending.fault;
         let entry = LedgerEntry {
@@ -115,7 +120,7 @@ impl Agent {
         let held = self.lock().held.take().unwrap_or_default();
         let count = held.len();
         for fault in held {
-            self.answer(fault, 0);
+            self.answer(fault, 0, self.options.fault_around_pages);
         }
         count
     }

@@ -2,6 +2,8 @@
 
 use super::{Agent, Context, Error, Result, State};
 use crate::driver::Completion;
+use std::sync::atomic::Ordering;
+use virtio_gpu_svm::protocol::control::HelloResp;
 use virtio_gpu_svm::protocol::errno::EPIPE;
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, NoticeRecord};
 use zerocopy::IntoBytes;
@@ -12,6 +14,8 @@ pub(super) enum Life {
     /// HELLO was sent; there is no answer yet, or something of an earlier life is still in use.
     Opening {
         incarnation: u64,
+        /// Token of the HELLO; 0: it was called, not posted.
+        token: u64,
         /// HELLO was answered.
         answered: bool,
         /// The incarnation that the last QUIET record named.
@@ -24,8 +28,8 @@ pub(super) enum Life {
 }
 
 impl Life {
-    pub(super) fn first() -> Self {
-        Life::Opening { incarnation: new_incarnation(), answered: false, quiet: 0 }
+    pub(super) fn begin(token: u64) -> Self {
+        Life::Opening { incarnation: new_incarnation(), token, answered: false, quiet: 0 }
     }
 
     pub(super) fn incarnation(self) -> u64 {
@@ -49,34 +53,45 @@ pub fn new_incarnation() -> u64 {
 
 impl Agent {
     /// The answer to HELLO.
-    pub(super) fn on_hello(&self, status: i32, retiring: u32) {
+    pub(super) fn on_hello(&self, hello: &HelloResp) {
+        let (status, retiring) = (hello.resp.status.get(), hello.retiring.get());
+        self.num_devices.store(hello.num_devices.get(), Ordering::Release);
         let mut state = self.lock();
-        let Life::Opening { incarnation, quiet, .. } = state.life else { return };
+        let Life::Opening { incarnation, token, quiet, .. } = state.life else { return };
         if status != 0 {
             state.life = Life::Failed { status };
         } else if retiring == 0 || quiet == incarnation {
             return self.opened(state, incarnation);
         } else {
-            state.life = Life::Opening { incarnation, answered: true, quiet };
+            state.life = Life::Opening { incarnation, token, answered: true, quiet };
         }
         drop(state);
         self.life_changed.notify_all();
     }
 
+    /// An answer that is no fault's: that to HELLO, if it bears its token. Others are of an earlier life, and must not
+    /// be taken for the word that this one is quiet.
     pub(super) fn on_hello_completion(&self, completion: &Completion) {
+        if !matches!(self.lock().life, Life::Opening { token, .. } if token == completion.token) {
+            return;
+        }
         // A short answer has no count; only a QUIET record helps then.
-        let retiring = completion.response.hello().map_or(u32::MAX, |hello| hello.retiring.get());
-        self.on_hello(completion.response.status(), retiring);
+        let short = |_| HelloResp {
+            resp: completion.response.head,
+            retiring: u32::MAX.into(),
+            ..HelloResp::default()
+        };
+        self.on_hello(&completion.response.hello().unwrap_or_else(short));
     }
 
     /// QUIET may overtake the answer to its HELLO.
     pub(super) fn on_quiet(&self, value: u64) {
         let mut state = self.lock();
-        let Life::Opening { incarnation, answered, .. } = state.life else { return };
+        let Life::Opening { incarnation, token, answered, .. } = state.life else { return };
         if answered && value == incarnation {
             return self.opened(state, incarnation);
         }
-        state.life = Life::Opening { incarnation, answered, quiet: value };
+        state.life = Life::Opening { incarnation, token, answered, quiet: value };
     }
 
     /// Nothing of earlier lives is in use any more: their memory may go.
@@ -88,18 +103,19 @@ impl Agent {
         self.life_changed.notify_all();
     }
 
-    /// The daemon has lost this guest's state: every context is gone, and a new life begins.
+    /// The daemon has lost this guest's state: every context is gone, and a new life begins. Also when it is lost again
+    /// before all was quiet; but not while HELLO is on its way, to which older answers still name other epochs.
     pub(super) fn on_epoch_lost(&self) {
+        let token = self.token();
         let mut state = self.lock();
-        if !matches!(state.life, Life::Open { .. }) {
+        if matches!(state.life, Life::Opening { answered: false, .. } | Life::Failed { .. }) {
             return;
         }
-        let Life::Opening { incarnation, .. } = Life::first() else { return };
-        state.life = Life::Opening { incarnation, answered: false, quiet: 0 };
+        state.life = Life::begin(token);
+        let incarnation = state.life.incarnation();
         let lost = state.drop_contexts();
         drop(state);
-        tell_lost(lost);
-        let token = self.token();
+        self.tell_lost(lost);
         if self.device.post_hello(token, incarnation).is_err() {
             self.on_device_failed();
         }
@@ -111,8 +127,23 @@ impl Agent {
         state.life = Life::Failed { status: -EPIPE };
         let lost = state.drop_contexts();
         drop(state);
-        tell_lost(lost);
+        self.tell_lost(lost);
         self.life_changed.notify_all();
+    }
+
+    fn tell_lost(&self, lost: Vec<(u32, Context)>) {
+        for (ctx_id, context) in lost {
+            self.device.forget_progress(ctx_id);
+            let record = NoticeRecord {
+                kind: EVENT_CONTEXT_LOST.into(),
+                ctx_id: ctx_id.into(),
+                status: (-EPIPE).into(),
+                ..NoticeRecord::default()
+            };
+            if let Ok(record) = record.as_bytes().try_into() {
+                context.sink.push(record);
+            }
+        }
     }
 
     /// Ends with an error unless contexts may be made.
@@ -136,19 +167,5 @@ impl State {
             self.orphans.extend(context.take_arenas());
         }
         lost
-    }
-}
-
-fn tell_lost(lost: Vec<(u32, Context)>) {
-    for (ctx_id, context) in lost {
-        let record = NoticeRecord {
-            kind: EVENT_CONTEXT_LOST.into(),
-            ctx_id: ctx_id.into(),
-            status: (-EPIPE).into(),
-            ..NoticeRecord::default()
-        };
-        if let Ok(record) = record.as_bytes().try_into() {
-            context.sink.push(record);
-        }
     }
 }

@@ -1,12 +1,10 @@
 //! The operator's socket: one line in, one JSON document out. Mode 0600, served one connection after another.
 
 use crate::agent::Agent;
-use crate::socket::unlink_dead;
+use crate::socket::listen;
 use rustix::net::SocketType;
-use std::fs::Permissions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -49,8 +47,14 @@ impl Request {
 /// Why an agent did not answer its operator.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
+    /// Not for this user.
+    #[error("only root may ask the agent at {path}")]
+    NotAllowed {
+        /// The socket.
+        path: PathBuf,
+    },
     /// Nobody listens.
-    #[error("no agent listens at {path}: is `svm-agent serve` running, and are you root?")]
+    #[error("no agent listens at {path}; start `svm-agent serve`, or name its --admin-socket")]
     NotReachable {
         /// The socket.
         path: PathBuf,
@@ -73,9 +77,7 @@ pub(super) struct AdminListener {
 
 impl AdminListener {
     pub(super) fn bind(path: &Path) -> io::Result<Self> {
-        unlink_dead(path, SocketType::STREAM)?;
-        let listener = UnixListener::bind(path)?;
-        std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        let listener = UnixListener::from(listen(path, SocketType::STREAM, 0o600)?);
         Ok(Self { listener, path: path.to_owned() })
     }
 
@@ -122,7 +124,10 @@ fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
 /// # Errors
 /// When nobody listens there, or the answer is not understood.
 pub fn ask<T: serde::de::DeserializeOwned>(path: &Path, request: Request) -> Result<T, AdminError> {
-    let not_reachable = |source| AdminError::NotReachable { path: path.to_owned(), source };
+    let not_reachable = |source: io::Error| match source.kind() {
+        io::ErrorKind::PermissionDenied => AdminError::NotAllowed { path: path.to_owned() },
+        _ => AdminError::NotReachable { path: path.to_owned(), source },
+    };
     let mut stream = UnixStream::connect(path).map_err(not_reachable)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;

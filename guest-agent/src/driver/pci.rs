@@ -18,6 +18,7 @@ use crate::keeper::Hardware;
 use crate::mapping::{self, Placement, SharedMapping};
 use capability::{CapabilityError, Layout};
 use irq::{Irq, IrqMode};
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
@@ -97,6 +98,9 @@ pub enum Error {
     /// The device lacks something.
     #[error("the device {0}")]
     Unsupported(&'static str),
+    /// Another agent has it.
+    #[error("another svm-agent drives {0}: stop it first")]
+    InUse(String),
     /// uio_pci_generic is not to be had.
     #[error(
         "no interrupt by uio_pci_generic: load the modules uio and uio_pci_generic (--module), or use --irq poll"
@@ -121,6 +125,7 @@ pub struct PciDevice {
     layout: Layout,
     bar: Arc<SharedMapping>,
     bar_file: OwnedFd,
+    /// Its config space. Locked, so that there is one agent; the serving process has it too, and the lock with it.
     config: File,
     uio: Option<OwnedFd>,
     notify: [usize; NUM_QUEUES],
@@ -134,15 +139,19 @@ impl PciDevice {
     pub fn open(address: Option<&str>, mode: IrqMode) -> Result<Self> {
         let address = discovery::find(address)?;
         let directory = discovery::directory(&address);
+        let path = directory.join("config");
+        let config = File::options().read(true).write(true).open(&path);
+        let config = config.map_err(file_error("cannot open", path))?;
+        // Before anything of it is touched.
+        if rustix::fs::flock(&config, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(Error::InUse(address));
+        }
         discovery::unbind(&address)?;
         let uio = irq::bind(&address, mode)?;
         if uio.is_none() {
             let path = directory.join("enable");
             std::fs::write(&path, "1").map_err(file_error("cannot enable", path))?;
         }
-        let path = directory.join("config");
-        let config = File::options().read(true).write(true).open(&path);
-        let config = config.map_err(file_error("cannot open", path))?;
         let mut space = [0; 256];
         let path = directory.join("config");
         config.read_exact_at(&mut space, 0).map_err(file_error("cannot read", path))?;
@@ -153,15 +162,12 @@ impl PciDevice {
         let len = bar_file.metadata().map_err(file_error("cannot stat", path))?.len();
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         // No bus mastering before the reset: rings of an earlier life may still be set.
-        let device_command = if uio.is_some() { 0 } else { PCI_COMMAND_INTX_DISABLE };
-        set_command(&config, PCI_COMMAND_MEMORY | device_command)
+        set_command(&config, PCI_COMMAND_MEMORY | PCI_COMMAND_INTX_DISABLE)
             .map_err(file_error("cannot set up", directory.join("config")))?;
         let bar = Arc::new(SharedMapping::new(bar_file.as_fd(), 0, len, Placement::Anywhere)?);
         let notify = [0; NUM_QUEUES];
         let device = Self { address, layout, bar, bar_file: bar_file.into(), config, uio, notify };
         device.reset()?;
-        set_command(&device.config, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | device_command)
-            .map_err(file_error("cannot set up", directory.join("config")))?;
         Ok(device)
     }
 
@@ -212,6 +218,10 @@ impl PciDevice {
     pub fn start(&mut self, dma: &DmaRegion) -> Result<Rings> {
         self.reset()?;
         dma.clear()?;
+        // Interrupts too: a serving process may have died between taking one and unmasking them.
+        let interrupts = if self.uio.is_some() { 0 } else { PCI_COMMAND_INTX_DISABLE };
+        set_command(&self.config, PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER | interrupts)
+            .map_err(file_error("cannot set up", discovery::directory(&self.address).join("config")))?;
         self.write(DEVICE_STATUS, STATUS_ACKNOWLEDGE)?;
         self.write(DEVICE_STATUS, STATUS_ACKNOWLEDGE | STATUS_DRIVER)?;
         let accepted = self.negotiate()?;

@@ -2,8 +2,9 @@
 //!
 //! Owns the rings, the DMA pages of commands in flight and the event buffers. Any thread may issue commands; one thread
 //! pumps: it waits for the interrupt, hands answers to those who wait for them, and returns records. Commands that are
-//! posted ([`SvmDevice::post`]) come back through the pump, so that the pumping thread itself can answer faults. They go
-//! before commands of threads that wait for room.
+//! posted ([`SvmDevice::post`]) come back through the pump, so that the pumping thread itself can answer faults. What
+//! finds no room in the ring waits in one line, whoever sent it: neither a storm of faults nor many small commands can
+//! keep another command out.
 //!
 //! The device answers control commands in order and none of them waits in it (PROTOCOL 4), so room in the ring comes
 //! back within the time of the commands that are there. The commands themselves are in `commands`.
@@ -16,7 +17,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use virtio_gpu_svm::protocol::control::{
     HelloResp, InvalidateResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO, VIRTIO_GPU_CMD_SVM_INVALIDATE,
 };
@@ -182,6 +183,7 @@ struct InFlight {
 }
 
 struct Command {
+    serial: u64,
     waiter: Waiter,
     kind: u32,
     ctx_id: u32,
@@ -193,8 +195,9 @@ struct Control {
     queue: Virtqueue,
     in_flight: HashMap<u16, InFlight>,
     free_pages: Vec<usize>,
-    /// Posted commands that wait for room.
+    /// Commands that wait for room, in the order in which they came.
     backlog: VecDeque<Command>,
+    next_serial: u64,
     broken: bool,
 }
 
@@ -217,8 +220,6 @@ pub struct SvmDevice {
     dma: Arc<DmaRegion>,
     /// Rings and pages of the control queue. Sections are short; none waits.
     control: Mutex<Control>,
-    /// Signalled when room in the control queue comes back, or never will.
-    room: Condvar,
     /// The event queue; only the pump takes it.
     events: Mutex<Events>,
     /// Daemon epoch of the last HELLO's answer; 0 before.
@@ -255,10 +256,10 @@ impl SvmDevice {
                 queue: Virtqueue::new(dma.clone(), control, event_idx, in_order)?,
                 in_flight: HashMap::new(),
                 backlog: VecDeque::new(),
+                next_serial: 0,
                 broken: false,
                 free_pages: free_pages.clone(),
             }),
-            room: Condvar::new(),
             events: Mutex::new(Events {
                 queue: Virtqueue::new(dma.clone(), event, event_idx, in_order)?,
                 buffers: HashMap::new(),
@@ -323,7 +324,8 @@ impl SvmDevice {
         self.progressed.notify_all();
     }
 
-    fn forget_progress(&self, ctx_id: u32) {
+    /// A context of this id is about to begin or has ended for good.
+    pub fn forget_progress(&self, ctx_id: u32) {
         lock(&self.progress).remove(&ctx_id);
     }
 
@@ -343,19 +345,23 @@ impl SvmDevice {
     }
 
     /// Waits until invalidations of `ctx_id` up to `seq` are done: no engine uses what they withdrew. False: `give_up`
-    /// said so first; it is asked every now and then.
+    /// said so first; it is asked every now and then, with no lock held: it may take locks under which [`Self::accepted`]
+    /// is called.
     pub fn wait_done(&self, ctx_id: u32, seq: u64, give_up: impl Fn() -> bool) -> bool {
-        let mut progress = lock(&self.progress);
-        loop {
-            if progress.get(&ctx_id).is_some_and(|progress| progress.done >= seq) {
-                return true;
-            }
+        let done = |progress: &HashMap<u32, Progress>| {
+            progress.get(&ctx_id).is_some_and(|progress| progress.done >= seq)
+        };
+        while !done(&lock(&self.progress)) {
             if give_up() {
                 return false;
             }
-            let waited = self.progressed.wait_timeout(progress, Duration::from_millis(100));
-            progress = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let progress = lock(&self.progress);
+            // Looked at again under the lock that the condition changes under, else the wake-up may be missed.
+            if !done(&progress) {
+                drop(self.progressed.wait_timeout(progress, Duration::from_millis(100)));
+            }
         }
+        true
     }
 
     // The queue.
@@ -368,40 +374,17 @@ impl SvmDevice {
     /// is not an error here but the answer's status.
     pub fn call(&self, head: &[u8], body: &[u8], response_len: usize) -> Result<Response> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        let (kind, ctx_id) = command_number(head);
-        let request = [head, body].concat();
-        let mut command = Command { waiter: Waiter::Call(sender), kind, ctx_id, request, response_len };
-        self.check_size(&command)?;
-        let timeout = Error::Timeout { kind, seconds: ANSWER_DEADLINE.as_secs() };
-        let deadline = Instant::now() + ANSWER_DEADLINE;
-        let mut control = lock(&self.control);
-        loop {
-            if control.broken {
-                return Err(Error::Broken);
+        let (kind, _) = command_number(head);
+        let serial = self.send(Waiter::Call(sender), [head, body].concat(), response_len)?;
+        match receiver.recv_timeout(ANSWER_DEADLINE) {
+            Ok(response) => Ok(response),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::Broken),
+            Err(RecvTimeoutError::Timeout) => {
+                // Not to be carried out after its caller was told that it was not.
+                lock(&self.control).backlog.retain(|command| command.serial != serial);
+                Err(Error::Timeout { kind, seconds: ANSWER_DEADLINE.as_secs() })
             }
-            // Posted commands that wait for room go first.
-            if control.backlog.is_empty() {
-                match self.enqueue(&mut control, command)? {
-                    None => break,
-                    Some(back) => command = back,
-                }
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(timeout);
-            }
-            control = self.room.wait_timeout(control, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        let kick = control.queue.publish()?;
-        drop(control);
-        if kick {
-            self.notify(CONTROLQ)?;
-        }
-        receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())).map_err(|cause| match cause
-        {
-            RecvTimeoutError::Timeout => timeout,
-            RecvTimeoutError::Disconnected => Error::Broken,
-        })
     }
 
     /// Sends a command whose answer the pump returns under `token`. Never waits.
@@ -409,23 +392,29 @@ impl SvmDevice {
     /// # Errors
     /// [`Error::TooLarge`], [`Error::Broken`], or what the transport says.
     pub fn post(&self, token: u64, request: Vec<u8>, response_len: usize) -> Result<()> {
+        self.send(Waiter::Posted(token), request, response_len).map(|_| ())
+    }
+
+    fn send(&self, waiter: Waiter, request: Vec<u8>, response_len: usize) -> Result<u64> {
         let (kind, ctx_id) = command_number(&request);
-        let command = Command { waiter: Waiter::Posted(token), kind, ctx_id, request, response_len };
-        self.check_size(&command)?;
+        self.check_size(request.len(), response_len)?;
         let mut control = lock(&self.control);
         if control.broken {
             return Err(Error::Broken);
         }
-        control.backlog.push_back(command);
+        let serial = control.next_serial;
+        control.next_serial += 1;
+        control.backlog.push_back(Command { serial, waiter, kind, ctx_id, request, response_len });
         let kick = self.flush_backlog(&mut control)?;
         drop(control);
-        if kick { self.notify(CONTROLQ) } else { Ok(()) }
+        if kick {
+            self.notify(CONTROLQ)?;
+        }
+        Ok(serial)
     }
 
-    fn check_size(&self, command: &Command) -> Result<()> {
-        let pages = pages_for(command.request.len()) + pages_for(command.response_len);
-        if pages > self.command_pages.min(self.control_size) {
-            let (request, response) = (command.request.len(), command.response_len);
+    fn check_size(&self, request: usize, response: usize) -> Result<()> {
+        if pages_for(request) + pages_for(response) > self.command_pages.min(self.control_size) {
             return Err(Error::TooLarge { request, response });
         }
         Ok(())
@@ -514,8 +503,6 @@ impl SvmDevice {
         control.broken = true;
         control.in_flight.clear();
         control.backlog.clear();
-        drop(control);
-        self.room.notify_all();
     }
 
     /// True if anything was there.
@@ -528,9 +515,6 @@ impl SvmDevice {
         }
         let kick = if answered { self.flush_backlog(&mut control)? } else { false };
         drop(control);
-        if answered {
-            self.room.notify_all();
-        }
         if kick {
             self.notify(CONTROLQ)?;
         }
@@ -555,9 +539,9 @@ impl SvmDevice {
         })?;
         self.note_epoch(kind, &head, pump);
         let response = Response { head, bytes };
-        let ctx_id = head.hdr.ctx_id.get();
-        if ctx_id != 0 {
-            self.note_done(ctx_id, head.inval_done_seq.get());
+        // Of the context that was asked about: an answer's header names one only to commands with a fence (PROTOCOL 2.4).
+        if command.ctx_id != 0 {
+            self.note_done(command.ctx_id, head.inval_done_seq.get());
         }
         if kind == VIRTIO_GPU_CMD_SVM_INVALIDATE && response.status() == 0 {
             self.note_accepted(command.ctx_id, &response);

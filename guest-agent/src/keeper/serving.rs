@@ -81,11 +81,21 @@ impl KeeperMemory {
 
     fn ask(&self, request: Request) -> io::Result<(Reply, Vec<OwnedFd>)> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        socket.send(&[&serde_json::to_vec(&request)?], &[], true)?;
-        let mut buf = [0; wire::MAX_REQUEST];
-        let received = socket.receive(&mut buf, true)?;
-        Ok((serde_json::from_slice(buf.get(..received.len).unwrap_or_default())?, received.fds))
+        let answered = exchange(&socket, request);
+        if answered.is_err() {
+            // A reply may still be on its way, and would be taken for that to the next request: one process would get
+            // another one's memory. So there is none; the keeper replaces this process. Fails only when it is gone.
+            rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both).ok();
+        }
+        answered
     }
+}
+
+fn exchange(socket: &MessageSocket, request: Request) -> io::Result<(Reply, Vec<OwnedFd>)> {
+    socket.send(&[&serde_json::to_vec(&request)?], &[], true)?;
+    let mut buf = [0; wire::MAX_REQUEST];
+    let received = socket.receive(&mut buf, true)?;
+    Ok((serde_json::from_slice(buf.get(..received.len).unwrap_or_default())?, received.fds))
 }
 
 impl ArenaMemory for KeeperMemory {
@@ -93,8 +103,17 @@ impl ArenaMemory for KeeperMemory {
         let (reply, fds) = self.ask(Request::Create { len })?;
         let mut fds = fds.into_iter();
         match (reply, fds.next(), fds.next()) {
-            (Reply::Created { id }, Some(fd), Some(pages)) => {
-                Ok(ArenaPages { id, fd, offset: 0, pages: wire::pages_from_file(pages)? })
+            (Reply::Created { id }, Some(fd), Some(pages)) => match wire::pages_from_file(pages) {
+                Ok(pages) => Ok(ArenaPages { id, fd, offset: 0, pages }),
+                Err(error) => {
+                    self.release(id);
+                    Err(error)
+                }
+            },
+            // The kernel had no room for the descriptors here, but the keeper has made the memory.
+            (Reply::Created { id }, ..) => {
+                self.release(id);
+                Err(io::Error::from(io::ErrorKind::OutOfMemory))
             }
             _ => Err(io::Error::from(io::ErrorKind::OutOfMemory)),
         }

@@ -4,6 +4,7 @@ use crate::mock::{Mock, device, eventually, file};
 use guest_agent::agent::{Agent, AgentOptions, Answer, ArenaMemory, ArenaPages, Error, EventSink, Owner};
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_QUIET, NoticeRecord};
 use zerocopy::FromBytes;
 
@@ -238,6 +239,126 @@ fn lost_epoch_ends_every_context_and_keeps_memory_until_quiet() {
     eventually("released", || bench.released() == [arena.id]);
     eventually("open", || bench.agent.check_open().is_ok());
     bench.context();
+}
+
+impl Bench {
+    /// Waits until the agent has looked at everything that the device has said so far.
+    fn heard(&self) {
+        let before = self.agent.ledger(false).unowned;
+        eventually("heard", || {
+            self.mock.script(|script| script.fault(999, 0x1000));
+            self.agent.ledger(false).unowned > before
+        });
+    }
+
+    fn hellos(&self) -> usize {
+        self.mock.look().log.iter().filter(|line| *line == "hello").count()
+    }
+}
+
+/// An answer of the lost life, good as it looks, does not say that all is quiet.
+#[test]
+fn late_answer_of_a_lost_life_is_not_taken_for_quiet() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, sink) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| {
+        script.stalled = true;
+        script.fault(ctx_id, 0x10_0000);
+    });
+    eventually("an answer is on its way", || bench.agent.ledger(false).pending == 1);
+    bench.mock.script(|script| {
+        script.epoch += 1;
+        script.retiring = 1;
+        script.notice(EVENT_INVAL_DONE, 0, 0);
+    });
+    eventually("told", || !sink.0.lock().unwrap().is_empty());
+    bench.mock.script(|script| script.stalled = false);
+    eventually("a second HELLO", || bench.hellos() == 2);
+    bench.heard();
+    assert!(bench.agent.check_open().is_err());
+    assert!(bench.released().is_empty());
+    bench.mock.script(|script| script.notice(EVENT_QUIET, 0, script.incarnation));
+    eventually("released", || bench.released() == [arena.id]);
+}
+
+/// Else nobody would ever say that all is quiet.
+#[test]
+fn state_lost_again_before_quiet_begins_another_life() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    for hellos in [2, 3] {
+        bench.mock.script(|script| {
+            script.lose_state();
+            script.retiring = u32::from(hellos == 2);
+            script.notice(EVENT_INVAL_DONE, 0, 0);
+        });
+        eventually("another HELLO", || bench.hellos() == hellos);
+        if hellos == 2 {
+            bench.heard();
+        }
+    }
+    eventually("released", || bench.released() == [arena.id]);
+    assert!(bench.agent.check_open().is_ok());
+}
+
+/// A process that waits for its job asks the device nothing, and still hears that the daemon has forgotten the job.
+#[test]
+fn silent_loss_of_state_is_noticed() {
+    let pulse = Duration::from_millis(200);
+    let bench = Bench::new(AgentOptions { pulse, ..AgentOptions::default() });
+    let (_, sink) = bench.context();
+    bench.mock.script(|script| {
+        script.lose_state();
+        script.devices = 1;
+    });
+    eventually("told", || !sink.0.lock().unwrap().is_empty());
+    assert_eq!(sink.0.lock().unwrap()[0].kind.get(), EVENT_CONTEXT_LOST);
+    eventually("open", || bench.agent.check_open().is_ok());
+    bench.context();
+    assert_eq!(bench.agent.devices().len(), 1, "the new daemon's devices are listed");
+}
+
+#[test]
+fn device_that_says_nothing_any_more_is_lost() {
+    let pulse = Duration::from_millis(20);
+    let bench = Bench::new(AgentOptions { pulse, ..AgentOptions::default() });
+    let (ctx_id, sink) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.mock.script(|script| script.stalled = true);
+    eventually("failed", || bench.agent.has_failed());
+    eventually("told", || !sink.0.lock().unwrap().is_empty());
+    assert!(bench.agent.submit(ctx_id, &[0; 16], 0).is_err());
+    assert!(bench.released().is_empty());
+}
+
+#[test]
+fn number_of_arenas_is_limited() {
+    let bench = Bench::new(AgentOptions { context_arenas: 2, ..AgentOptions::default() });
+    let (ctx_id, _) = bench.context();
+    let first = bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    bench.agent.create_arena(ctx_id, 0x20_0000, 4096).unwrap();
+    let third = bench.agent.create_arena(ctx_id, 0x30_0000, 4096);
+    assert_eq!(third.map_err(|error| error.status()).unwrap_err(), -28);
+    bench.agent.free_arena(ctx_id, first.id).unwrap();
+    bench.agent.create_arena(ctx_id, 0x30_0000, 4096).unwrap();
+}
+
+/// A fault whose pages the device will never take must not hang its job.
+#[test]
+fn fault_whose_pages_are_refused_for_good_ends_its_job() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 4096).unwrap();
+    for refusal in [-14, -17, -28] {
+        let cookie = bench.mock.script(|script| {
+            (script.refuse_answers, script.refusal) = (1, refusal);
+            script.fault(ctx_id, 0x10_0000)
+        });
+        assert_eq!(bench.answered(cookie).code, 1, "{refusal}");
+    }
+    eventually("the ledger", || bench.agent.ledger(false).refused == 3);
 }
 
 #[test]

@@ -182,3 +182,55 @@ fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
     assert_eq!(&log[log.len() - 2..], ["reset", "unpin 1"]);
     mock.end();
 }
+
+/// Memory whose descriptors got lost on the way must not stay pinned for ever.
+#[test]
+fn memory_that_did_not_arrive_is_given_back() {
+    let (ours, theirs) = MessageSocket::pair().unwrap();
+    let asking = std::thread::spawn(move || serving::KeeperMemory::new(theirs).create(4096).map(|_| ()));
+    let hear = || {
+        let mut buf = [0; 256];
+        let received = ours.receive(&mut buf, true).unwrap();
+        String::from_utf8(buf[..received.len].to_vec()).unwrap()
+    };
+    assert_eq!(hear(), r#"{"Create":{"len":4096}}"#);
+    ours.send(&[br#"{"Created":{"id":7}}"#], &[], true).unwrap();
+    assert_eq!(hear(), r#"{"Release":{"id":7}}"#);
+    ours.send(&[br#""Released""#], &[], true).unwrap();
+    assert!(asking.join().unwrap().is_err());
+}
+
+/// After a reply that is not understood the next one may be somebody else's.
+#[test]
+fn broken_conversation_with_the_keeper_ends() {
+    let (ours, theirs) = MessageSocket::pair().unwrap();
+    ours.send(&[b"?"], &[], true).unwrap();
+    ours.send(&[br#"{"Created":{"id":7}}"#], &[], true).unwrap();
+    let memory = serving::KeeperMemory::new(theirs);
+    assert!(memory.create(4096).is_err());
+    let again = memory.create(4096).map(|_| ()).unwrap_err();
+    assert_eq!(again.kind(), io::ErrorKind::BrokenPipe);
+}
+
+/// A keeper that has made nothing yet can be stopped while the daemon is still busy with an earlier life.
+#[test]
+fn keeper_with_nothing_to_protect_stops_before_quiet() {
+    let (mock, _thread) = Mock::start();
+    let ring = Arc::new(file(Rings::BYTES as u64));
+    mock.look().retiring = 1;
+    let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let keeper = {
+        let (mock, ring, stop) = (mock.clone(), ring.clone(), stop.clone());
+        std::thread::spawn(move || {
+            let pinner = LoggingPinner(mock.clone(), ring.clone(), Mutex::new(0));
+            let mut keeper = Keeper::new(MockMachine(mock, ring), Box::new(pinner), |_| {}).unwrap();
+            keeper.run(&mut |_| Err(io::Error::other("not yet")), stop.as_fd())
+        })
+    };
+    eventually("HELLO", || mock.look().log.iter().any(|line| line == "hello"));
+    rustix::io::write(&*stop, &1u64.to_ne_bytes()).unwrap();
+    eventually("ended", || keeper.is_finished());
+    keeper.join().unwrap().unwrap();
+    assert_eq!(mock.look().log.last().unwrap(), "unpin 1");
+    mock.end();
+}

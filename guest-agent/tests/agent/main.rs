@@ -12,6 +12,7 @@
 
 mod agent;
 mod broker;
+mod driver;
 mod keeper;
 mod mock;
 mod ring;

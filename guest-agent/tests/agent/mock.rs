@@ -44,13 +44,18 @@ pub struct Answered {
 pub struct Script {
     pub epoch: u64,
     pub incarnation: u64,
+    /// Host devices.
+    pub devices: u32,
     /// Contexts that HELLO says are still retiring.
     pub retiring: u32,
     /// Contexts alive, and the sequence of their last invalidation.
     pub contexts: HashMap<u32, u64>,
     pub answers: Vec<Answered>,
-    /// Answers to refuse with EAGAIN.
+    /// Answers to refuse with `refusal`.
     pub refuse_answers: u32,
+    pub refusal: i32,
+    /// Commands are not looked at; events go on.
+    pub stalled: bool,
     /// CTX_DESTROY is followed by CONTEXT_RETIRED only when the test says so.
     pub hold_retired: bool,
     /// INVALIDATE is done only when the test says so.
@@ -72,10 +77,13 @@ impl Default for Script {
         Self {
             epoch: 77,
             incarnation: 0,
+            devices: 2,
             retiring: 0,
             contexts: HashMap::new(),
             answers: Vec::new(),
             refuse_answers: 0,
+            refusal: -11,
+            stalled: false,
             hold_retired: false,
             hold_done: false,
             pending: HashSet::new(),
@@ -172,12 +180,15 @@ impl Script {
         self.lost = false;
         self.contexts.clear();
         self.log.push("hello".into());
-        let (num_devices, retiring) = (2.into(), self.retiring.into());
+        let (num_devices, retiring) = (self.devices.into(), self.retiring.into());
         HelloResp { resp: self.head(0, 0), num_devices, retiring, ..HelloResp::default() }.as_bytes().to_vec()
     }
 
     fn device(&self, request: &[u8]) -> Vec<u8> {
         let dev_id = GetDevice::read_from_bytes(request).unwrap().dev_id;
+        if dev_id.get() >= self.devices {
+            return self.head(0, -2).as_bytes().to_vec();
+        }
         let mut device = GetDeviceResp { resp: self.head(0, 0), dev_id, ..GetDeviceResp::default() };
         device.name[..4].copy_from_slice(b"mock");
         device.va_bits = 48.into();
@@ -193,9 +204,11 @@ impl Script {
         let old = runs.iter().any(|run| run.as_of.get() < seq);
         let status = if !self.pending.contains(&cookie) {
             -22
-        } else if old || self.refuse_answers > 0 {
-            self.refuse_answers = self.refuse_answers.saturating_sub(1);
+        } else if old {
             -11
+        } else if self.refuse_answers > 0 {
+            self.refuse_answers -= 1;
+            self.refusal
         } else {
             self.pending.remove(&cookie);
             0
@@ -338,7 +351,7 @@ impl Mock {
             let Some(queues) = queues.as_mut() else { continue };
             let mut script = self.script.lock().unwrap();
             let mut interrupt = false;
-            while let Some(chain) = queues.control.pop() {
+            while let Some(chain) = (!script.stalled).then(|| queues.control.pop()).flatten() {
                 let answer = script.answer(&chain.readable);
                 interrupt |= queues.control.push(&chain, &answer);
             }

@@ -47,6 +47,16 @@ impl SvmDevice {
         response.parse(VIRTIO_GPU_CMD_SVM_GET_DEVICE)
     }
 
+    /// Asks for a description of a host device, posted.
+    ///
+    /// # Errors
+    /// As [`Self::post`].
+    pub fn post_get_device(&self, token: u64, dev_id: u32) -> Result<()> {
+        let hdr = header(VIRTIO_GPU_CMD_SVM_GET_DEVICE, 0);
+        let request = GetDevice { hdr, dev_id: dev_id.into(), reserved: 0.into() };
+        self.post(token, request.as_bytes().to_vec(), size_of::<GetDeviceResp>())
+    }
+
     /// Creates a context of this protocol's capset.
     ///
     /// # Errors
