@@ -6,8 +6,8 @@
 //! go and the moment when the canary takes it. That gap is kept short: the canary takes pages over and over from the kill
 //! until the agent serves again.
 //!
-//! To see it fail: `self.arenas.clear()` as the first statement of `Keeper::cleanse`, before the device is reset, is found
-//! within these ten kills. The same line after the reset is not, and cannot be: svmd stops this guest's engines before it
+//! To see it fail: `self.arenas.clear()` as the first statement of `Keeper::cleanse`, before the device is reset, was
+//! found in four of four tries, at the first to fifth kill. The same line after the reset is not, and cannot be: svmd stops this guest's engines before it
 //! acknowledges that the rings have stopped, and drops its contexts before they run again.
 
 use anyhow::{Context, Result, ensure};
