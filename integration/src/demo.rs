@@ -4,7 +4,7 @@ use crate::binaries::{self, Binaries};
 use crate::frontend::Profile;
 use crate::frontend::ram::{GuestRam, Layout};
 use crate::frontend::vmm::Vmm;
-use crate::provision::Vm;
+use crate::provision::{Vm, progress};
 use crate::story::host::HostMachine;
 use crate::story::qemu::QemuMachine;
 use crate::story::{Machine, Plan, Report, Story};
@@ -68,6 +68,10 @@ impl VmmKind {
 pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
     let features: &[&str] = if stage.sabotage.is_some() { &["daemon/sabotage"] } else { &[] };
     let programs = binaries::build_host(features)?;
+    let vm = match stage.vmm {
+        VmmKind::Qemu => Some(provision()?),
+        VmmKind::Inproc | VmmKind::Kvm => None,
+    };
     let names: Vec<String> = (1..=stage.guests).map(|n| format!("guest{n}")).collect();
     let folder = open_folder()?;
     let mut options = Options { guests: names.clone(), devices: DEVICES, ..Options::default() };
@@ -75,7 +79,7 @@ pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
         options.arguments = vec!["--sabotage".into(), "swap-asid".into()];
     }
     let daemon = Svmd::start(programs.get("svmd")?, folder.path(), &options)?;
-    let machines = machines(stage.vmm, &names, &daemon, &programs, &folder)?;
+    let machines = machines(stage.vmm, vm.as_ref(), &names, &daemon, &programs, &folder)?;
     let plan = Plan {
         vmm: stage.vmm.name(),
         processes: stage.processes,
@@ -90,14 +94,14 @@ pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
 
 fn machines(
     vmm: VmmKind,
+    vm: Option<&Vm>,
     names: &[String],
     daemon: &Svmd,
     programs: &Binaries,
     folder: &TempDir,
 ) -> Result<Vec<Box<dyn Machine>>> {
-    if vmm == VmmKind::Qemu {
-        let vm = Vm::open()?;
-        return boot_all(&vm, names, daemon);
+    if let Some(vm) = vm {
+        return boot_all(vm, names, daemon);
     }
     let host = |name: &String| {
         let ram = GuestRam::new(Layout::Flat { bytes: RAM_BYTES }, 1)?;
@@ -112,8 +116,21 @@ fn machines(
     names.iter().map(host).collect()
 }
 
+/// All that QEMU guests are made of, before anything is started.
+fn provision() -> Result<Vm> {
+    let obtain = || {
+        let vm = Vm::open()?;
+        vm.qemu()?;
+        vm.cloud_kernel()?;
+        binaries::build_guest()?;
+        anyhow::Ok(vm)
+    };
+    obtain().context("QEMU guests cannot be had here (`--vmm inproc` shows the same story without them)")
+}
+
 /// Boots all guests at the same time.
 fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd) -> Result<Vec<Box<dyn Machine>>> {
+    progress!("booting {} guests", names.len());
     std::thread::scope(|scope| {
         let boot = |name: &String| {
             let (name, socket) = (name.clone(), daemon.socket(name));

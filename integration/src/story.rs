@@ -141,7 +141,15 @@ impl<'a> Story<'a> {
 
     /// Act 1: the same A..B -> C..D everywhere, different contents, nothing resident.
     fn map_all(&mut self) -> Result<()> {
-        self.say("who maps what");
+        self.say(format!(
+            "{} guests of one daemon, {} processes in each, {} devices: a GPU VM for every process on every device",
+            self.machines.len(),
+            self.plan.processes,
+            self.plan.devices
+        ));
+        self.say(
+            "\nwho maps what: the same CPU range A..B to the same GPU range C..D, each with bytes of its own",
+        );
         for (guest, machine) in self.machines.iter().enumerate() {
             for index in 0..self.plan.processes {
                 let seed = (guest * self.plan.processes + index + 1) as u64 * 0x1_0001;
@@ -339,9 +347,11 @@ impl<'a> Story<'a> {
             answered.extend(machine.answers(&devices)?);
         }
         let comparison = ledger::compare(&raised, &answered, &self.touches);
-        self.say(format!(
-            "\nthree ledgers: device (below the router), agents, geometry of the jobs\n  {comparison}"
-        ));
+        let account = comparison.to_string().replace('\n', "\n  ");
+        self.say(
+            "\nevery fault as three ledgers have it: devices (below the router), agents, and what the jobs must touch",
+        );
+        self.say(format!("  {account}"));
         let bytes =
             Geometry { cpu: CPU_BASE, gpu: GPU_BASE, devices: u32::try_from(devices.len())?, seed: 0 }
                 .bytes();

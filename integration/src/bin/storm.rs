@@ -27,8 +27,20 @@ struct Arguments {
     devices: usize,
 }
 
-fn main() -> Result<ExitCode> {
-    let Arguments { seed, faults, guests, contexts, devices } = Arguments::parse();
+fn main() -> ExitCode {
+    match storms(Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("storm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all of them are clean.
+fn storms(arguments: Arguments) -> Result<bool> {
+    let Arguments { seed, faults, guests, contexts, devices } = arguments;
     let size = Size { guests, contexts, devices, faults };
     let mut clean = true;
     for seed in seed {
@@ -36,5 +48,5 @@ fn main() -> Result<ExitCode> {
         println!("{summary}");
         clean &= summary.is_clean();
     }
-    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(clean)
 }
