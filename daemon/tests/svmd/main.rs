@@ -24,8 +24,8 @@ use vmm::{PATIENCE, Vmm, connect, negotiate};
 /// Looks again this often at what has no event to wait for.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Threads of a daemon with one guest and no session: its own, two engines, the guest's.
-const IDLE_THREADS: usize = 4;
+/// Threads of a daemon with one guest and no session: its own, two engines, the deadlines', the guest's.
+const IDLE_THREADS: usize = 5;
 
 fn svmd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_svmd"));
