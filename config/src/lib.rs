@@ -224,6 +224,10 @@ impl Config {
                     return Err(value(format!("guest[{i}].devices"), problem));
                 }
             }
+            let mut granted = HashSet::new();
+            if let Some(twice) = guest.devices.iter().flatten().find(|device| !granted.insert(*device)) {
+                return Err(value(format!("guest[{i}].devices"), format!("{twice:?} is named twice")));
+            }
             if guest.devices.as_ref().is_some_and(Vec::is_empty) {
                 let problem =
                     "a guest without a device can do nothing; leave the key out to grant all".to_owned();

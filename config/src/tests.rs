@@ -82,3 +82,10 @@ fn wrong_types_and_kinds_are_refused() {
     assert!(refused("[[device]]\nkind = 'hard'\nname = 'a'").contains("hard"));
     assert!(refused("[limits]\njobs = -1").contains("jobs"));
 }
+
+#[test]
+fn device_granted_twice_is_refused() {
+    let text = "[[guest]]\nname = 'a'\nsocket = '/run/a'\ndevices = ['soft0', 'soft1', 'soft0']";
+    let message = refused(text);
+    assert!(message.contains("guest[0].devices") && message.contains("soft0"), "{message}");
+}

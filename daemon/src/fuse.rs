@@ -53,6 +53,7 @@ pub struct Fuse {
     /// Guards the handle until it is used; a section is one move.
     shutdown: Mutex<Option<ShutdownHandle>>,
     log: LogLimit,
+    ring_log: LogLimit,
     chains_refused: AtomicU64,
 }
 
@@ -64,6 +65,7 @@ impl Fuse {
             reason: OnceLock::new(),
             shutdown: Mutex::new(None),
             log: LogLimit::default(),
+            ring_log: LogLimit::default(),
             chains_refused: AtomicU64::new(0),
         }
     }
@@ -93,9 +95,12 @@ impl Fuse {
         self.chains_refused.load(Ordering::Relaxed)
     }
 
-    /// Tells of a queue that is not served any more. Once per stop of the ring: the ring is latched.
+    /// Tells of a queue that is not served any more. Once per stop of the ring, as the ring is latched; but a driver may
+    /// reset its device as often as it likes.
     pub fn report_ring(&self, queue: &'static str, error: RingError) {
-        tracing::warn!(guest = %self.guest, queue, %error, "queue failed; it is ignored until the driver resets it");
+        if self.ring_log.admits() {
+            tracing::warn!(guest = %self.guest, queue, %error, "queue failed; it is ignored until the driver resets it");
+        }
     }
 
     /// Tells of malformed chains.

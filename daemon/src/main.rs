@@ -70,7 +70,8 @@ fn run(args: &Args) -> Result<(), Failure> {
         .build()
         .map_err(|e| Failure::Runtime(e.into()))
         .and_then(|runtime| runtime.block_on(serve(&registry, &config, inherited.zip(args.fd))));
-    // Sessions first: closing a guest waits for the engines.
+    // Sessions first: closing a guest waits for the engines. For the same reason a `guest.remove` that was under way is
+    // waited for: with the end of the runtime above, which joins it.
     registry.shutdown();
     devices.stop();
     served
@@ -140,7 +141,8 @@ fn refused(error: AddError) -> Failure {
         AddError::BadName(_)
         | AddError::NameTaken { .. }
         | AddError::SocketOutsideRuntimeDirs(_)
-        | AddError::UnknownDevice(_) => Failure::Usage(error.into()),
+        | AddError::UnknownDevice(_)
+        | AddError::DeviceTwice(_) => Failure::Usage(error.into()),
         AddError::SocketInUse(_) | AddError::ShuttingDown | AddError::Io { .. } => {
             Failure::Runtime(error.into())
         }

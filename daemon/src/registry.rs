@@ -85,6 +85,9 @@ pub enum AddError {
     /// No host device has that name.
     #[error("no device {0:?} on this host")]
     UnknownDevice(String),
+    /// One device was named twice: a context has one GPU VM on each device at most, so the second is of no use.
+    #[error("device {0:?} is named twice")]
+    DeviceTwice(String),
     /// The daemon is ending.
     #[error("the daemon is ending")]
     ShuttingDown,
@@ -230,15 +233,24 @@ impl Registry {
             },
             subscribers: Arc::clone(&self.subscribers),
         };
+        // The attendant begins when its guest was announced: what it tells of the guest comes after that.
+        let (begin, begun) = std::sync::mpsc::sync_channel(1);
+        let attend = move || {
+            if begun.recv().is_ok() {
+                attendant.run(door);
+            }
+        };
         let thread = std::thread::Builder::new()
             .name(format!("guest {}", spec.name))
-            .spawn(move || attendant.run(door))
+            .spawn(attend)
             .map_err(|e| failed("start a thread for", e))?;
         *lock(&seat.thread) = Some(thread);
         guests.by_name.insert(spec.name.clone(), seat);
         drop(guests);
         tracing::info!(guest = %spec.name, socket = %label, "guest added");
         self.subscribers.tell(&RegistryEvent::GuestAdded { name: spec.name });
+        // It waits for this and nothing else.
+        begin.send(()).ok();
         Ok(true)
     }
 
@@ -308,6 +320,11 @@ impl Registry {
             let found = self.device_names.iter().position(|device| device == name);
             found.ok_or_else(|| AddError::UnknownDevice(name.clone()))
         };
+        if let Some((_, twice)) =
+            names.iter().enumerate().find(|(i, name)| names.iter().take(*i).any(|n| n == *name))
+        {
+            return Err(AddError::DeviceTwice(twice.clone()));
+        }
         names.iter().map(index).collect()
     }
 

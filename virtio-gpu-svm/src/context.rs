@@ -14,7 +14,7 @@ use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
-use crate::info::{ContextStatus, Counters, MappingStatus, VmStatus};
+use crate::info::{ContextStatus, ContextSummary, Counters, MappingStatus, VmStatus, VmSummary};
 use crate::invalidation::{Invalidations, zap};
 use crate::memory::MemoryTable;
 use crate::protocol::PAGE_SHIFT;
@@ -549,11 +549,35 @@ impl Context {
             counters: state.counters,
         }
     }
+    /// The same without mappings.
+    pub fn summary(&self) -> ContextSummary {
+        let state = self.lock();
+        let vms: Vec<_> = state.vms.iter().map(|(vm_id, vm)| self.vm_summary(*vm_id, vm)).collect();
+        ContextSummary {
+            guest: self.label.guest.to_string(),
+            ctx_id: self.ctx_id,
+            generation: self.generation,
+            name: self.name.clone(),
+            known_pages: state.space.known_pages(),
+            resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
+            pending_faults: state.faults.count(),
+            jobs: state.jobs.len(),
+            vms,
+            counters: state.counters,
+        }
+    }
+    fn vm_summary(&self, vm_id: u32, vm: &GpuVm) -> VmSummary {
+        VmSummary {
+            vm_id,
+            device: vm.device,
+            asid: vm.asid.0,
+            state: state_name(vm.state).0,
+            mappings: vm.mappings.len(),
+            resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
+        }
+    }
     fn vm_status(&self, vm_id: u32, vm: &GpuVm) -> VmStatus {
-        let (state, error) = match vm.state {
-            VmState::Usable => ("usable", 0),
-            VmState::Unusable { errno, .. } => ("unusable", errno),
-        };
+        let (state, error) = state_name(vm.state);
         VmStatus {
             vm_id,
             device: vm.device,
@@ -577,6 +601,14 @@ impl State {
             ring_idx: job.ring_idx,
             end,
         }));
+    }
+}
+
+/// For people, and the errno that made it so.
+fn state_name(state: VmState) -> (&'static str, i32) {
+    match state {
+        VmState::Usable => ("usable", 0),
+        VmState::Unusable { errno, .. } => ("unusable", errno),
     }
 }
 

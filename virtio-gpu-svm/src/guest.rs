@@ -8,7 +8,7 @@ use crate::context::{Context, NewContext};
 use crate::device::Ticket;
 use crate::event::{Notice, Record, Stamp, notice_record};
 use crate::host::{Host, Limits};
-use crate::info::{ContextStatus, Counters, GuestStatus, HostStats};
+use crate::info::{ContextStatus, ContextSummary, Counters, GuestStatus, HostStats};
 use crate::memory::{MemoryTable, Region};
 use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES, EventHdr};
 use crate::protocol::gpu::GpuConfig;
@@ -86,6 +86,8 @@ struct Inner {
     /// A QUIET record is due when nothing retires any more.
     quiet_due: bool,
     frozen: bool,
+    /// Sums over contexts that have retired.
+    past: Counters,
 }
 
 impl Inner {
@@ -307,8 +309,9 @@ impl Guest {
             let notices = [(farewell == Farewell::Record).then_some(retired), quiet];
             // Queued before the guest's lock is released, so that a new incarnation drops it or never sees it.
             self.lock_outbox().notices.extend(notices.into_iter().flatten());
+            // In the same step as it leaves the list, so that sums count it once at any time.
+            inner.past.add(&context.counters());
         }
-        self.host.remember(&context.counters());
         self.port.ready();
     }
 
@@ -494,7 +497,8 @@ impl Guest {
     pub fn close(self: &Arc<Self>) {
         self.reset();
         self.wait_until(|| self.lock().retiring.is_empty());
-        self.host.forget_guest(self);
+        let past = self.lock().past;
+        self.host.forget_guest(self, &past);
     }
     /// Drops contexts and resources, and every record that waits.
     fn drop_everything(self: &Arc<Self>) {
@@ -551,18 +555,17 @@ impl Guest {
 
     /// GPU VMs alive on a host device.
     pub(crate) fn vms_on(&self, device: usize) -> usize {
-        let contexts: Vec<Arc<Context>> = self.lock().contexts.values().cloned().collect();
-        contexts.iter().flat_map(|context| context.asids()).filter(|(on, _)| *on == device).count()
+        self.list().iter().flat_map(|context| context.asids()).filter(|(on, _)| *on == device).count()
     }
     /// Adds this guest's counts.
     pub(crate) fn add_to(&self, stats: &mut HostStats) {
-        let (alive, all) = {
+        let (alive, mut sum, all) = {
             let inner = self.lock();
             let retiring = inner.retiring.values().map(|(context, _)| Arc::clone(context));
-            (inner.contexts.len(), inner.contexts.values().cloned().chain(retiring).collect::<Vec<_>>())
+            let all: Vec<_> = inner.contexts.values().cloned().chain(retiring).collect();
+            (inner.contexts.len(), inner.past, all)
         };
         stats.contexts = stats.contexts.saturating_add(alive);
-        let mut sum = Counters::default();
         for context in all {
             stats.gpu_vms = stats.gpu_vms.saturating_add(context.load().0);
             sum.add(&context.counters());
@@ -587,10 +590,16 @@ impl Guest {
             frozen: inner.frozen,
         }
     }
-    /// Its contexts, by id.
+    /// Its contexts with all their mappings, by id.
     pub fn contexts(&self) -> Vec<ContextStatus> {
-        let contexts: Vec<Arc<Context>> = self.lock().contexts.values().cloned().collect();
-        contexts.iter().map(|context| context.status()).collect()
+        self.list().iter().map(|context| context.status()).collect()
+    }
+    /// Its contexts without their mappings, by id.
+    pub fn context_summaries(&self) -> Vec<ContextSummary> {
+        self.list().iter().map(|context| context.summary()).collect()
+    }
+    fn list(&self) -> Vec<Arc<Context>> {
+        self.lock().contexts.values().cloned().collect()
     }
     /// Drops the translations of a context, on one host device or on all; the next accesses fault. Returns the pages
     /// that had a translation.

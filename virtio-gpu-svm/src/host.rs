@@ -71,9 +71,9 @@ impl Traces {
 /// All guests and all devices of one daemon.
 pub struct Host {
     slots: Vec<Slot>,
-    /// Guards the list of guests; nothing is called under it.
+    /// Guards the list of guests; `past` may be locked under it, nothing else.
     guests: Mutex<BTreeMap<String, Arc<Guest>>>,
-    /// Sums over contexts and guests that are gone, and faults that had no owner.
+    /// Sums over guests that are gone, and faults that had no owner.
     past: Mutex<Counters>,
     pub(crate) pending_vms: Gauge,
     pub(crate) traces: Traces,
@@ -116,8 +116,10 @@ impl Host {
         self.lock_guests().insert(name.to_owned(), Arc::clone(&guest));
         guest
     }
-    pub(crate) fn forget_guest(&self, guest: &Arc<Guest>) {
+    /// A guest goes; its counts are kept.
+    pub(crate) fn forget_guest(&self, guest: &Arc<Guest>, past: &Counters) {
         let mut guests = self.lock_guests();
+        self.remember(past);
         if guests.get(guest.name()).is_some_and(|known| Arc::ptr_eq(known, guest)) {
             guests.remove(guest.name());
         }
@@ -154,12 +156,15 @@ impl Host {
     }
     /// Counts of the whole host.
     pub fn stats(&self) -> HostStats {
-        let guests = self.guests();
+        let (guests, past) = {
+            let guests = self.lock_guests();
+            (guests.values().cloned().collect::<Vec<_>>(), *self.lock_past())
+        };
         let mut stats = HostStats {
             guests: guests.len(),
             pending_vms: self.pending_vms.now.load(Ordering::Relaxed),
             peak_pending_vms: self.pending_vms.peak.load(Ordering::Relaxed),
-            counters: *self.lock_past(),
+            counters: past,
             ..HostStats::default()
         };
         for guest in guests {
@@ -172,8 +177,8 @@ impl Host {
         let last = self.traces.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.iter().skip(last.len().saturating_sub(limit)).cloned().collect()
     }
-    /// Keeps the counts of a context that goes.
-    pub(crate) fn remember(&self, counters: &Counters) {
+    /// Adds counts that no guest keeps.
+    fn remember(&self, counters: &Counters) {
         self.lock_past().add(counters);
     }
     fn lock_past(&self) -> MutexGuard<'_, Counters> {

@@ -83,6 +83,50 @@ pub struct ContextStatus {
     pub counters: Counters,
 }
 
+/// A context without its mappings, of which there may be very many.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct ContextSummary {
+    /// Its guest.
+    pub guest: String,
+    /// Its id in the guest.
+    pub ctx_id: u32,
+    /// Tells it from earlier contexts of that id.
+    pub generation: u64,
+    /// As the guest calls it.
+    pub name: String,
+    /// Pages of its address space that are known (A side).
+    pub known_pages: u64,
+    /// Pages with a translation now, of all its GPU VMs.
+    pub resident_pages: u64,
+    /// Faults that wait for the guest.
+    pub pending_faults: usize,
+    /// Jobs in flight.
+    pub jobs: usize,
+    /// Its GPU VMs, one a device at most (C side).
+    pub vms: Vec<VmSummary>,
+    /// What has happened to it.
+    pub counters: Counters,
+}
+
+/// A GPU VM without its mappings.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct VmSummary {
+    /// Its id in the context.
+    pub vm_id: u32,
+    /// The host device's index.
+    pub device: usize,
+    /// Its id in fault reports.
+    pub asid: u32,
+    /// `"usable"` or `"unusable"`.
+    pub state: &'static str,
+    /// How many mappings it has.
+    pub mappings: usize,
+    /// Pages with a translation now.
+    pub resident_pages: u64,
+}
+
 /// A GPU VM.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -129,7 +173,7 @@ pub struct MappingStatus {
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct FaultTrace {
-    /// Nanoseconds of the host's monotonic clock at raising.
+    /// When it was raised, in nanoseconds since the daemon's start.
     pub time_ns: u64,
     /// Its owner's guest.
     pub guest: String,
@@ -147,7 +191,7 @@ pub struct FaultTrace {
     pub cpu_addr: u64,
     /// `"read"`, `"write"` or `"atomic"`.
     pub access: &'static str,
-    /// `"served-locally"`, `"answered"`, `"refused"` or `"dropped"`.
+    /// `"served-locally"`, `"answered"`, `"refused"`, `"dropped"` or `"throttled"`.
     pub outcome: &'static str,
     /// Nanoseconds from raising to the outcome.
     pub wait_ns: u64,

@@ -352,3 +352,29 @@ fn refusal_names_the_run_that_it_is_about() {
         assert_eq!(resp.detail.get(), 2, "{bad:?}");
     }
 }
+
+#[test]
+fn sums_never_fall_while_contexts_come_and_go() {
+    let w = World::with_limits(Limits { contexts: 64, ..LIMITS });
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..3000 {
+                let (_, asid) = w.mapped(1 + n % 8);
+                w.devices[0].raise(&w.host, asid, 0x9000_0000, Access::Read);
+                w.destroy_context(1 + n % 8);
+                w.devices[0].retire_all(&w.host);
+                w.records();
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        let mut last = Counters::default();
+        while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+            let now = w.host.stats().counters;
+            assert!(now.faults_raised >= last.faults_raised, "{last:?} then {now:?}");
+            last = now;
+        }
+    });
+    assert_eq!(w.host.stats().counters.faults_raised, 3000);
+    assert_balanced(&w, 0);
+}

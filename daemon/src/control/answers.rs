@@ -2,7 +2,6 @@
 
 use serde::Serialize;
 use virtio_gpu_svm::device::{Access, LedgerEntry};
-use virtio_gpu_svm::info::{ContextStatus, Counters, VmStatus};
 
 /// Result of `server.info`.
 #[derive(Serialize)]
@@ -35,62 +34,6 @@ pub struct Protocol {
 pub struct Limits {
     pub line_bytes: usize,
     pub batch: usize,
-}
-
-/// A context in `context.list`: everything but its mappings, of which there may be very many.
-#[derive(Serialize)]
-pub struct ContextRow {
-    pub guest: String,
-    pub ctx_id: u32,
-    pub generation: u64,
-    pub name: String,
-    pub known_pages: u64,
-    pub resident_pages: u64,
-    pub pending_faults: usize,
-    pub jobs: usize,
-    pub vms: Vec<VmRow>,
-    pub counters: Counters,
-}
-
-/// A GPU VM in `context.list`.
-#[derive(Serialize)]
-pub struct VmRow {
-    pub vm_id: u32,
-    pub device: usize,
-    pub asid: u32,
-    pub state: &'static str,
-    pub mappings: usize,
-    pub resident_pages: u64,
-}
-
-impl From<ContextStatus> for ContextRow {
-    fn from(context: ContextStatus) -> Self {
-        Self {
-            guest: context.guest,
-            ctx_id: context.ctx_id,
-            generation: context.generation,
-            name: context.name,
-            known_pages: context.known_pages,
-            resident_pages: context.vms.iter().map(|vm| vm.resident_pages).sum(),
-            pending_faults: context.pending_faults,
-            jobs: context.jobs,
-            vms: context.vms.iter().map(VmRow::from).collect(),
-            counters: context.counters,
-        }
-    }
-}
-
-impl From<&VmStatus> for VmRow {
-    fn from(vm: &VmStatus) -> Self {
-        Self {
-            vm_id: vm.vm_id,
-            device: vm.device,
-            asid: vm.asid,
-            state: vm.state,
-            mappings: vm.mappings.len(),
-            resident_pages: vm.resident_pages,
-        }
-    }
 }
 
 /// Result of `device.ledger`.

@@ -3,7 +3,7 @@
 //! Called by [`super::methods::call`] on a blocking thread. Snapshots are taken first and turned into text afterwards,
 //! with no lock held.
 
-use super::answers::{ContextRow, Ledger, LedgerRow, Limits, Protocol, ServerInfo};
+use super::answers::{Ledger, LedgerRow, Limits, Protocol, ServerInfo};
 use super::events::KINDS;
 use super::methods::{Answer, DEFAULT_FAULTS, Then};
 use super::params::Args;
@@ -15,6 +15,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use virtio_gpu_svm::guest::Guest;
+use virtio_gpu_svm::info::ContextSummary;
 use virtio_gpu_svm::protocol;
 
 type Outcome = Result<Answer, Error>;
@@ -93,9 +94,8 @@ pub(super) fn context_list(state: &ControlState, args: &Args<'_>) -> Outcome {
             core_guest(state, name).into_iter().collect()
         }
     };
-    let rows: Vec<ContextRow> =
-        guests.iter().flat_map(|guest| guest.contexts()).map(ContextRow::from).collect();
-    answer(&json!({ "contexts": rows }))
+    let contexts: Vec<ContextSummary> = guests.iter().flat_map(|guest| guest.context_summaries()).collect();
+    answer(&json!({ "contexts": contexts }))
 }
 
 pub(super) fn context_get(state: &ControlState, args: &Args<'_>) -> Outcome {
@@ -193,6 +193,7 @@ fn add_error(error: &AddError) -> Error {
         }
         AddError::SocketInUse(_) => (Kind::SocketInUse, "choose another path or end what uses it"),
         AddError::UnknownDevice(_) => (Kind::UnknownDevice, "device.list tells the names"),
+        AddError::DeviceTwice(_) => (Kind::DeviceTwice, "name each device once"),
         AddError::ShuttingDown => (Kind::ShuttingDown, "try again once it runs again"),
         AddError::Io { .. } => (
             Kind::SocketFailed,

@@ -152,6 +152,7 @@ pub const METHODS: &[Method] = &[
             Kind::SocketInUse,
             Kind::SocketFailed,
             Kind::UnknownDevice,
+            Kind::DeviceTwice,
             Kind::ShuttingDown,
         ],
         run: handlers::guest_add,

@@ -44,6 +44,8 @@ pub enum Kind {
     SocketFailed,
     /// No such host device.
     UnknownDevice,
+    /// A host device is granted twice to one guest.
+    DeviceTwice,
     /// No such context in that guest.
     ContextNotFound,
     /// The daemon is ending.
@@ -69,6 +71,7 @@ impl Kind {
             Self::SocketInUse => "socket-in-use",
             Self::SocketFailed => "socket-failed",
             Self::UnknownDevice => "unknown-device",
+            Self::DeviceTwice => "device-twice",
             Self::ContextNotFound => "context-not-found",
             Self::ShuttingDown => "shutting-down",
         }
@@ -91,6 +94,7 @@ impl Kind {
             | Self::SocketInUse
             | Self::SocketFailed
             | Self::UnknownDevice
+            | Self::DeviceTwice
             | Self::ContextNotFound
             | Self::ShuttingDown => -32000,
         }

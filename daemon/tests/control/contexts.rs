@@ -169,3 +169,13 @@ fn svmctl_shows_the_context_and_its_mappings() {
     assert!(svmctl(&["devices"]).contains("replayable"));
     assert_eq!(svmctl(&["context", "evict", "vm0", "5", "--device", "gpu1"]), "evicted pages: 2 (8 KiB)\n");
 }
+
+#[test]
+fn device_is_granted_once() {
+    let devices = vec![Idle::start("gpu0", Vec::new()), Idle::start("gpu1", Vec::new())];
+    let server = Server::start_on(devices, Options::default());
+    let mut client = server.client();
+    let add = json!({"name": "vm0", "socket": server.guest_socket("vm0.sock"), "devices": ["gpu1", "gpu0", "gpu1"]});
+    assert_eq!(client.error("guest.add", add), (-32000, "device-twice".into()));
+    assert_eq!(client.result("guest.list", json!({})), json!({"guests": []}));
+}

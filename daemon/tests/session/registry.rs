@@ -5,8 +5,11 @@ use crate::{Daemon, spec};
 use daemon::registry::{AddError, GuestSpec, RegistryEvent};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 #[test]
 fn add_and_remove_are_idempotent() {
@@ -90,6 +93,32 @@ fn unknown_device_is_refused() {
     let refused = daemon.registry.add(GuestSpec { devices, ..spec("vm0", &daemon.path("vm0.sock")) });
     assert!(matches!(refused, Err(AddError::UnknownDevice(name)) if name == "gpu9"));
     assert!(!daemon.path("vm0.sock").exists());
+}
+
+#[test]
+fn guest_is_announced_before_its_vmm() {
+    let daemon = Daemon::start();
+    let path = daemon.path("vm0.sock");
+    let (connected, wait) = channel();
+    let (connected, wait) = (Mutex::new(connected), Mutex::new(wait));
+    let (told_early, early) = channel();
+    let told_early = Mutex::new(told_early);
+    let vmm = path.clone();
+    daemon.registry.subscribe(Box::new(move |event| match event {
+        RegistryEvent::GuestAdded { .. } => {
+            // A VMM that was faster than the announcement.
+            let stream = UnixStream::connect(&vmm).unwrap();
+            let told = wait.lock().unwrap().recv_timeout(Duration::from_millis(50));
+            told_early.lock().unwrap().send((told, stream)).unwrap();
+        }
+        RegistryEvent::GuestConnected { .. } => connected.lock().unwrap().send(()).unwrap(),
+        _ => {}
+    }));
+    assert!(daemon.registry.add(spec("vm0", &path)).unwrap());
+    let (told, _vmm) = early.recv().unwrap();
+    assert_eq!(told, Err(RecvTimeoutError::Timeout));
+    assert_eq!(daemon.event(), RegistryEvent::GuestAdded { name: "vm0".into() });
+    assert_eq!(daemon.event(), RegistryEvent::GuestConnected { name: "vm0".into() });
 }
 
 #[test]

@@ -95,7 +95,7 @@ wire! {
         access_mask: U16,
         /// Bytes to which `addr` is precise.
         address_precision: U32,
-        /// Nanoseconds of the host's monotonic clock.
+        /// Nanoseconds of the daemon's monotonic clock, which begins with it.
         timestamp: U64,
         /// Sequence of this record.
         sequence: U64,
@@ -128,7 +128,7 @@ wire! {
         perm: U32,
         /// Its timeline.
         ring_idx: U32,
-        /// Nanoseconds of the host's monotonic clock.
+        /// Nanoseconds of the daemon's monotonic clock, which begins with it.
         timestamp: U64,
         /// Sequence of this record.
         sequence: U64,
@@ -149,7 +149,7 @@ wire! {
         status: I32,
         /// Zero.
         reserved: U32,
-        /// Nanoseconds of the host's monotonic clock.
+        /// Nanoseconds of the daemon's monotonic clock, which begins with it.
         timestamp: U64,
         /// Sequence of this record.
         sequence: U64,
