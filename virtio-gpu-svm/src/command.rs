@@ -8,7 +8,7 @@ pub mod submit;
 use crate::addr::{PageRange, RangeError};
 use crate::address_space::{Page, Run};
 use crate::context::{self, NewContext};
-use crate::device::{AddressModel, FaultModel};
+use crate::device::{self, AddressModel, FaultModel};
 use crate::fault::response::{self, Code, Supplied};
 use crate::guest::{self, Guest};
 use crate::memory::{GUEST_PA_END, MemoryTable};
@@ -125,6 +125,9 @@ impl Error {
         match self {
             Self::At { index, .. } => *index,
             Self::Pages(error) => error.index(),
+            Self::Context(context::Error::Device(
+                device::Error::UnknownOpcode { index } | device::Error::BadOperand { index },
+            )) => *index,
             _ => 0,
         }
     }

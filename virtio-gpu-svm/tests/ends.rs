@@ -2,6 +2,7 @@
 //! over reaches the next one.
 #![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
 
+#[expect(dead_code, reason = "other tests need the rest of it")]
 mod mock;
 
 use mock::{A, C, GPA, LIMITS, MEMORY, World, hdr, map, region, run, table, unmap};

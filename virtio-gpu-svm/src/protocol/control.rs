@@ -45,7 +45,7 @@ wire! {
         hdr: CtrlHdr,
         /// 0 or a negative errno.
         status: I32,
-        /// Index of the run, bind or request that `status` is about.
+        /// Index of the run, entry or request that `status` is about.
         detail: U32,
         /// Changes whenever the daemon has lost this guest's state.
         daemon_epoch: U64,
@@ -155,7 +155,8 @@ wire! {
 wire! {
     /// The response to [`Supply`] and [`PageResponse`].
     SupplyResp, 64 {
-        /// Head. `-EAGAIN`: `refused` runs raced with an invalidation, the first is `detail`; the others stand.
+        /// Head. `-EAGAIN`: `refused` runs raced with an invalidation, the first is `detail`; the others stand. An
+        /// answer whose own page stands has status 0 all the same.
         resp: SvmResp,
         /// Runs installed.
         installed: U32,

@@ -53,7 +53,7 @@ wire! {
         seqno: U32,
         /// 0 or a negative errno.
         ret: I32,
-        /// Index of the bind that `ret` is about.
+        /// Index of the operation or packet that `ret` is about.
         detail: U32,
     }
 }
