@@ -261,7 +261,7 @@ fn bad_runs(scene: &Scene) -> Vec<Row> {
             EFAULT,
             scene.run(A2, 0, u32::try_from((LOW_BYTES + HIGH_BYTES) / PAGE_SIZE).unwrap()),
         ),
-        ("the most pages", EFAULT, scene.run(A2, 0, u32::MAX)),
+        ("the most pages", EINVAL, scene.run(A2, 0, u32::MAX)),
         ("another page than is known", EEXIST, scene.run(known, gpa, 1)),
     ];
     let mut rows = vec![];
