@@ -13,7 +13,7 @@ use crate::frontend::RingAddresses;
 use crate::frontend::ram::GuestRam;
 use crate::frontend::vmm::Vmm;
 use crate::ledger::Answered;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, ArenaPages};
 use guest_agent::driver::{DmaRegion, Rings, SvmDevice};
 use std::collections::HashMap;
@@ -97,14 +97,7 @@ impl SimulatedGuest {
     /// # Errors
     /// The agent was asked more often than it remembers, or names devices that it has not.
     pub fn answers(&self, devices: &[usize]) -> Result<Vec<Answered>> {
-        let report = self.agent.ledger(true);
-        ensure!(
-            report.forgotten == 0,
-            "the agent of {} has forgotten {} answers",
-            self.name,
-            report.forgotten
-        );
-        report.entries.iter().map(|entry| Answered::from_agent(&self.name, devices, entry)).collect()
+        Answered::by_agent(&self.name, devices, || Ok(self.agent.ledger(true)))
     }
 }
 

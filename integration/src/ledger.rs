@@ -12,11 +12,12 @@
 //! Called by stories, the demo and the storm after all jobs have ended. Takes plain data and owns none of the
 //! collecting: device ledgers come from svmd's `device.ledger`, agents' from the agents.
 
-use anyhow::{Context, Result};
-use guest_agent::agent::{Answer, LedgerEntry};
+use anyhow::{Context, Result, ensure};
+use guest_agent::agent::{Answer, LedgerEntry, LedgerReport};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::device::Access;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::event::{PERM_ATOMIC, PERM_READ, PERM_WRITE};
@@ -26,6 +27,8 @@ mod tests;
 
 /// Pages that one fault makes known and resident, as an aligned window.
 pub const WINDOW_PAGES: u64 = 16;
+/// How long answers may be under way after the last job has ended.
+const SETTLING: Duration = Duration::from_secs(30);
 /// Differences that a [`Comparison`] explains; the counts are complete, the list is not.
 const EXPLAINED: usize = 12;
 
@@ -70,11 +73,34 @@ pub struct Answered {
 }
 
 impl Answered {
+    /// Everything that an agent has answered. `read` asks it for its ledger; a job may end before its agent has seen
+    /// the device take the last answer, so this waits until no answer is under way.
+    ///
+    /// # Errors
+    /// The agent does not answer or does not finish, has forgotten entries, or names what there is not.
+    pub fn by_agent(
+        guest: &Arc<str>,
+        devices: &[usize],
+        read: impl Fn() -> Result<LedgerReport>,
+    ) -> Result<Vec<Self>> {
+        let deadline = Instant::now() + SETTLING;
+        let report = loop {
+            let report = read()?;
+            if report.pending == 0 {
+                break report;
+            }
+            ensure!(Instant::now() < deadline, "{} answers of {guest} are still under way", report.pending);
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        ensure!(report.forgotten == 0, "the agent of {guest} has forgotten {} answers", report.forgotten);
+        report.entries.iter().map(|entry| Self::from_agent(guest, devices, entry)).collect()
+    }
+
     /// An entry of an agent's ledger. `devices` are the host devices granted to the guest, in the order of its `dev_id`.
     ///
     /// # Errors
     /// The entry names a device or an access that there is not.
-    pub fn from_agent(guest: &Arc<str>, devices: &[usize], entry: &LedgerEntry) -> Result<Self> {
+    fn from_agent(guest: &Arc<str>, devices: &[usize], entry: &LedgerEntry) -> Result<Self> {
         let device = usize::try_from(entry.dev_id).ok().and_then(|dev_id| devices.get(dev_id));
         Ok(Self {
             guest: guest.clone(),

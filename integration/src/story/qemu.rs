@@ -59,15 +59,10 @@ impl Machine for QemuMachine {
         self.guest.check(ROOT, if hold { "svm-agent hold" } else { "svm-agent release" }).map(drop)
     }
     fn answers(&self, devices: &[usize]) -> Result<Vec<Answered>> {
-        let text = self.guest.check(ROOT, "svm-agent ledger --json")?;
-        let report: LedgerReport = serde_json::from_str(&text).with_context(|| format!("ledger: {text}"))?;
-        ensure!(
-            report.forgotten == 0,
-            "the agent of {} has forgotten {} answers",
-            self.name,
-            report.forgotten
-        );
-        report.entries.iter().map(|entry| Answered::from_agent(&self.name, devices, entry)).collect()
+        Answered::by_agent(&self.name, devices, || {
+            let text = self.guest.check(ROOT, "svm-agent ledger --json")?;
+            serde_json::from_str::<LedgerReport>(&text).with_context(|| format!("ledger: {text}"))
+        })
     }
 }
 
