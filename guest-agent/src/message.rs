@@ -4,6 +4,7 @@
 //! and `seqno`. Records ([`EVENTS`]) are pushed in between. A SUBMIT's payload is passed to the device as it is; it
 //! cannot hold guest-physical addresses, and neither can anything else here.
 
+use virtio_gpu_svm::wire;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -34,17 +35,7 @@ pub const SUBMIT: u32 = 5;
 /// Pushed: records of 96 bytes (PROTOCOL 7), of this context.
 pub const EVENTS: u32 = 0x100;
 
-macro_rules! message {
-    ($(#[$doc:meta])* $name:ident, $size:literal { $($(#[$fdoc:meta])* $field:ident: $ty:ty),* $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-        #[repr(C)]
-        pub struct $name { $($(#[$fdoc])* pub $field: $ty),* }
-        const _: () = assert!(size_of::<$name>() == $size);
-    };
-}
-
-message! {
+wire! {
     /// Opens every message.
     Head, 16 {
         /// [`HELLO`] to [`EVENTS`].
@@ -57,7 +48,7 @@ message! {
         reserved: U32,
     }
 }
-message! {
+wire! {
     /// Body of [`HELLO`].
     Hello, 8 {
         /// [`MESSAGE_VERSION`].
@@ -66,7 +57,7 @@ message! {
         reserved: U32,
     }
 }
-message! {
+wire! {
     /// Reply to [`HELLO`].
     HelloReply, 24 {
         /// The connection's context, for people.
@@ -79,7 +70,7 @@ message! {
         reserved: U64,
     }
 }
-message! {
+wire! {
     /// A host device.
     DeviceEntry, 72 {
         /// Names it in VM_CREATE.
@@ -102,7 +93,7 @@ message! {
         reserved: U64,
     }
 }
-message! {
+wire! {
     /// Body of [`ARENA_CREATE`].
     ArenaCreate, 16 {
         /// Bytes, a multiple of the page size.
@@ -111,7 +102,7 @@ message! {
         va: U64,
     }
 }
-message! {
+wire! {
     /// Reply to [`ARENA_CREATE`]; the file descriptor comes with the message.
     ArenaReply, 16 {
         /// Names it in [`ARENA_FREE`].
@@ -120,14 +111,14 @@ message! {
         offset: U64,
     }
 }
-message! {
+wire! {
     /// Body of [`ARENA_FREE`].
     ArenaFree, 8 {
         /// From the reply.
         arena_id: U64,
     }
 }
-message! {
+wire! {
     /// Body of [`SUBMIT`]; the payload follows (PROTOCOL 5).
     Submit, 8 {
         /// Bytes of the reply area.
@@ -136,7 +127,7 @@ message! {
         reserved: U32,
     }
 }
-message! {
+wire! {
     /// Reply to [`SUBMIT`]; the reply area follows.
     SubmitReply, 8 {
         /// Index of the request that the status is about.

@@ -115,7 +115,7 @@ impl AddressSpace {
     }
     /// Gives the leaf of a page a sequence of its own, so that an answer which is on its way races only with
     /// invalidations of this leaf. Without effect when there are too many leaves.
-    pub fn expect(&mut self, page: u64) {
+    pub fn keep_leaf(&mut self, page: u64) {
         let index = page >> LEAF_PAGES_SHIFT;
         if self.leaves.len() < MAX_LEAVES {
             self.obtain_leaf(index);

@@ -300,7 +300,7 @@ impl Context {
             raised_run: self.run_time(),
             waiters: vec![fault.stop],
         };
-        state.space.expect(cpu_page);
+        state.space.keep_leaf(cpu_page);
         let cookie = state.faults.insert(self.generation, pending);
         state.waiting.push_back(Waiting::Fault(cookie));
         self.count_pending(state, vm_id, true);

@@ -85,7 +85,7 @@ impl Context {
         let seq = state.space.invalidate(range);
         // An emptied leaf is gone; answers on their way still race with invalidations of their own leaf only.
         for cpu_page in state.faults.cpu_pages().filter(|page| range.contains(*page)) {
-            state.space.expect(cpu_page);
+            state.space.keep_leaf(cpu_page);
         }
         let mut flushes = Vec::new();
         for vm in state.vms.values() {

@@ -39,7 +39,7 @@ fn emptied_leaf_remembers_its_invalidation() {
 #[test]
 fn expected_leaf_is_not_starved_by_others() {
     let mut space = AddressSpace::default();
-    space.expect(3);
+    space.keep_leaf(3);
     space.invalidate(range(1 << 20, 1 << 21));
     assert_eq!(space.install(&run(3, 1, 1, 0)), Install::Done);
 }
@@ -49,7 +49,7 @@ fn run_across_leaves_is_installed_whole_or_not_at_all() {
     let mut space = AddressSpace::default();
     space.install(&run(512, 1, 9, 0));
     space.invalidate(range(512, 513));
-    space.expect(0);
+    space.keep_leaf(0);
     assert_eq!(space.install(&run(500, 30, 40, 0)), Install::Raced);
     assert_eq!(space.lookup(500), None);
 }

@@ -1,7 +1,7 @@
 //! Control-queue commands of this protocol. They belong to whoever owns the virtio device in the guest, and are the
 //! only place where guest-physical addresses appear. PROTOCOL 4.
 
-use super::gpu::{CtrlHdr, wire};
+use super::gpu::CtrlHdr;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

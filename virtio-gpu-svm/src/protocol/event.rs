@@ -1,6 +1,5 @@
 //! Records on the event queue. A buffer opens with [`EventHdr`], records of 96 bytes follow. PROTOCOL 7.
 
-use super::gpu::wire;
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

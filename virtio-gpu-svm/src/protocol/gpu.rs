@@ -78,22 +78,6 @@ pub const VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK: u32 = 0xff;
 /// Scanouts in a display info, whatever the device has.
 pub const VIRTIO_GPU_MAX_SCANOUTS: usize = 16;
 
-macro_rules! wire {
-    ($(#[$doc:meta])* $name:ident, $size:literal { $($(#[$fdoc:meta])* $field:ident: $ty:ty),* $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-        #[repr(C)]
-        pub struct $name { $($(#[$fdoc])* pub $field: $ty),* }
-        const _: () = assert!(size_of::<$name>() == $size);
-        impl Default for $name {
-            fn default() -> Self {
-                zerocopy::FromZeros::new_zeroed()
-            }
-        }
-    };
-}
-pub(crate) use wire;
-
 wire! {
     /// The first 16 bytes of config space: `struct virtio_gpu_config`.
     GpuConfig, 16 {

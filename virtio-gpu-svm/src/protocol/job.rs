@@ -1,6 +1,5 @@
 //! Packets: what an engine executes, in order, every address a GPU address of the job's VM. PROTOCOL 6.
 
-use super::gpu::wire;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

@@ -10,6 +10,24 @@
 //! * [`event`]: records on the event queue (PROTOCOL 7).
 //! * [`errno`]: status values (PROTOCOL 8).
 
+/// A struct of the wire: little-endian fields, no padding that has no name, and its size asserted. Whoever uses it has
+/// zerocopy's derives in scope.
+#[macro_export]
+macro_rules! wire {
+    ($(#[$doc:meta])* $name:ident, $size:literal { $($(#[$fdoc:meta])* $field:ident: $ty:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+        #[repr(C)]
+        pub struct $name { $($(#[$fdoc])* pub $field: $ty),* }
+        const _: () = assert!(size_of::<$name>() == $size);
+        impl Default for $name {
+            fn default() -> Self {
+                zerocopy::FromZeros::new_zeroed()
+            }
+        }
+    };
+}
+
 pub mod control;
 pub mod errno;
 pub mod event;

@@ -1,7 +1,6 @@
 //! Requests inside a SUBMIT_3D payload: written by an unprivileged guest process, about its own context only, and
 //! free of guest-physical addresses. PROTOCOL 5.
 
-use super::gpu::wire;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 

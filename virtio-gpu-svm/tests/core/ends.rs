@@ -1,7 +1,7 @@
 //! Ends that come at an awkward moment: who waits is let go, what is counted adds up, and nothing of a life that is
 //! over reaches the next one.
 
-use crate::mock::{A, C, GPA, LIMITS, MEMORY, World, hdr, map, region, run, table, unmap};
+use crate::mock::{A, C, GPA, LIMITS, MEMORY, World, faults, hdr, map, notices, region, run, table, unmap};
 use std::collections::BTreeSet;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -15,16 +15,6 @@ use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::request::{SVM_REQ_VM_DESTROY, VmRef};
 use zerocopy::{FromBytes, IntoBytes};
 
-fn faults(world: &World) -> Vec<FaultRecord> {
-    let records = world.records();
-    let faults = records.iter().map(|bytes| FaultRecord::read_from_bytes(bytes).unwrap());
-    faults.filter(|record| record.kind.get() == EVENT_FAULT).collect()
-}
-fn notices(world: &World) -> Vec<(u32, u32, u64)> {
-    let records = world.records();
-    let notices = records.iter().map(|bytes| NoticeRecord::read_from_bytes(bytes).unwrap());
-    notices.map(|notice| (notice.kind.get(), notice.ctx_id.get(), notice.value.get())).collect()
-}
 fn destroy_vm(world: &World, ctx_id: u32, vm_id: u32) {
     let body = VmRef { vm_id: vm_id.into(), ..VmRef::default() };
     assert_eq!(world.submit(ctx_id, SVM_REQ_VM_DESTROY, &body.as_bytes()[16..]).0, 0);

@@ -1,6 +1,6 @@
 //! A fault's life against every event that can meet it, on a device that does nothing by itself.
 
-use crate::mock::{A, C, GPA, MEMORY, World, map, region, run, table, unmap};
+use crate::mock::{A, C, GPA, MEMORY, World, faults, map, notices, region, run, table, unmap};
 use virtio_gpu_svm::device::{Access, Verdict};
 use virtio_gpu_svm::protocol::control::{
     PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS, RUN_READONLY,
@@ -8,17 +8,6 @@ use virtio_gpu_svm::protocol::control::{
 use virtio_gpu_svm::protocol::errno::*;
 use virtio_gpu_svm::protocol::event::*;
 use zerocopy::FromBytes;
-
-fn faults(world: &World) -> Vec<FaultRecord> {
-    let records = world.records();
-    let faults = records.iter().map(|bytes| FaultRecord::read_from_bytes(bytes).unwrap());
-    faults.filter(|record| record.kind.get() == EVENT_FAULT).collect()
-}
-fn notices(world: &World) -> Vec<(u32, u32, u64)> {
-    let records = world.records();
-    let notices = records.iter().map(|bytes| NoticeRecord::read_from_bytes(bytes).unwrap());
-    notices.map(|notice| (notice.kind.get(), notice.ctx_id.get(), notice.value.get())).collect()
-}
 
 #[test]
 fn same_ranges_in_two_contexts_each_fault_has_its_owner() {

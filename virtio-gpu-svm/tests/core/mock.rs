@@ -13,7 +13,7 @@ use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits};
 use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
 use virtio_gpu_svm::protocol::control::*;
-use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord};
+use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord, NoticeRecord};
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
 use virtio_gpu_svm::protocol::request::*;
@@ -333,9 +333,7 @@ impl World {
     }
     /// Cookies of the faults whose records wait.
     pub fn cookies(&self) -> Vec<u64> {
-        let records = self.records();
-        let faults = records.iter().map(|bytes| FaultRecord::read_from_bytes(bytes).unwrap());
-        faults.filter(|record| record.kind.get() == EVENT_FAULT).map(|record| record.cookie.get()).collect()
+        faults(self).iter().map(|record| record.cookie.get()).collect()
     }
     /// All records that wait.
     pub fn records(&self) -> Vec<[u8; EVENT_RECORD_BYTES]> {
@@ -355,6 +353,18 @@ impl World {
     }
 }
 
+/// The fault records that wait.
+pub fn faults(world: &World) -> Vec<FaultRecord> {
+    let records = world.records();
+    let faults = records.iter().map(|bytes| FaultRecord::read_from_bytes(bytes).unwrap());
+    faults.filter(|record| record.kind.get() == EVENT_FAULT).collect()
+}
+/// All records that wait, as (kind, context, value).
+pub fn notices(world: &World) -> Vec<(u32, u32, u64)> {
+    let records = world.records();
+    let notices = records.iter().map(|bytes| NoticeRecord::read_from_bytes(bytes).unwrap());
+    notices.map(|notice| (notice.kind.get(), notice.ctx_id.get(), notice.value.get())).collect()
+}
 pub fn hdr(kind: u32, ctx_id: u32) -> CtrlHdr {
     CtrlHdr { kind: kind.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() }
 }
