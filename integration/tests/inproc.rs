@@ -25,7 +25,7 @@ use virtio_gpu_svm::protocol::gpu::{
     VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER, VIRTIO_GPU_RESP_OK_CAPSET, VIRTIO_GPU_RESP_OK_CAPSET_INFO,
     VIRTIO_GPU_RESP_OK_DISPLAY_INFO,
 };
-use virtio_gpu_svm::protocol::job::{OP_FILL, OP_REDUCE, Packet};
+use virtio_gpu_svm::protocol::job::{OP_CHASE, OP_FILL, OP_REDUCE, Packet};
 use virtio_gpu_svm::protocol::{
     CAPSET_SVM, CONFIG_SIZE, SVM_CONFIG_OFFSET, SVM_MAGIC, SvmConfig, VERSION_MAJOR,
 };
@@ -198,6 +198,45 @@ fn run_sum(guest: &SimulatedGuest) -> u32 {
     assert_eq!(process.read_word(A + 8 * words).unwrap(), (0..words).map(|w| w * w).sum::<u64>());
     assert_eq!(process.read_word(A + 8 * words + 8).unwrap(), 0x5ca1e);
     process.ctx_id()
+}
+
+/// A list in memory at A, with plain pointers; a mirror with offset 0 on one device and with another on the second.
+#[test]
+fn plain_pointers_are_walked_through_mirrors() {
+    let daemon = Svmd::launch(&Options::default()).unwrap();
+    let vmm = Vmm::without_cpu(&daemon.socket("vm0"), &ram(3), Profile::CloudHypervisor).unwrap();
+    let guest = SimulatedGuest::start("vm0", vmm, AgentOptions::default()).unwrap();
+    let mut process = guest.spawn("list").unwrap();
+    process.map_memory(A, MIB).unwrap();
+    let node = |n: u64| A + n * 7919 % 1021 * 64;
+    for n in 0..500_u64 {
+        let next = if n < 499 { node(n + 1) } else { 0 };
+        process.write(node(n), &[next.to_le_bytes(), (n * n).to_le_bytes()].concat()).unwrap();
+    }
+    let half = 1_u64 << 47;
+    let shift = 1_u64 << 44;
+    for (dev_id, offset) in [(0, 0), (1, shift.cast_signed())] {
+        process.create_vm(dev_id).unwrap();
+        let to_gpu = |cpu: u64| cpu.checked_add_signed(-offset).unwrap();
+        process.mirror(dev_id, 0, offset, half).unwrap();
+        let result = A + MIB - 4096 + 64 * u64::from(dev_id);
+        let walk = Packet {
+            opcode: OP_CHASE.into(),
+            dst: to_gpu(result).into(),
+            src: to_gpu(node(0)).into(),
+            value: 1000.into(),
+            arg: (-offset).cast_unsigned().into(),
+            ..Packet::default()
+        };
+        process.exec(dev_id, 0, 1, &[walk]).unwrap();
+        process.finish_job().unwrap();
+        assert_eq!(process.read_word(result).unwrap(), 500);
+        assert_eq!(process.read_word(result + 8).unwrap(), (0..500_u64).map(|n| n * n).sum::<u64>());
+    }
+    assert!(
+        daemon.stat("/counters/faults_served_locally").unwrap() > 0,
+        "the second device asks for nothing known"
+    );
 }
 
 #[test]

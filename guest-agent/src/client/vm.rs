@@ -4,9 +4,9 @@ use super::{Connection, Error, Job, Result};
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::{
-    BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr, RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND,
-    SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, SVM_REQ_VM_GET_PROPERTY, VmBind, VmCreate, VmCreateRsp,
-    VmProperty, VmRef,
+    BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
+    RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, SVM_REQ_VM_GET_PROPERTY,
+    VmBind, VmCreate, VmCreateRsp, VmProperty, VmRef,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -111,6 +111,22 @@ impl Vm {
             addr: gpu.into(),
             range: len.into(),
             obj_offset: cpu.into(),
+            ..BindOp::default()
+        }])
+    }
+
+    /// Mirrors the process' CPU addresses at GPU addresses from `gpu` on, `len` bytes: CPU address = GPU address +
+    /// `offset`. Costs nothing until a job touches it; with offset 0 every pointer is the same on both sides.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn mirror(&self, gpu: u64, offset: i64, len: u64) -> Result<()> {
+        self.bind(&[BindOp {
+            op: BIND_OP_MAP.into(),
+            flags: BIND_CPU_ADDR_MIRROR.into(),
+            addr: gpu.into(),
+            range: len.into(),
+            obj_offset: offset.cast_unsigned().into(),
             ..BindOp::default()
         }])
     }

@@ -12,8 +12,8 @@ use virtio_gpu_svm::protocol::errno;
 use virtio_gpu_svm::protocol::event::{EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord};
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::{
-    BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr, RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND,
-    SVM_REQ_VM_CREATE, VmBind, VmCreate, VmCreateRsp,
+    BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
+    RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, VmBind, VmCreate, VmCreateRsp,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -163,6 +163,22 @@ impl SimulatedProcess {
             addr: gpu_addr.into(),
             range: bytes.into(),
             obj_offset: va.into(),
+            ..BindOp::default()
+        };
+        self.vm_bind(dev_id, op)
+    }
+
+    /// Mirrors its addresses: CPU address = GPU address + `offset`, for `bytes` from `gpu_addr`.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn mirror(&self, dev_id: u32, gpu_addr: u64, offset: i64, bytes: u64) -> Result<()> {
+        let op = BindOp {
+            op: BIND_OP_MAP.into(),
+            flags: BIND_CPU_ADDR_MIRROR.into(),
+            addr: gpu_addr.into(),
+            range: bytes.into(),
+            obj_offset: offset.cast_unsigned().into(),
             ..BindOp::default()
         };
         self.vm_bind(dev_id, op)
