@@ -113,6 +113,9 @@ pub struct Device {
     /// Faults that its own record keeps; 0 keeps none.
     #[serde(default)]
     pub ledger: usize,
+    /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do.
+    #[serde(default = "default_job_limit_ms")]
+    pub job_limit_ms: u32,
 }
 
 /// What executes a device's jobs.
@@ -169,6 +172,9 @@ pub struct Guest {
 fn default_engines() -> u32 {
     1
 }
+fn default_job_limit_ms() -> u32 {
+    60_000
+}
 fn default_va_bits() -> u32 {
     48
 }
@@ -209,6 +215,7 @@ impl Config {
                 engines: default_engines(),
                 va_bits: default_va_bits(),
                 ledger: 0,
+                job_limit_ms: default_job_limit_ms(),
             })
             .to_vec()
     }

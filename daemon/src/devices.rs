@@ -5,6 +5,7 @@
 use config::{Device as DeviceConfig, DeviceKind};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{Device, Events};
 use virtio_gpu_svm::host::Host;
@@ -64,6 +65,7 @@ fn make(index: usize, config: &DeviceConfig) -> Arc<SoftDevice> {
             engines: u8::try_from(config.engines).unwrap_or(u8::MAX),
             va_bits: config.va_bits,
             ledger: (config.ledger > 0).then_some(config.ledger),
+            job_limit: (config.job_limit_ms > 0).then(|| Duration::from_millis(config.job_limit_ms.into())),
         }),
     }
 }

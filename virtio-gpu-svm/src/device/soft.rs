@@ -34,6 +34,7 @@ use sched::{Nap, Next, Report, Sched, Turn, Vm};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 /// What a software GPU is to be.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct SoftConfig {
     pub va_bits: u32,
     /// Keep a record of this many faults.
     pub ledger: Option<usize>,
+    /// How long a job may be on engines and wait for semaphores in all; then it ends with -ETIMEDOUT.
+    pub job_limit: Option<Duration>,
 }
 
 /// A software GPU.
@@ -60,6 +63,7 @@ pub struct SoftDevice {
     idle: Condvar,
     /// Kept apart from the scheduler, because a snapshot copies all of it.
     ledger: Option<Mutex<Ledger>>,
+    job_limit: Option<Duration>,
     faults_raised: AtomicU64,
     panics: AtomicU64,
 }
@@ -70,7 +74,7 @@ impl SoftDevice {
     /// # Panics
     /// If the configuration leaves the ranges that it names.
     pub fn new(config: SoftConfig) -> Arc<Self> {
-        let SoftConfig { index, name, engines, va_bits, ledger } = config;
+        let SoftConfig { index, name, engines, va_bits, ledger, job_limit } = config;
         assert!(engines > 0, "a GPU without engines");
         assert!((22..=57).contains(&va_bits), "a GPU of {va_bits} address bits");
         let info = DeviceInfo {
@@ -88,6 +92,7 @@ impl SoftDevice {
             sched: Mutex::new(Sched::new(engines)),
             idle: Condvar::new(),
             ledger: ledger.map(|capacity| Mutex::new(Ledger::new(capacity))),
+            job_limit,
             faults_raised: AtomicU64::new(0),
             panics: AtomicU64::new(0),
         })
@@ -167,13 +172,15 @@ impl SoftDevice {
 
     fn run_slice(&self, turn: &mut Turn) -> SliceEnd {
         let Turn { vm, job, .. } = turn;
-        let end = 1u64.wrapping_shl(self.info.va_bits);
+        let (begin, end) = (Instant::now(), 1u64.wrapping_shl(self.info.va_bits));
         let slice = catch_unwind(AssertUnwindSafe(|| job.run(vm.memory.view().memory(), end)));
         vm.memory.reclaim();
-        slice.unwrap_or_else(|_| {
+        let mut slice = slice.unwrap_or_else(|_| {
             self.panics.fetch_add(1, Ordering::Relaxed);
             job.panicked()
-        })
+        });
+        job.bill(begin, &mut slice, self.job_limit);
+        slice
     }
 
     /// Reports what a slice brought; no lock is held.

@@ -12,10 +12,11 @@
 use super::mem::{Memory, Missing, WORD};
 use crate::addr::GpuAddr;
 use crate::device::{Access, Error, Job, JobEnd, JobId};
-use crate::protocol::errno::{EFAULT, EINVAL};
+use crate::protocol::errno::{EFAULT, EINVAL, ETIMEDOUT};
 use crate::protocol::job::{
     OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_NOP, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
 };
+use std::time::{Duration, Instant};
 
 /// Work of one slice, in bytes moved: about 30 us.
 const SLICE: u64 = 128 << 10;
@@ -37,6 +38,10 @@ pub struct ActiveJob {
     fault: Option<Missing>,
     /// Ends with this errno as soon as it is on an engine.
     doom: Option<i32>,
+    /// Time on engines and at semaphores; none counts at faults, in the queue, or frozen.
+    spent: Duration,
+    /// When it began to wait for the semaphore that it waits for.
+    waiting_since: Option<Instant>,
 }
 
 /// How far a packet is.
@@ -141,7 +146,28 @@ impl ActiveJob {
             progress: Progress::default(),
             fault: None,
             doom: None,
+            spent: Duration::ZERO,
+            waiting_since: None,
         }
+    }
+
+    /// Adds a slice that began at `begin` to the time it has spent, and ends the job if that is beyond `limit`.
+    pub fn bill(&mut self, begin: Instant, slice: &mut SliceEnd, limit: Option<Duration>) {
+        let now = Instant::now();
+        let from = self.waiting_since.take().unwrap_or(begin);
+        self.spent = self.spent.saturating_add(now.saturating_duration_since(from));
+        let goes_on = matches!(slice.halt, Halt::Yield | Halt::Wait(_));
+        if goes_on && limit.is_some_and(|limit| self.spent >= limit) {
+            let addr = self.packets.get(self.index).map_or(0, |packet| packet.dst.get());
+            slice.halt = self.failed(Failure { errno: ETIMEDOUT, addr, access: Access::Read });
+        }
+        self.waiting_since = matches!(slice.halt, Halt::Wait(_)).then_some(now);
+    }
+
+    /// It waits no more, whether for the queue or because it is frozen.
+    pub fn end_wait(&mut self) {
+        let since = self.waiting_since.take();
+        self.spent = self.spent.saturating_add(since.map_or(Duration::ZERO, |since| since.elapsed()));
     }
 
     /// The job is to end with this errno.

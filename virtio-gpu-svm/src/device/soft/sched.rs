@@ -371,7 +371,7 @@ impl Sched {
 
     /// Puts the job where it belongs after its slice.
     fn settle(&mut self, engine: u8, turn: Turn, halt: Halt) -> (Report, Option<Box<ActiveJob>>) {
-        let Turn { vm, ring, job, seen } = turn;
+        let Turn { vm, ring, mut job, seen } = turn;
         let (asid, signals) = (vm.asid, self.signals);
         let mut report = Report { vm, ring, fault: None, done: None, flushed: None };
         let state = self.state_mut(asid);
@@ -381,7 +381,10 @@ impl Sched {
         match halt {
             Halt::Yield => state.make_ready(ring, job),
             // What it waits for may have happened since it looked.
-            Halt::Wait(_) if state.frozen || seen != (signals, state.writes) => state.make_ready(ring, job),
+            Halt::Wait(_) if state.frozen || seen != (signals, state.writes) => {
+                job.end_wait();
+                state.make_ready(ring, job);
+            }
             Halt::Wait(key) => {
                 state.waiting = state.waiting.saturating_add(1);
                 state.set_front(ring, Front::Waiting(key, job));
@@ -466,9 +469,10 @@ impl Sched {
         self.waiters.remove(&waiter);
         let (_, asid, ring) = waiter;
         let state = self.state_mut(asid);
-        let Some(Front::Waiting(_, job)) = state.take_front(ring) else {
+        let Some(Front::Waiting(_, mut job)) = state.take_front(ring) else {
             panic!("ring {ring} does not wait")
         };
+        job.end_wait();
         state.waiting = state.waiting.saturating_sub(1);
         state.make_ready(ring, job);
         self.enqueue(asid);

@@ -81,8 +81,13 @@ struct Rig {
 impl Rig {
     /// A rig whose engines do not work before [`Rig::go`], so that what is submitted until then is scheduled at once.
     fn paused(engines: u8) -> Self {
-        let config =
-            SoftConfig { index: 3, name: "soft3".into(), engines, va_bits: 48, ledger: Some(1 << 20) };
+        Self::limited(engines, None)
+    }
+
+    /// The same, with a limit of jobs' time.
+    fn limited(engines: u8, job_limit: Option<Duration>) -> Self {
+        let (name, ledger) = ("soft3".into(), Some(1 << 20));
+        let config = SoftConfig { index: 3, name, engines, va_bits: 48, ledger, job_limit };
         let device = SoftDevice::new(config);
         let events = Arc::new(Recorder {
             device: Arc::downgrade(&device),

@@ -163,7 +163,14 @@ fn unbound_page_faults_again() {
 
 #[test]
 fn ledger_keeps_the_newest() {
-    let config = SoftConfig { index: 3, name: "small".into(), engines: 1, va_bits: 48, ledger: Some(2) };
+    let config = SoftConfig {
+        index: 3,
+        name: "small".into(),
+        engines: 1,
+        va_bits: 48,
+        ledger: Some(2),
+        job_limit: None,
+    };
     let device = SoftDevice::new(config);
     let push = |page| {
         let entry = LedgerEntry { label: label(1), asid: Asid(1), page, access: Access::Read };

@@ -378,3 +378,38 @@ fn shutdown_returns_engines_with_jobs_left() {
     rig.submit(asid, 9, &[word_op(OP_SEM_WAIT, C, 1)]);
     drop(rig);
 }
+
+#[test]
+fn jobs_without_end_are_ended_and_others_are_not() {
+    let rig = Rig::limited(1, Some(Duration::from_millis(30)));
+    rig.go();
+    let (endless, memory) = vm_with_memory(&rig, 1);
+    memory.set(0, C);
+    let chasing = rig.submit(endless, 0, &[chase(C + 64, C, u64::MAX, 0)]);
+    let waiting = rig.submit(endless, 1, &[word_op(OP_SEM_WAIT, C + 128, 1)]);
+    let (other, _) = vm_with_memory(&rig, 2);
+    let bystander = rig.submit(other, 0, &long());
+    let behind = rig.submit(endless, 0, &[Packet::default()]);
+    for (job, addr) in [(chasing, C + 64), (waiting, C + 128)] {
+        let end = rig.end_of(job);
+        assert_eq!((end.errno, end.packet, end.addr.0), (errno::ETIMEDOUT, 0, addr));
+    }
+    assert_eq!((rig.end_of(bystander).errno, rig.end_of(behind).errno), (0, 0));
+}
+
+#[test]
+fn time_at_a_fault_or_frozen_costs_nothing() {
+    let rig = Rig::limited(1, Some(Duration::from_millis(500)));
+    rig.go();
+    let (asid, memory) = vm_with_memory(&rig, 1);
+    let waiting = rig.submit(asid, 0, &[word_op(OP_SEM_WAIT, C, 1)]);
+    let faulting = rig.submit(asid, 1, &[fill(C + 16 * PAGE_SIZE, 8, 1)]);
+    let stop = rig.fault(0).stop;
+    if let Flush::Pending(_) = rig.device.set_frozen(asid, true) {}
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(rig.device.set_frozen(asid, false), Flush::Done);
+    memory.set(0, 1);
+    rig.bind(asid, C + 16 * PAGE_SIZE, &Memory::new(1), 0, 1);
+    rig.device.resume(stop, Verdict::Retry);
+    assert_eq!((rig.end_of(waiting).errno, rig.end_of(faulting).errno), (0, 0));
+}
