@@ -13,6 +13,8 @@ pub mod eventq;
 pub mod exit;
 pub mod fuse;
 pub mod guest_memory;
+#[cfg(target_arch = "x86_64")]
+pub mod hostmmu;
 pub mod queue;
 pub mod registry;
 mod relay;
