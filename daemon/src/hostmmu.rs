@@ -12,7 +12,7 @@
 //! Lives in the daemon and not in the library, because it takes processes, sockets and threads.
 //!
 //! # Locks
-//! The table of VMs: a lookup at a time. A VM's state: see [`vm`]. Never two at once; Events are called with neither, and
+//! The table of VMs: a lookup at a time. A VM's state: see `vm`. Never two at once; Events are called with neither, and
 //! only by attendants. [`Device::drop_region`] waits for the worker and must not be called by an attendant, that is, from
 //! within [`Events`].
 

@@ -15,11 +15,12 @@ use rustix::net::SendFlags;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
+use virtio_gpu_svm::device::operands::Operands;
 use virtio_gpu_svm::device::{Access, Error, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict};
 use virtio_gpu_svm::memory::Region;
 use virtio_gpu_svm::protocol::PAGE_SHIFT;
 use virtio_gpu_svm::protocol::errno::ECANCELED;
-use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::job::{OP_ATOMIC_ADD, Packet};
 
 /// Whether there is a worker.
 enum Life {
@@ -417,8 +418,6 @@ impl VmState {
 
 /// What a job is going to touch from `addr` on, and how: from the first of its packets that names the address.
 fn hint(packets: &[Packet], addr: u64, write: bool) -> (u64, Access) {
-    use virtio_gpu_svm::device::operands::Operands;
-    use virtio_gpu_svm::protocol::job::OP_ATOMIC_ADD;
     for packet in packets {
         let Operands { dst, src, len, .. } = Operands::of(packet);
         let left = |start: u64| start.saturating_add(len.max(1)).checked_sub(addr).filter(|_| start <= addr);

@@ -3,6 +3,8 @@
 use crate::packets::{copy, fill, packet, reduce, word_op};
 use crate::rig::{C, Event, Kind, Memory, Rig, label};
 use crate::{has_userfaultfd, on_each};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs;
 use std::sync::Arc;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::device::{Access, Asid, Error, Flush, Verdict};
@@ -336,4 +338,62 @@ fn hostmmu_keeps_its_own_memory_out_of_reach() {
     rig.device.resume(fault.stop, Verdict::Fail(errno::EFAULT));
     let end = rig.end_of(low);
     assert_eq!((end.errno, end.packet, end.addr.0), (errno::EFAULT, 1, PAGE_SIZE));
+}
+
+/// Its VMM has shrunk the file behind it: the job that finds out ends, and nothing else does.
+#[test]
+fn memory_that_is_gone_costs_hostmmu_one_job() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let rig = Rig::new(Kind::HostMmu { budget: 8 });
+    let (vm, memory) = (rig.vm(1), Memory::new(4));
+    rig.bind(vm, C, &memory, 0, 4);
+    memory.0.mapping().file_offset().unwrap().file().set_len(2 * PAGE_SIZE).unwrap();
+    let end = rig.run(vm, &[fill(C, 4 * PAGE_SIZE, 1)]);
+    assert_eq!((end.errno, end.addr.0), (errno::EFAULT, C + PAGE_SIZE));
+    assert_eq!(rig.run(vm, &[fill(C, PAGE_SIZE, 2)]).errno, 0);
+    assert_eq!(memory.get(0), 2);
+}
+
+/// Only one test has workers with so many address bits, so that it knows them.
+const MARKED_VA_BITS: u32 = 41;
+
+/// Running workers of this many address bits that this process has started.
+fn workers(va_bits: u32) -> Vec<Pid> {
+    let arguments = format!("{}\0{va_bits}\0", daemon::hostmmu::ARGUMENT);
+    let parent = format!("\nPPid:\t{}\n", std::process::id());
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let ours = processes.filter(|path| {
+        let read = |file| fs::read(path.join(file)).unwrap_or_default();
+        let has = |text: Vec<u8>, part: &str| String::from_utf8_lossy(&text).contains(part);
+        has(read("cmdline"), &arguments) && has(read("status"), &parent)
+    });
+    ours.map(|path| Pid::from_raw(path.file_name().unwrap().to_str().unwrap().parse().unwrap()).unwrap())
+        .collect()
+}
+
+/// A worker that dies, for whatever reason, costs its GPU VM the jobs, and nobody else anything.
+#[test]
+fn a_killed_worker_ends_its_jobs_and_lets_go_of_memory() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let rig = Rig::hostmmu(MARKED_VA_BITS, 8);
+    let (lost, lives, memory) = (rig.vm(1), rig.vm(2), Memory::new(2));
+    let jobs = [0, 1].map(|ring| rig.submit(lost, ring, &[fill(C, 8, 1)]));
+    rig.fault(1);
+    let before = workers(MARKED_VA_BITS);
+    rig.bind(lives, C, &memory, 0, 1);
+    rig.bind(lost, C + PAGE_SIZE, &memory, 1, 1);
+    let [worker] = before[..] else { panic!("not one worker: {before:?}") };
+    kill_process(worker, Signal::KILL).unwrap();
+    for job in jobs {
+        assert_eq!(rig.end_of(job).errno, errno::ECANCELED);
+    }
+    rig.device.drop_region(lost, memory.0.id());
+    assert_eq!(rig.run(lost, &[fill(C, 8, 1)]).errno, errno::ECANCELED);
+    assert_eq!((rig.run(lives, &[fill(C, 8, 3)]).errno, memory.get(0)), (0, 3));
+    rig.device.vm_destroy(lost);
+    rig.wait_retired(lost);
 }

@@ -87,7 +87,7 @@ impl Rig {
     pub fn new(kind: Kind) -> Self {
         match kind {
             Kind::Soft => Self::soft(),
-            Kind::HostMmu { budget } => Self::hostmmu(budget),
+            Kind::HostMmu { budget } => Self::hostmmu(46, budget),
         }
     }
 
@@ -105,11 +105,12 @@ impl Rig {
         rig
     }
 
-    fn hostmmu(budget: usize) -> Self {
+    /// One whose workers have this many address bits and may map this many runs.
+    pub fn hostmmu(va_bits: u32, budget: usize) -> Self {
         let config = HostMmuConfig {
             index: INDEX,
             name: "hostmmu3".into(),
-            va_bits: 46,
+            va_bits,
             ledger: Some(1 << 20),
             program: env!("CARGO_BIN_EXE_svmd").into(),
             budget,
