@@ -4,7 +4,7 @@
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
-//! [`devices`] are what it is all about; [`control`] is the door for whoever operates all this.
+//! [`devices`] are what it is all about, `hostmmu` one kind of them; [`control`] is the door for whoever operates all this.
 
 mod attendant;
 pub mod control;

@@ -18,9 +18,9 @@ use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::device::operands::Operands;
 use virtio_gpu_svm::device::{Access, Error, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict};
 use virtio_gpu_svm::memory::Region;
-use virtio_gpu_svm::protocol::PAGE_SHIFT;
 use virtio_gpu_svm::protocol::errno::ECANCELED;
 use virtio_gpu_svm::protocol::job::{OP_ATOMIC_ADD, Packet};
+use virtio_gpu_svm::protocol::{PAGE_SHIFT, PAGE_SIZE};
 
 /// Whether there is a worker.
 enum Life {
@@ -176,12 +176,16 @@ impl VmState {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] for addresses that no process can have.
+    ///
+    /// # Panics
+    /// If an extent is not within its region, or the range not within the space.
     pub fn bind(&mut self, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
         if addr.0 < LOWEST {
             return Err(Error::OutOfMemory);
         }
         let mut page = addr.page();
         for extent in extents {
+            self.assert_inside(page, extent);
             let region = extent.region.id();
             self.regions.entry(region).or_insert_with(|| Arc::clone(&extent.region));
             let run = Run { pages: extent.pages, region, offset: extent.offset, writable: extent.writable };
@@ -194,6 +198,20 @@ impl VmState {
         }
         self.deliver();
         Ok(())
+    }
+
+    /// The core has checked both; what is behind a region in its file may be another guest's.
+    fn assert_inside(&self, page: u64, extent: &Extent) {
+        let bytes = extent.pages.checked_mul(PAGE_SIZE);
+        let last = bytes.and_then(|bytes| extent.offset.checked_add(bytes));
+        let end = page.checked_add(extent.pages);
+        assert!(
+            last.is_some_and(|last| last <= extent.region.size() && extent.offset.is_multiple_of(PAGE_SIZE))
+                && end.is_some_and(|end| end <= self.va_end >> PAGE_SHIFT),
+            "extent {:#x}+{:#x} pages at page {page:#x} leaves its region or the space",
+            extent.offset,
+            extent.pages
+        );
     }
 
     /// Drops translations.
