@@ -16,6 +16,9 @@ pub const MAX_ENGINES: u32 = 64;
 pub const MIN_VA_BITS: u32 = 22;
 /// Largest GPU address space.
 pub const MAX_VA_BITS: u32 = 57;
+/// Most address bits of `hostmmu`: above is the worker's own memory.
+const MAX_HOSTMMU_VA_BITS: u32 = 46;
+const DEFAULT_JOB_LIMIT_MS: u32 = 60_000;
 /// Most entries of a device's ledger.
 pub const MAX_LEDGER: usize = 1 << 24;
 /// Most bytes of a device's name: what the wire has room for.
@@ -104,18 +107,16 @@ pub struct Device {
     pub kind: DeviceKind,
     /// Its name: 1 to 32 of `[A-Za-z0-9._-]`.
     pub name: String,
-    /// Engines, each a thread.
+    /// Engines, each a thread; 1 for kinds that have none of their own.
     #[serde(default = "default_engines")]
     pub engines: u32,
-    /// GPU addresses are below `1 << va_bits`.
-    #[serde(default = "default_va_bits")]
-    pub va_bits: u32,
+    /// GPU addresses are below `1 << va_bits`; the most usual of the kind when absent.
+    pub va_bits: Option<u32>,
     /// Faults that its own record keeps; 0 keeps none.
     #[serde(default)]
     pub ledger: usize,
-    /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do.
-    #[serde(default = "default_job_limit_ms")]
-    pub job_limit_ms: u32,
+    /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do. Only soft devices have this; the default of [`Device::job_limit_ms`] when left out.
+    pub job_limit_ms: Option<u32>,
 }
 
 /// What executes a device's jobs.
@@ -124,6 +125,8 @@ pub struct Device {
 pub enum DeviceKind {
     /// The embedded software GPU.
     Soft,
+    /// A worker process per GPU VM, whose page tables are the GPU's.
+    Hostmmu,
 }
 
 /// `[limits]`: what one guest may use at once.
@@ -172,11 +175,26 @@ pub struct Guest {
 fn default_engines() -> u32 {
     1
 }
-fn default_job_limit_ms() -> u32 {
-    60_000
+
+impl DeviceKind {
+    /// Most engines and address bits, and the address bits when nothing is said.
+    fn bounds(self) -> (u32, u32, u32) {
+        match self {
+            Self::Soft => (MAX_ENGINES, MAX_VA_BITS, 48),
+            Self::Hostmmu => (1, MAX_HOSTMMU_VA_BITS, MAX_HOSTMMU_VA_BITS),
+        }
+    }
 }
-fn default_va_bits() -> u32 {
-    48
+
+impl Device {
+    /// GPU addresses are below `1 << va_bits`.
+    pub fn va_bits(&self) -> u32 {
+        self.va_bits.unwrap_or(self.kind.bounds().2)
+    }
+    /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do.
+    pub fn job_limit_ms(&self) -> u32 {
+        self.job_limit_ms.unwrap_or(DEFAULT_JOB_LIMIT_MS)
+    }
 }
 
 impl Config {
@@ -213,9 +231,9 @@ impl Config {
                 kind: DeviceKind::Soft,
                 name: name.to_owned(),
                 engines: default_engines(),
-                va_bits: default_va_bits(),
+                va_bits: Some(DeviceKind::Soft.bounds().2),
                 ledger: 0,
-                job_limit_ms: default_job_limit_ms(),
+                job_limit_ms: None,
             })
             .to_vec()
     }
@@ -269,11 +287,19 @@ impl Config {
             if !names.insert(&device.name) {
                 return Err(value(key("name"), format!("{:?} is taken by an earlier device", device.name)));
             }
-            if !(1..=MAX_ENGINES).contains(&device.engines) {
-                return Err(value(key("engines"), format!("{} is not in 1..={MAX_ENGINES}", device.engines)));
+            if device.kind == DeviceKind::Hostmmu && device.job_limit_ms.is_some() {
+                let problem = "a hostmmu device has no limit of its jobs' time; leave the key out".to_owned();
+                return Err(value(key("job_limit_ms"), problem));
             }
-            if !(MIN_VA_BITS..=MAX_VA_BITS).contains(&device.va_bits) {
-                let problem = format!("{} is not in {MIN_VA_BITS}..={MAX_VA_BITS}", device.va_bits);
+            let (most_engines, most_va_bits, _) = device.kind.bounds();
+            if !(1..=most_engines).contains(&device.engines) {
+                return Err(value(
+                    key("engines"),
+                    format!("{} is not in 1..={most_engines}", device.engines),
+                ));
+            }
+            if !(MIN_VA_BITS..=most_va_bits).contains(&device.va_bits()) {
+                let problem = format!("{} is not in {MIN_VA_BITS}..={most_va_bits}", device.va_bits());
                 return Err(value(key("va_bits"), problem));
             }
             if device.ledger > MAX_LEDGER {

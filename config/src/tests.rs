@@ -12,7 +12,7 @@ fn empty_text_gives_two_soft_devices() {
     let devices = config.devices();
     let names: Vec<_> = devices.iter().map(|d| d.name.as_str()).collect();
     assert_eq!(names, ["soft0", "soft1"]);
-    assert!(devices.iter().all(|d| d.engines == 1 && d.va_bits == 48 && d.ledger == 0));
+    assert!(devices.iter().all(|d| d.engines == 1 && d.va_bits() == 48 && d.ledger == 0));
     assert_eq!(config.limits, Limits::default());
 }
 
@@ -54,6 +54,12 @@ fn unknown_key_is_named() {
 }
 
 #[test]
+fn address_bits_default_by_kind() {
+    let config = Config::parse("[[device]]\nkind = 'hostmmu'\nname = 'a'", "test.toml").unwrap();
+    assert_eq!(config.devices()[0].va_bits(), 46);
+}
+
+#[test]
 fn bad_values_name_their_key() {
     let device = |rest: &str| format!("[[device]]\nkind = 'soft'\nname = 'a'\n{rest}");
     let cases = [
@@ -62,6 +68,8 @@ fn bad_values_name_their_key() {
         (device("va_bits = 21"), "device[0].va_bits"),
         (device("va_bits = 58"), "device[0].va_bits"),
         (device("ledger = 16777217"), "device[0].ledger"),
+        ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nva_bits = 47".to_owned(), "device[0].va_bits"),
+        ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nengines = 2".to_owned(), "device[0].engines"),
         (device("") + "\n" + &device(""), "device[1].name"),
         ("[[device]]\nkind = 'soft'\nname = 'a b'".to_owned(), "device[0].name"),
         ("[limits]\njobs = 0".to_owned(), "limits.jobs"),

@@ -48,6 +48,12 @@ pub struct Args {
     #[arg(long)]
     pub print_capabilities: bool,
 
+    /// Be the worker of a GPU VM of this many address bits. svmd starts itself so.
+    #[cfg(target_arch = "x86_64")]
+    #[arg(long, value_name = "VA_BITS", hide = true, exclusive = true,
+        value_parser = clap::value_parser!(u32).range(22..=i64::from(daemon::hostmmu::MAX_VA_BITS)))]
+    pub hostmmu_worker: Option<u32>,
+
     /// Do something wrong on purpose, so that checks can be shown to fail.
     #[cfg(feature = "sabotage")]
     #[arg(long, value_name = "HOW", value_enum, hide = true)]

@@ -3,6 +3,7 @@
 //! Made once, before any guest; stopped once, after the last one is gone, because closing a guest waits for engines.
 
 use config::{Device as DeviceConfig, DeviceKind};
+use std::io::Result;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -10,9 +11,21 @@ use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{Device, Events};
 use virtio_gpu_svm::host::Host;
 
+#[cfg(target_arch = "x86_64")]
+use crate::hostmmu::{DEFAULT_BUDGET, HostMmuConfig, HostMmuDevice};
+
+/// A device that the daemon keeps running.
+enum Running {
+    /// Its engines are threads of [`Devices`].
+    Soft(Arc<SoftDevice>),
+    /// Its workers are processes.
+    #[cfg(target_arch = "x86_64")]
+    HostMmu(Arc<HostMmuDevice>),
+}
+
 /// The devices and their threads.
 pub struct Devices {
-    soft: Vec<Arc<SoftDevice>>,
+    running: Vec<Running>,
     engines: Vec<JoinHandle<()>>,
 }
 
@@ -20,33 +33,49 @@ impl Devices {
     /// Makes devices and a host that owns them, and starts their engines. The configuration has been checked.
     ///
     /// # Errors
-    /// When a thread cannot be started; then none is left.
-    pub fn start(configs: &[DeviceConfig]) -> std::io::Result<(Arc<Host>, Self)> {
-        let soft: Vec<_> = configs.iter().enumerate().map(|(index, config)| make(index, config)).collect();
-        let host = Host::new(soft.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect());
+    /// When a thread cannot be started, or the machine lacks what a device needs; then none is left.
+    pub fn start(configs: &[DeviceConfig]) -> Result<(Arc<Host>, Self)> {
+        let running: Vec<_> =
+            configs.iter().enumerate().map(|(index, config)| make(index, config)).collect::<Result<_>>()?;
+        let host = Host::new(running.iter().map(Running::device).collect());
         let events: Weak<dyn Events> = Arc::<Host>::downgrade(&host);
-        let mut devices = Self { soft, engines: Vec::new() };
-        for device in &devices.soft {
-            device.start(Weak::clone(&events));
-            for engine in 0..u8::try_from(device.info().num_engines).unwrap_or(u8::MAX) {
-                let name = format!("{}/{engine}", device.info().name);
-                let device = Arc::clone(device);
-                match std::thread::Builder::new().name(name).spawn(move || device.run_engine(engine)) {
-                    Ok(thread) => devices.engines.push(thread),
-                    Err(error) => {
-                        devices.stop();
-                        return Err(error);
-                    }
-                }
+        let mut devices = Self { running, engines: Vec::new() };
+        match devices.start_all(&events) {
+            Ok(()) => Ok((host, devices)),
+            Err(error) => {
+                devices.stop();
+                Err(error)
             }
         }
-        Ok((host, devices))
+    }
+
+    fn start_all(&mut self, events: &Weak<dyn Events>) -> Result<()> {
+        for device in &self.running {
+            match device {
+                Running::Soft(device) => {
+                    device.start(Weak::clone(events));
+                    for engine in 0..u8::try_from(device.info().num_engines).unwrap_or(u8::MAX) {
+                        let name = format!("{}/{engine}", device.info().name);
+                        let device = Arc::clone(device);
+                        let thread = std::thread::Builder::new().name(name);
+                        self.engines.push(thread.spawn(move || device.run_engine(engine))?);
+                    }
+                }
+                #[cfg(target_arch = "x86_64")]
+                Running::HostMmu(device) => device.start(Weak::clone(events)),
+            }
+        }
+        Ok(())
     }
 
     /// Stops the engines, each after its slice at the latest.
     pub fn stop(self) {
-        for device in &self.soft {
-            device.shutdown();
+        for device in &self.running {
+            match device {
+                Running::Soft(device) => device.shutdown(),
+                #[cfg(target_arch = "x86_64")]
+                Running::HostMmu(device) => device.shutdown(),
+            }
         }
         for engine in self.engines {
             let name = engine.thread().name().unwrap_or_default().to_owned();
@@ -57,15 +86,40 @@ impl Devices {
     }
 }
 
-fn make(index: usize, config: &DeviceConfig) -> Arc<SoftDevice> {
+impl Running {
+    fn device(&self) -> Arc<dyn Device> {
+        match self {
+            Self::Soft(device) => Arc::clone(device) as Arc<dyn Device>,
+            #[cfg(target_arch = "x86_64")]
+            Self::HostMmu(device) => Arc::clone(device) as Arc<dyn Device>,
+        }
+    }
+}
+
+fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
+    let (name, ledger) = (config.name.clone(), (config.ledger > 0).then_some(config.ledger));
     match config.kind {
-        DeviceKind::Soft => SoftDevice::new(SoftConfig {
+        DeviceKind::Soft => Ok(Running::Soft(SoftDevice::new(SoftConfig {
             index,
-            name: config.name.clone(),
+            name,
             engines: u8::try_from(config.engines).unwrap_or(u8::MAX),
-            va_bits: config.va_bits,
-            ledger: (config.ledger > 0).then_some(config.ledger),
-            job_limit: (config.job_limit_ms > 0).then(|| Duration::from_millis(config.job_limit_ms.into())),
-        }),
+            va_bits: config.va_bits(),
+            ledger,
+            job_limit: (config.job_limit_ms() > 0)
+                .then(|| Duration::from_millis(config.job_limit_ms().into())),
+        }))),
+        #[cfg(target_arch = "x86_64")]
+        DeviceKind::Hostmmu => HostMmuDevice::new(HostMmuConfig {
+            index,
+            name,
+            va_bits: config.va_bits(),
+            ledger,
+            // Also after the file was replaced.
+            program: "/proc/self/exe".into(),
+            budget: DEFAULT_BUDGET,
+        })
+        .map(Running::HostMmu),
+        #[cfg(not(target_arch = "x86_64"))]
+        DeviceKind::Hostmmu => Err(std::io::Error::other(format!("device {name:?}: hostmmu is for x86-64"))),
     }
 }

@@ -4,7 +4,8 @@
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
-//! [`devices`] are what it is all about, [`deadlines`] ends faults that nobody answers; [`control`] is the door for whoever operates all this.
+//! [`devices`] are what it is all about, `hostmmu` one kind of them; [`deadlines`] ends faults that nobody answers;
+//! [`control`] is the door for whoever operates all this.
 
 mod attendant;
 pub mod control;
@@ -14,6 +15,8 @@ pub mod eventq;
 pub mod exit;
 pub mod fuse;
 pub mod guest_memory;
+#[cfg(target_arch = "x86_64")]
+pub mod hostmmu;
 pub mod queue;
 pub mod registry;
 mod relay;

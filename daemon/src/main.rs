@@ -38,6 +38,10 @@ fn main() -> ExitCode {
         println!("{}", serde_json::json!({"type": "gpu", "features": []}));
         return ExitCode::SUCCESS;
     }
+    #[cfg(target_arch = "x86_64")]
+    if let Some(va_bits) = args.hostmmu_worker {
+        return be_worker(va_bits);
+    }
     let (status, error) = match run(&args) {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Usage(error)) => (ExitCode::from(USAGE), error),
@@ -45,6 +49,18 @@ fn main() -> ExitCode {
     };
     eprintln!("svmd: {error:#}");
     status
+}
+
+/// This process was started by another svmd, for one GPU VM.
+#[cfg(target_arch = "x86_64")]
+fn be_worker(va_bits: u32) -> ExitCode {
+    match daemon::hostmmu::worker::run(va_bits) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("svmd: worker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn run(args: &Args) -> Result<(), Failure> {

@@ -8,7 +8,7 @@ use crate::provision::{Vm, progress};
 use crate::story::host::HostMachine;
 use crate::story::qemu::QemuMachine;
 use crate::story::{Machine, Plan, Report, Story};
-use crate::svmd::{Options, Svmd};
+use crate::svmd::{DeviceKind, Options, Svmd};
 use anyhow::{Context, Result};
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -46,6 +46,8 @@ pub struct Stage {
     pub guests: usize,
     /// Processes of each.
     pub processes: usize,
+    /// What executes the jobs.
+    pub device: DeviceKind,
     /// What is broken on purpose.
     pub sabotage: Option<Sabotage>,
 }
@@ -74,7 +76,8 @@ pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
     };
     let names: Vec<String> = (1..=stage.guests).map(|n| format!("guest{n}")).collect();
     let folder = open_folder()?;
-    let mut options = Options { guests: names.clone(), devices: DEVICES, ..Options::default() };
+    let mut options =
+        Options { guests: names.clone(), devices: DEVICES, kind: stage.device, ..Options::default() };
     if let Some(Sabotage::SwapAsid) = stage.sabotage {
         options.arguments = vec!["--sabotage".into(), "swap-asid".into()];
     }

@@ -11,7 +11,7 @@ use crate::frontend::ram::{GuestRam, LOW_RESERVED, Layout};
 use crate::frontend::vmm::Vmm;
 use crate::guest::{SimulatedGuest, SimulatedProcess};
 use crate::ledger::{Answered, Comparison, Touch, compare};
-use crate::svmd::{Options, Svmd};
+use crate::svmd::{DeviceKind, Options, Svmd};
 use anyhow::{Context, Result, ensure};
 use guest_agent::agent::AgentOptions;
 use guest_agent::driver::Rings;
@@ -32,13 +32,15 @@ pub struct Size {
     pub contexts: usize,
     /// Host devices; each context has a GPU VM on all.
     pub devices: usize,
+    /// What the devices are.
+    pub kind: DeviceKind,
     /// Faults in all.
     pub faults: u64,
 }
 
 impl Default for Size {
     fn default() -> Self {
-        Self { guests: 4, contexts: 64, devices: 2, faults: 100_000 }
+        Self { guests: 4, contexts: 64, devices: 2, kind: DeviceKind::Soft, faults: 100_000 }
     }
 }
 
@@ -88,7 +90,7 @@ impl Summary {
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Size { guests, contexts, devices, faults } = self.size;
+        let Size { guests, contexts, devices, faults, .. } = self.size;
         writeln!(
             f,
             "storm, seed {}: {guests} guests x {contexts} contexts x {devices} devices, {faults} faults in {:.1} s",
@@ -122,8 +124,9 @@ pub fn run(seed: u64, size: Size) -> Result<Summary> {
     ensure!(size.share(size.guests - 1, size.contexts - 1, size.devices - 1) >= 2, "too few faults for all");
     let names: Vec<String> = (0..size.guests).map(|guest| format!("vm{guest}")).collect();
     let ledger = usize::try_from(size.faults * 2)?;
-    let options =
-        Options { guests: names.clone(), devices: size.devices, engines: 2, ledger, ..Options::default() };
+    let engines = if size.kind == DeviceKind::Soft { 2 } else { 1 };
+    let (guests, devices, kind) = (names.clone(), size.devices, size.kind);
+    let options = Options { guests, devices, kind, engines, ledger, ..Options::default() };
     let daemon = Svmd::launch(&options)?;
     storm(&daemon, seed, size, &names)
         .with_context(|| format!("seed {seed}; the daemon's log:\n{}", daemon.log()))
@@ -265,7 +268,7 @@ mod tests {
 
     #[test]
     fn shares_add_up_to_all_faults() {
-        let size = Size { guests: 3, contexts: 5, devices: 2, faults: 1003 };
+        let size = Size { guests: 3, contexts: 5, devices: 2, faults: 1003, ..Size::default() };
         let mut sum = 0;
         for guest in 0..3 {
             for context in 0..5 {

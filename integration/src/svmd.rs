@@ -21,14 +21,36 @@ use virtio_gpu_svm::device::Access;
 /// How long the daemon may take to listen, to end, or to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What executes the jobs of the host devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceKind {
+    /// The embedded software GPU
+    #[default]
+    Soft,
+    /// A worker process per GPU VM, whose page tables are the GPU's: faults are the CPU's own
+    Hostmmu,
+}
+
+impl DeviceKind {
+    /// As in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Soft => "soft",
+            Self::Hostmmu => "hostmmu",
+        }
+    }
+}
+
 /// What the daemon is to be.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Guests that are there from the start.
     pub guests: Vec<String>,
-    /// Host devices, called `soft0`, `soft1`, ...
+    /// Host devices, called `soft0`, `soft1`, ... or `hostmmu0`, ...
     pub devices: usize,
-    /// Engines of each.
+    /// What they are.
+    pub kind: DeviceKind,
+    /// Engines of each; 1 for `hostmmu`.
     pub engines: u32,
     /// Faults that each device's ledger keeps.
     pub ledger: usize,
@@ -43,6 +65,7 @@ impl Default for Options {
         Self {
             guests: vec!["vm0".into()],
             devices: 2,
+            kind: DeviceKind::Soft,
             engines: 1,
             ledger: 1 << 20,
             more: String::new(),
@@ -209,10 +232,10 @@ fn configuration(folder: &Path, options: &Options) -> Result<String> {
     let mut text = String::new();
     writeln!(text, "[daemon]\ncontrol_socket = {:?}", folder.join("control.sock"))?;
     for device in 0..options.devices {
-        let (engines, ledger) = (options.engines, options.ledger);
+        let (kind, engines, ledger) = (options.kind.name(), options.engines, options.ledger);
         writeln!(
             text,
-            "[[device]]\nkind = \"soft\"\nname = \"soft{device}\"\nengines = {engines}\nledger = {ledger}"
+            "[[device]]\nkind = \"{kind}\"\nname = \"{kind}{device}\"\nengines = {engines}\nledger = {ledger}"
         )?;
     }
     for guest in &options.guests {

@@ -12,7 +12,7 @@ use integration::frontend::vhost_user::VIRTIO_F_IN_ORDER;
 use integration::frontend::vmm::Vmm;
 use integration::guest::SimulatedGuest;
 use integration::storm::{self, Size};
-use integration::svmd::{Options, Svmd};
+use integration::svmd::{DeviceKind, Options, Svmd};
 use serde_json::json;
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::control::{
@@ -299,4 +299,12 @@ fn storm_loses_and_misroutes_nothing_on_three_seeds() {
         let summary = storm::run(seed, Size::default()).unwrap();
         assert!(summary.is_clean(), "{summary}");
     }
+}
+
+/// On the CPU's own faults, with a process for each GPU VM, so of fewer.
+#[test]
+fn storm_on_hostmmu_loses_and_misroutes_nothing() {
+    let size = Size { guests: 2, contexts: 8, kind: DeviceKind::Hostmmu, faults: 10_000, ..Size::default() };
+    let summary = storm::run(4, size).unwrap();
+    assert!(summary.is_clean(), "{summary}");
 }

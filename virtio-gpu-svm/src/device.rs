@@ -9,6 +9,8 @@
 //! [`Device`]. Methods of `Device` may be called under locks of the core, so they never call `Events` synchronously
 //! and never wait for an engine, except [`Device::drop_region`].
 
+pub mod ledger;
+pub mod operands;
 pub mod soft;
 
 use crate::addr::{GpuAddr, PageRange};

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use integration::demo::{Sabotage, Stage, VmmKind, show};
+use integration::svmd::DeviceKind;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -20,6 +21,9 @@ struct Arguments {
     /// How the guests run
     #[arg(long, value_enum, default_value_t = VmmKind::Qemu)]
     vmm: VmmKind,
+    /// What executes the jobs of both host devices
+    #[arg(long, value_enum, default_value_t = DeviceKind::Soft)]
+    device: DeviceKind,
     /// Guests, each with a VMM, an agent and a connection of its own
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=16))]
     guests: u64,
@@ -47,9 +51,14 @@ fn main() -> ExitCode {
 
 /// Whether everything was as it must be.
 fn run(arguments: Arguments) -> Result<bool> {
-    let Arguments { vmm, guests, processes, json, sabotage } = arguments;
-    let stage =
-        Stage { vmm, guests: usize::try_from(guests)?, processes: usize::try_from(processes)?, sabotage };
+    let Arguments { vmm, device, guests, processes, json, sabotage } = arguments;
+    let stage = Stage {
+        vmm,
+        device,
+        guests: usize::try_from(guests)?,
+        processes: usize::try_from(processes)?,
+        sabotage,
+    };
     let aside = json.as_deref() == Some("-");
     let narrate = |line: &str| if aside { eprintln!("{line}") } else { println!("{line}") };
     let report = show(stage, &narrate)?;

@@ -4,6 +4,7 @@
 use anyhow::Result;
 use clap::Parser;
 use integration::storm::{Size, run};
+use integration::svmd::DeviceKind;
 use std::process::ExitCode;
 
 /// Many processes of many guests, all at the same addresses, fault at random on all devices at once; then the ledgers of
@@ -25,6 +26,9 @@ struct Arguments {
     /// Host devices, 1 to 16; each context uses all of them.
     #[arg(long, default_value_t = Size::default().devices)]
     devices: usize,
+    /// What the devices are.
+    #[arg(long, value_enum, default_value_t = DeviceKind::Soft)]
+    device: DeviceKind,
 }
 
 fn main() -> ExitCode {
@@ -40,8 +44,8 @@ fn main() -> ExitCode {
 
 /// Whether all of them are clean.
 fn storms(arguments: Arguments) -> Result<bool> {
-    let Arguments { seed, faults, guests, contexts, devices } = arguments;
-    let size = Size { guests, contexts, devices, faults };
+    let Arguments { seed, faults, guests, contexts, devices, device } = arguments;
+    let size = Size { guests, contexts, devices, kind: device, faults };
     let mut clean = true;
     for seed in seed {
         let summary = run(seed, size)?;

@@ -12,7 +12,7 @@ use integration::initramfs::FIRST_UID;
 use integration::provision::{Kernel, Vm};
 use integration::qemu::{Guest, ROOT};
 use integration::story::Report;
-use integration::svmd::{Options, Svmd};
+use integration::svmd::{DeviceKind, Options, Svmd};
 use serde_json::{Value, json};
 use virtio_gpu_svm::protocol::{CAPSET_SVM, CAPSET_SVM_VERSION, SVM_MAGIC, SvmConfig, VERSION_MAJOR};
 use zerocopy::FromBytes;
@@ -122,7 +122,8 @@ fn qemu_whose_fault_is_it() -> Result<()> {
     let _turn = one_at_a_time();
     let told = RefCell::new(String::new());
     let narrate = |line: &str| told.borrow_mut().extend([line, "\n"]);
-    let stage = Stage { vmm: VmmKind::Qemu, guests: 2, processes: 2, sabotage: None };
+    let stage =
+        Stage { vmm: VmmKind::Qemu, device: DeviceKind::Soft, guests: 2, processes: 2, sabotage: None };
     let shown = show(stage, &narrate).and_then(|report| as_it_must_be(&report));
     shown.with_context(|| format!("-- the story so far --\n{}", told.borrow()))
 }

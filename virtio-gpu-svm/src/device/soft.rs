@@ -16,18 +16,18 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
-mod ledger;
 mod mem;
-mod packet;
+pub(in crate::device) mod packet;
 mod sched;
 
+use super::ledger::Ledger;
+use super::operands;
 use super::{
     AddressModel, Asid, Device, DeviceInfo, Error, Events, Extent, FaultModel, Flush, Job, LedgerEntry,
     StopId, Ticket, Verdict, VmLabel,
 };
 use crate::addr::{GpuAddr, PageRange};
 use crate::protocol::job::{OPCODES, Packet};
-use ledger::Ledger;
 use mem::VmMemory;
 use packet::{ActiveJob, SliceEnd};
 use sched::{Nap, Next, Report, Sched, Turn, Vm};
@@ -305,7 +305,7 @@ impl Device for SoftDevice {
     }
 
     fn check_packets(&self, packets: &[Packet]) -> Result<(), Error> {
-        packet::check(packets, 1u64.wrapping_shl(self.info.va_bits))
+        operands::check(packets, 1u64.wrapping_shl(self.info.va_bits))
     }
 
     fn submit(&self, asid: Asid, job: Job) -> Result<(), Error> {

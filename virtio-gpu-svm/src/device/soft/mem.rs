@@ -15,6 +15,7 @@
 #![expect(unsafe_code, reason = "guest memory is reached through raw pointers; see the text above")]
 
 use crate::addr::PageRange;
+use crate::device::operands::WORD;
 use crate::device::{Access, Extent};
 use crate::memory::Region;
 use crate::page_table::{OutOfMemory, PageTable, Run, Walk};
@@ -30,9 +31,6 @@ const MAX_TABLE_BYTES: usize = 128 << 20;
 const RECLAIM_PRESSURE: usize = 256;
 /// `PROT_READ | PROT_WRITE` of mmap(2).
 const PROT_READ_WRITE: i32 = 3;
-
-/// A 64-bit word, and the alignment that word operations need.
-pub const WORD: u64 = 8;
 
 // Host addresses are kept in u64 table words, and guest memory is little-endian.
 const _: () = assert!(usize::BITS == u64::BITS && cfg!(target_endian = "little"));

@@ -9,9 +9,10 @@
 //!   ends the job with EINVAL, one outside the VM's space with EFAULT, both with the node's address.
 //! * A panic in a packet is our bug and costs the job alone: EFAULT without an address.
 
-use super::mem::{Memory, Missing, WORD};
+use super::mem::{Memory, Missing};
 use crate::addr::GpuAddr;
-use crate::device::{Access, Error, Job, JobEnd, JobId};
+use crate::device::operands::{NODE, Operands, WORD};
+use crate::device::{Access, Job, JobEnd, JobId};
 use crate::protocol::errno::{EFAULT, EINVAL, ETIMEDOUT};
 use crate::protocol::job::{
     OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_NOP, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
@@ -22,8 +23,6 @@ use std::time::{Duration, Instant};
 const SLICE: u64 = 128 << 10;
 /// What a node of a list costs, and what each packet costs at least: a cache miss or two.
 const STEP: u64 = 512;
-/// Bytes of a list's node, and of what CHASE stores.
-const NODE: u64 = 2 * WORD;
 
 /// A job and how far it is.
 #[derive(Debug)]
@@ -79,61 +78,6 @@ pub struct SliceEnd {
     pub written: bool,
     /// [`super::mem::Target::key`] of a semaphore that it signalled. A signal ends a slice, so there is one at most.
     pub signalled: Option<u64>,
-}
-
-/// Static checks of a job's packets; `end` is the first address beyond the VM's space.
-///
-/// # Errors
-/// [`Error::UnknownOpcode`], [`Error::BadOperand`].
-pub fn check(packets: &[Packet], end: u64) -> Result<(), Error> {
-    for (index, packet) in (0u32..).zip(packets) {
-        let known = check_operands(packet, end).ok_or(Error::UnknownOpcode { index })?;
-        if !known || packet.flags.get() != 0 || packet.reserved.iter().any(|r| r.get() != 0) {
-            return Err(Error::BadOperand { index });
-        }
-    }
-    Ok(())
-}
-
-/// Whether the operands suit the opcode; `None` if there is no such opcode.
-fn check_operands(packet: &Packet, end: u64) -> Option<bool> {
-    let Operands { dst, src, len, value, arg } = Operands::of(packet);
-    let inside = |addr: u64, bytes: u64| bytes > 0 && addr.checked_add(bytes).is_some_and(|last| last <= end);
-    let words = |addr: u64, bytes: u64| {
-        addr.is_multiple_of(WORD) && bytes.is_multiple_of(WORD) && inside(addr, bytes)
-    };
-    Some(match packet.opcode.get() {
-        OP_NOP => [dst, src, len, value, arg] == [0; 5],
-        OP_COPY => inside(src, len) && inside(dst, len) && value == 0 && arg == 0,
-        OP_FILL => words(dst, len) && src == 0 && arg == 0,
-        OP_REDUCE => words(src, len) && words(dst, WORD) && value == 0 && arg == 0,
-        OP_AXPY => words(src, len) && words(dst, len) && arg == 0,
-        OP_CHASE => words(src, NODE) && words(dst, NODE) && len == 0,
-        OP_ATOMIC_ADD | OP_SEM_WAIT | OP_SEM_SIGNAL => words(dst, WORD) && src == 0 && len == 0 && arg == 0,
-        #[cfg(test)]
-        test_ops::OP_PANIC | test_ops::OP_HOLD => true,
-        _ => return None,
-    })
-}
-
-struct Operands {
-    dst: u64,
-    src: u64,
-    len: u64,
-    value: u64,
-    arg: u64,
-}
-
-impl Operands {
-    fn of(packet: &Packet) -> Self {
-        Self {
-            dst: packet.dst.get(),
-            src: packet.src.get(),
-            len: packet.len.get(),
-            value: packet.value.get(),
-            arg: packet.arg.get(),
-        }
-    }
 }
 
 impl ActiveJob {
