@@ -233,7 +233,7 @@ impl Config {
                 engines: default_engines(),
                 va_bits: Some(DeviceKind::Soft.bounds().2),
                 ledger: 0,
-                job_limit_ms: None,
+                job_limit_ms: Some(DEFAULT_JOB_LIMIT_MS),
             })
             .to_vec()
     }
