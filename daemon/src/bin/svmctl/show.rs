@@ -270,11 +270,12 @@ fn gpu_vm(vm: &Value) -> String {
             Some(resource) => format!("blob {resource} at {}", hex(&mapping["offset"])),
             None => range(&mapping["cpu_start"], &mapping["cpu_end"]),
         };
+        let how = if mapping["kind"] == "mirror" { "mirrored ->" } else { "->" };
         let length = mapping["gpu_end"].as_u64().zip(mapping["gpu_start"].as_u64());
         let length = length.and_then(|(end, start)| end.checked_sub(start));
         table.row([
             source,
-            "->".to_owned(),
+            how.to_owned(),
             range(&mapping["gpu_start"], &mapping["gpu_end"]),
             if mapping["readonly"] == true { "read" } else { "read, write" }.to_owned(),
             length.map_or_else(|| NOTHING.to_owned(), units::bytes),
