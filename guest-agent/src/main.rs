@@ -56,7 +56,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Hold answers to faults back until `release`: jobs wait, so what is pending can be looked at
+    /// Hold answers to faults back until `release`: jobs wait, so what is pending can be looked at. Longer than the
+    /// daemon's deadline (fault_deadline_ms, by default 60 s), and the jobs fail and their GPU VMs are unusable
     Hold {
         #[command(flatten)]
         admin: AdminArgs,

@@ -214,6 +214,19 @@ struct Key {
     access: Access,
 }
 
+/// The window that an entry of any of the accounts is about.
+macro_rules! key {
+    ($entry:expr) => {
+        Key {
+            guest: $entry.guest.clone(),
+            ctx_id: $entry.ctx_id,
+            device: $entry.device,
+            window: $entry.page / WINDOW_PAGES,
+            access: $entry.access,
+        }
+    };
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { guest, ctx_id, device, window, access } = self;
@@ -252,11 +265,11 @@ pub fn compare(raised: &[Raised], answered: &[Answered], geometry: &[Touch]) -> 
 fn match_answers(result: &mut Comparison, raised: &[Raised], answered: &[Answered]) -> HashMap<Key, u64> {
     let mut open: HashMap<(Key, u32), u64> = HashMap::new();
     for fault in raised {
-        *open.entry((raised_key(fault), fault.asid)).or_default() += 1;
+        *open.entry((key!(fault), fault.asid)).or_default() += 1;
     }
     let mut cookies: HashSet<(&Arc<str>, u64)> = HashSet::new();
     for answer in answered {
-        let key = answered_key(answer);
+        let key = key!(answer);
         if !cookies.insert((&answer.guest, answer.cookie)) {
             result.answered_twice += 1;
             result.differ(|| format!("answered twice: cookie {:#x}, {key}", answer.cookie));
@@ -304,13 +317,13 @@ fn settle(
 ) {
     let mut unexplained: HashMap<Key, u64> = HashMap::new();
     for fault in raised {
-        *unexplained.entry(raised_key(fault)).or_default() += 1;
+        *unexplained.entry(key!(fault)).or_default() += 1;
     }
     // Where a window is touched several times, the faults that nobody was asked about are those that had to fail.
     let (served, others): (Vec<_>, Vec<_>) =
         geometry.iter().partition(|touch| touch.outcome == Outcome::Served);
     for touch in others.into_iter().chain(served) {
-        let key = touch_key(touch);
+        let key = key!(touch);
         if !take_one(&mut unexplained, &key) {
             if touch.outcome != Outcome::Uncertain {
                 result.lost += 1;
@@ -348,35 +361,5 @@ fn take_one(counts: &mut HashMap<Key, u64>, key: &Key) -> bool {
             true
         }
         _ => false,
-    }
-}
-
-fn raised_key(fault: &Raised) -> Key {
-    Key {
-        guest: fault.guest.clone(),
-        ctx_id: fault.ctx_id,
-        device: fault.device,
-        window: fault.page / WINDOW_PAGES,
-        access: fault.access,
-    }
-}
-
-fn answered_key(answer: &Answered) -> Key {
-    Key {
-        guest: answer.guest.clone(),
-        ctx_id: answer.ctx_id,
-        device: answer.device,
-        window: answer.page / WINDOW_PAGES,
-        access: answer.access,
-    }
-}
-
-fn touch_key(touch: &Touch) -> Key {
-    Key {
-        guest: touch.guest.clone(),
-        ctx_id: touch.ctx_id,
-        device: touch.device,
-        window: touch.page / WINDOW_PAGES,
-        access: touch.access,
     }
 }

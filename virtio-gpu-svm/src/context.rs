@@ -15,7 +15,7 @@ use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
 use crate::info::{ContextStatus, ContextSummary, Counters, MappingStatus, VmStatus, VmSummary};
-use crate::invalidation::{Invalidations, zap};
+use crate::invalidation::{Invalidations, bounded, zap};
 use crate::memory::MemoryTable;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
@@ -325,10 +325,10 @@ impl Context {
             vm.mappings.undo(change);
             return Err(Error::TooManyMappings(limit));
         }
-        let (device, asid, mut zapped) = (self.host.device_of(vm.device), vm.asid, Vec::new());
-        let mut busy = false;
-        change.out_of_mirrors(|range| busy |= device.is_resident(asid, range));
-        if busy {
+        let (device, asid) = (self.host.device_of(vm.device), vm.asid);
+        let (mut carved, mut zapped) = (Vec::new(), Vec::new());
+        change.out_of_mirrors(|range| carved.push(range));
+        if bounded(carved).into_iter().any(|range| device.is_resident(asid, range)) {
             vm.mappings.undo(change);
             return Err(Error::MirrorBusy);
         }
@@ -470,9 +470,10 @@ impl Context {
     pub(crate) fn unmap_blob(self: &Arc<Self>, resource_id: u32) {
         let vms: Vec<u32> = self.lock().vms.keys().copied().collect();
         for vm_id in vms {
-            // The queue thread alone changes mappings and destroys GPU VMs, and it is in here.
-            if let Err(error) = self.bind(vm_id, &[Bind::UnmapAll(resource_id)]) {
-                unreachable!("an unmap was refused: {error}");
+            match self.bind(vm_id, &[Bind::UnmapAll(resource_id)]) {
+                // The session may end meanwhile, and the GPU VM with it.
+                Ok(()) | Err(Error::NoVm(_)) => {}
+                Err(error) => unreachable!("an unmap was refused: {error}"),
             }
         }
     }

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Most ranges of a GPU VM that are dropped one by one.
-const ZAPPED_ONE_BY_ONE: usize = 64;
+const ONE_BY_ONE: usize = 64;
 
 /// What engines still have to pass before an invalidation is done.
 #[derive(Debug)]
@@ -58,17 +58,22 @@ impl Invalidations {
     }
 }
 
-/// Drops the translations of ranges. Many are dropped as one with all that is between them, which faults again: the
-/// lock of a context is not held for thousands of calls.
-pub(crate) fn zap(device: &dyn Device, asid: Asid, ranges: Vec<PageRange>) -> Flush {
-    let mut ranges = PageRange::merge(ranges);
-    if ranges.len() > ZAPPED_ONE_BY_ONE
-        && let (Some(first), Some(last)) = (ranges.first(), ranges.last())
-    {
-        ranges = vec![PageRange { start: first.start, end: last.end }];
+/// Ranges merged, and many of them taken as one with all that is between them: the lock of a context is not held for
+/// thousands of calls into a device.
+pub(crate) fn bounded(ranges: Vec<PageRange>) -> Vec<PageRange> {
+    let ranges = PageRange::merge(ranges);
+    match (ranges.first(), ranges.last()) {
+        (Some(first), Some(last)) if ranges.len() > ONE_BY_ONE => {
+            vec![PageRange { start: first.start, end: last.end }]
+        }
+        _ => ranges,
     }
+}
+
+/// Drops the translations of ranges, [`bounded`]; what was between them faults again.
+pub(crate) fn zap(device: &dyn Device, asid: Asid, ranges: Vec<PageRange>) -> Flush {
     let mut flush = Flush::Done;
-    for range in ranges {
+    for range in bounded(ranges) {
         // A later ticket says all that an earlier one of this GPU VM says.
         if let Flush::Pending(ticket) = device.unbind(asid, range) {
             flush = Flush::Pending(ticket);

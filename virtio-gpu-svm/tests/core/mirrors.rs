@@ -1,7 +1,8 @@
 //! Mirror windows: CPU address = GPU address + offset, populated by faults, carved and mirrored again.
 
-use crate::mock::{A, C, GPA, World, map, run, unmap};
+use crate::mock::{A, C, GPA, LIMITS, World, map, run, unmap};
 use virtio_gpu_svm::device::{Access, Verdict};
+use virtio_gpu_svm::host::Limits;
 use virtio_gpu_svm::protocol::control::PAGE_RESP_SUCCESS;
 use virtio_gpu_svm::protocol::errno::{EBUSY, EINVAL};
 use virtio_gpu_svm::protocol::event::FaultRecord;
@@ -104,4 +105,27 @@ fn offset_out_of_the_canonical_range_is_refused() {
     let mut userptr = map(C, A, 1);
     userptr.flags = BIND_CPU_ADDR_MIRROR.into();
     assert_eq!(w.bind(1, vm, &[userptr]), -EINVAL);
+}
+
+#[test]
+fn many_parts_are_looked_at_as_one() {
+    let w = World::with_limits(Limits { mappings: 4096, ..LIMITS });
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    let offset = A.cast_signed() - C.cast_signed();
+    let parts: Vec<_> = (0..100).map(|n| unmap(C + n * 8192, 1)).collect();
+    assert_eq!(w.bind(1, vm, &[mirror(C, offset, 1024)]), 0);
+    assert_eq!(w.bind(1, vm, &parts), 0, "nothing is resident");
+    assert_eq!(w.bind(1, vm, &[mirror(C, offset, 1024)]), 0);
+    // A page between the first two parts.
+    assert_eq!(w.supply(1, &[run(A + 4096, GPA, 1, 0)]), 0);
+    w.devices[0].raise(&w.host, asid, C + 4096, Access::Read);
+    assert_eq!(w.bind(1, vm, &parts[..64]), 0, "looked at one by one");
+    assert_eq!(w.bind(1, vm, &[mirror(C, offset, 1)]), 0);
+    assert_eq!(w.bind(1, vm, &parts), 0, "of the first 64 only one is a mirror again");
+    w.invalidate(1, A, 1024 * 4096);
+    assert_eq!(w.bind(1, vm, &[mirror(C, offset, 1024)]), 0);
+    assert_eq!(w.supply(1, &[run(A + 4096, GPA, 1, w.guest.contexts()[0].inval_seq)]), 0);
+    w.devices[0].raise(&w.host, asid, C + 4096, Access::Read);
+    assert_eq!(w.bind(1, vm, &parts), -EBUSY, "more than 64 parts, and a page between them");
 }
