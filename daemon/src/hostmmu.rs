@@ -119,6 +119,8 @@ impl HostMmuDevice {
             opcodes: OPCODES,
             fault_model: FaultModel::Replayable,
             address_model: AddressModel::Any,
+            null_mappings: false,
+            exec: false,
         };
         Ok(Arc::new(Self(Arc::new(Shared {
             index,

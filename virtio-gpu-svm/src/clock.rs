@@ -1,6 +1,6 @@
 //! A guest's own time: it passes only while the guest's rings run, so that a pause of any length costs no deadline.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A stopwatch that runs from the start.

@@ -22,7 +22,7 @@ use crate::protocol::{
     MAX_RUNS, PAGE_SHIFT, PAGE_SIZE, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::resource::Blob;
-use std::sync::Arc;
+use crate::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Why a command was refused.

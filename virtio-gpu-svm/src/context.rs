@@ -21,9 +21,9 @@ use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
 use crate::protocol::job::Packet;
+use crate::sync::atomic::AtomicBool;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// Whether a context still lives.
@@ -80,6 +80,7 @@ impl Error {
                     EINVAL
                 }
                 crate::device::Error::OutOfMemory => crate::protocol::errno::ENOMEM,
+                crate::device::Error::Unsupported => crate::protocol::errno::EOPNOTSUPP,
             },
         }
     }

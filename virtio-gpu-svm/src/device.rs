@@ -16,7 +16,7 @@ pub mod soft;
 use crate::addr::{GpuAddr, PageRange};
 use crate::memory::Region;
 use crate::protocol::job::Packet;
-use std::sync::Arc;
+use crate::sync::Arc;
 
 /// How a device deals with an access that has no translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,9 @@ pub enum FaultModel {
     Replayable,
     /// The host kernel resolves it.
     KernelResolved,
-    /// It cannot: everything must be bound before.
+    /// It cannot: everything must be bound before. A job that finds no translation, or none with the right, ends with
+    /// -EFAULT (-EPERM) at that address, unless its GPU VM is frozen: then it goes on when that is thawed. So the core
+    /// freezes a GPU VM before it unbinds, and thaws it when everything is bound again.
     None,
 }
 
@@ -34,7 +36,8 @@ pub enum FaultModel {
 pub enum AddressModel {
     /// Any below `1 << va_bits`.
     Any,
-    /// Only the CPU's own.
+    /// Only the CPU's own: the device has no mappings and asks for pages of the process' address space, in groups
+    /// ([`Fault::pages`]), as PCIe page requests do.
     Identity,
 }
 
@@ -53,6 +56,10 @@ pub struct DeviceInfo {
     pub fault_model: FaultModel,
     /// Addresses.
     pub address_model: AddressModel,
+    /// Whether it has translations that read as zero and swallow writes ([`Device::bind_null`]).
+    pub null_mappings: bool,
+    /// Whether translations carry a right to execute.
+    pub exec: bool,
 }
 
 /// Device-wide id of a GPU VM: what a fault report carries. 20 bits, never 0.
@@ -127,6 +134,9 @@ pub struct Fault {
     pub job: JobId,
     /// The address that was touched.
     pub addr: GpuAddr,
+    /// Pages, from that of `addr` on, that are asked for together; at least 1. More are one group: one report, one
+    /// answer, one [`Device::resume`].
+    pub pages: u64,
     /// Bytes from `addr` that the packet is going to touch, as far as the device knows; at least 1.
     pub length_hint: u64,
     /// How it was touched.
@@ -209,6 +219,9 @@ pub enum Error {
     /// No memory for tables.
     #[error("out of memory")]
     OutOfMemory,
+    /// The device has no such translations.
+    #[error("the device has no such translations")]
+    Unsupported,
 }
 
 /// One entry of a device's own record of the faults that it raised, below the router.
@@ -245,6 +258,15 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`Error::NoVm`], [`Error::OutOfMemory`]; then no translation was added.
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error>;
+
+    /// Makes translations that read as zero and swallow writes; replaces what stood there. Only for devices with
+    /// [`DeviceInfo::null_mappings`].
+    ///
+    /// # Errors
+    /// [`Error::NoVm`], [`Error::OutOfMemory`], [`Error::Unsupported`]; then no translation was added.
+    fn bind_null(&self, _asid: Asid, _range: PageRange) -> Result<(), Error> {
+        Err(Error::Unsupported)
+    }
 
     /// Drops translations of the range; a large leaf that is cut goes whole. Cannot fail and does not wait.
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush;

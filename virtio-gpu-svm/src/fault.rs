@@ -25,9 +25,9 @@ use crate::protocol::event::{
     FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
 };
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
+use crate::sync::Arc;
 use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
@@ -531,6 +531,7 @@ fn device_errno(error: crate::device::Error) -> i32 {
     match error {
         Error::NoVm(_) | Error::VmExists(_) => ECANCELED,
         Error::OutOfMemory => crate::protocol::errno::ENOMEM,
+        Error::Unsupported => crate::protocol::errno::EOPNOTSUPP,
         Error::UnknownOpcode { .. } | Error::BadOperand { .. } => EINVAL,
     }
 }

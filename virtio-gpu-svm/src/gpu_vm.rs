@@ -39,8 +39,8 @@
 use crate::addr::PageRange;
 use crate::device::Asid;
 use crate::resource::Blob;
+use crate::sync::Arc;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// What stands behind a mapping.
 #[derive(Clone, Debug)]

@@ -5,9 +5,9 @@ use crate::fault::router::Router;
 use crate::guest::{EventPort, Guest};
 use crate::info::{Counters, DeviceStatus, FaultTrace, HostStats};
 use crate::protocol::errno::ECANCELED;
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Faults that are remembered for people.

@@ -10,8 +10,8 @@ use crate::device::{Asid, Device, Flush, Ticket};
 use crate::event::Waiting;
 use crate::memory::{MemoryTable, Region};
 use crate::protocol::PAGE_SHIFT;
+use crate::sync::Arc;
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 /// Most ranges of a GPU VM that are dropped one by one.
 const ONE_BY_ONE: usize = 64;

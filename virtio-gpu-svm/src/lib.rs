@@ -43,3 +43,5 @@ pub mod memory;
 pub mod page_table;
 #[cfg(feature = "device")]
 pub mod resource;
+#[cfg(feature = "device")]
+mod sync;

@@ -6,8 +6,8 @@
 
 use crate::addr::GuestPa;
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::mmap::MmapRegion;
 
 /// Most regions of one table.

@@ -16,8 +16,8 @@
 
 use crate::addr::PageRange;
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// log2 of the entries of a table.
 const FANOUT_BITS: u32 = 9;

@@ -160,7 +160,7 @@ impl Attendant {
         let asid = self.vm.asid;
         let addr = GpuAddr(addr);
         self.shared.record(LedgerEntry { label: self.vm.label.clone(), asid, page: addr.page(), access });
-        let fault = Fault { asid, stop, job, addr, length_hint, access, engine: 0, level: 0 };
+        let fault = Fault { asid, stop, job, addr, pages: 1, length_hint, access, engine: 0, level: 0 };
         self.tell(|events| events.fault(self.shared.index, fault));
     }
 

@@ -30,6 +30,8 @@ impl Idle {
             opcodes: 1,
             fault_model: FaultModel::Replayable,
             address_model: AddressModel::Any,
+            null_mappings: false,
+            exec: false,
         };
         Arc::new(Self { info, resident: Mutex::default(), ledger })
     }

@@ -15,7 +15,7 @@ use crate::protocol::request::*;
 use crate::protocol::{
     GUEST_VA_END, MAX_BINDS, MAX_PACKETS, MAX_REQUESTS, MAX_RESPONSE_BYTES, MAX_RINGS, PAGE_SHIFT,
 };
-use std::sync::Arc;
+use crate::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Whose requests these are.

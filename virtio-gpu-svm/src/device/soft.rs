@@ -28,12 +28,12 @@ use super::{
 };
 use crate::addr::{GpuAddr, PageRange};
 use crate::protocol::job::{OPCODES, Packet};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use mem::VmMemory;
 use packet::{ActiveJob, SliceEnd};
 use sched::{Nap, Next, Report, Sched, Turn, Vm};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// What a software GPU is to be.
@@ -84,6 +84,8 @@ impl SoftDevice {
             opcodes: OPCODES,
             fault_model: FaultModel::Replayable,
             address_model: AddressModel::Any,
+            null_mappings: false,
+            exec: false,
         };
         Arc::new(Self {
             index,

@@ -13,7 +13,7 @@ use crate::gpu_vm;
 use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
 use crate::protocol::errno::{EFAULT, ENOSPC, EPIPE, ETIMEDOUT};
 use crate::protocol::event::PERM_WRITE;
-use std::sync::Arc;
+use crate::sync::Arc;
 use std::time::Duration;
 
 /// What an answer says.

@@ -5,9 +5,9 @@
 
 use crate::context::Context;
 use crate::device::{ASID_END, Asid};
+use crate::sync::{Arc, PoisonError, RwLock};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Arc, PoisonError, RwLock};
 
 /// Who owns an asid.
 #[derive(Clone)]

@@ -25,6 +25,8 @@ pub const FAULT_PASID_VALID: u32 = 1 << 0;
 pub const FAULT_LAST_PAGE: u32 = 1 << 1;
 /// [`FaultRecord::flags`]: the access is repeated after a successful answer.
 pub const FAULT_REPLAYABLE: u32 = 1 << 2;
+/// [`FaultRecord::flags`]: no job waits at this page; the device is to have it before one does.
+pub const FAULT_PREFETCH: u32 = 1 << 3;
 
 /// Access: read.
 pub const PERM_READ: u32 = 1;

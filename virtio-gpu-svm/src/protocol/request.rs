@@ -24,11 +24,19 @@ pub const BIND_OP_MAP_USERPTR: u32 = 2;
 
 /// [`BindOp::op`]: unmap every mapping of a blob resource.
 pub const BIND_OP_UNMAP_ALL: u32 = 3;
+/// [`BindOp::op`]: make what is mapped in a range resident.
+pub const BIND_OP_PREFETCH: u32 = 4;
 
 /// [`BindOp::flags`]: the GPU may only read.
 pub const BIND_READONLY: u32 = 1 << 0;
+/// [`BindOp::flags`] of a MAP or MAP_USERPTR: resident at once, not by faults.
+pub const BIND_IMMEDIATE: u32 = 1 << 1;
+/// [`BindOp::flags`] of a MAP: reads as zero and swallows writes.
+pub const BIND_NULL: u32 = 1 << 2;
 /// [`BindOp::flags`] of a MAP: a mirror window, CPU address = GPU address + `obj_offset` (signed).
 pub const BIND_CPU_ADDR_MIRROR: u32 = 1 << 5;
+/// [`BindOp::flags`] of a MAP or MAP_USERPTR: the GPU may execute.
+pub const BIND_EXEC: u32 = 1 << 16;
 
 /// [`VmProperty::state`]: works.
 pub const VM_USABLE: u32 = 0;

@@ -69,6 +69,7 @@ impl MockDevice {
             stop,
             job: JobId(1),
             addr: GpuAddr(addr),
+            pages: 1,
             length_hint,
             access,
             engine: 0,
@@ -232,6 +233,8 @@ impl World {
                 opcodes: OPCODES,
                 fault_model: FaultModel::Replayable,
                 address_model: AddressModel::Any,
+                null_mappings: false,
+                exec: false,
             };
             Arc::new(MockDevice { info, index, told: Mutex::default(), next_stop: AtomicU64::new(1) })
         };

@@ -20,10 +20,10 @@ use crate::device::{Access, Extent};
 use crate::memory::Region;
 use crate::page_table::{OutOfMemory, PageTable, Run, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 /// Most bytes of page tables of one GPU VM: enough for 64 GiB of scattered pages, or 32768 lone ones.
 const MAX_TABLE_BYTES: usize = 128 << 20;

@@ -14,9 +14,9 @@ use super::mem::VmMemory;
 use super::packet::{ActiveJob, Halt, SliceEnd};
 use crate::addr::GpuAddr;
 use crate::device::{Asid, Error, Fault, Flush, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
+use crate::sync::Arc;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map, hash_map};
 use std::ops::Bound;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often a semaphore is looked at that nobody on this device signals: the guest's CPU or another device may.
@@ -398,6 +398,7 @@ impl Sched {
                     stop,
                     job: job.id,
                     addr: GpuAddr(missing.addr),
+                    pages: 1,
                     length_hint: missing.len,
                     access: missing.access,
                     engine,
