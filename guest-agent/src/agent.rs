@@ -217,6 +217,8 @@ struct Context {
     /// Arenas whose invalidation is under way.
     withdrawn: Vec<Arena>,
     faults: u64,
+    /// A group of page requests whose last record has not come: its cookie and first CPU address.
+    group: Option<(u64, u64)>,
 }
 
 impl Context {
@@ -240,7 +242,7 @@ struct State {
     /// Answers on their way to the device, by token.
     answers: HashMap<u64, PendingAnswer>,
     /// Faults whose answers are held back; `None` when answers go at once.
-    held: Option<Vec<virtio_gpu_svm::protocol::event::FaultRecord>>,
+    held: Option<Vec<answer::Asked>>,
     ledger: Ledger,
     /// Bytes of arenas being made, which no context has yet.
     reserved_bytes: u64,
@@ -430,6 +432,7 @@ impl Agent {
             arenas: ArenaTable::default(),
             withdrawn: Vec::new(),
             faults: 0,
+            group: None,
         };
         let ctx_id = {
             let mut state = self.lock();

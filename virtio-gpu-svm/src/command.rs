@@ -3,6 +3,7 @@
 //! The only boundary: beyond it ranges are aligned and inside their space, counts are inside their limits, reserved
 //! fields are zero, and objects belong to the context that named them. The bytes are the daemon's own copy.
 
+mod bind;
 pub mod submit;
 
 use crate::addr::{PageRange, RangeError};

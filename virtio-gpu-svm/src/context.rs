@@ -15,8 +15,9 @@ use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
 use crate::info::{ContextStatus, ContextSummary, Counters, MappingStatus, VmStatus, VmSummary};
-use crate::invalidation::{Invalidations, bounded, zap};
+use crate::invalidation::{Invalidations, bounded};
 use crate::memory::MemoryTable;
+use crate::population::{self, Population, hold, lacks_faults, take_away};
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
@@ -56,6 +57,9 @@ pub enum Error {
     /// Over the quota of mappings.
     #[error("the GPU VM would have more than {0} mappings")]
     TooManyMappings(u32),
+    /// Over what a GPU VM without faults may map.
+    #[error("the device has no faults, and so a GPU VM maps at most {0} pages")]
+    TooManyPages(u64),
     /// A mirror window would be cut where it has pages.
     #[error("the mirror window has pages there; invalidate them first")]
     MirrorBusy,
@@ -72,7 +76,7 @@ impl Error {
             Self::VmExists(_) => EEXIST,
             Self::VmUnusable(_) => EPIPE,
             Self::MirrorBusy => EBUSY,
-            Self::NoAsid | Self::TooManyJobs(_) | Self::TooManyMappings(_) => ENOSPC,
+            Self::NoAsid | Self::TooManyJobs(_) | Self::TooManyMappings(_) | Self::TooManyPages(_) => ENOSPC,
             Self::Device(error) => match error {
                 crate::device::Error::NoVm(_) => EPIPE,
                 crate::device::Error::VmExists(_) => EBUSY,
@@ -91,10 +95,32 @@ impl Error {
 pub enum Bind {
     /// Map.
     Map(GpuVa),
+    /// Map, and make resident.
+    MapImmediate(GpuVa),
+    /// Make resident what is mapped there.
+    Prefetch(PageRange),
     /// Unmap.
     Unmap(PageRange),
     /// Unmap every mapping of a blob resource.
     UnmapAll(u32),
+}
+
+impl Bind {
+    fn only_unmaps(&self) -> bool {
+        match self {
+            Self::Unmap(_) | Self::UnmapAll(_) => true,
+            Self::Map(_) | Self::MapImmediate(_) | Self::Prefetch(_) => false,
+        }
+    }
+    /// What must be made resident; `all` that is mapped where the device has no faults.
+    fn to_populate(&self, all: bool) -> Option<PageRange> {
+        match self {
+            Self::MapImmediate(va) => Some(va.range),
+            Self::Map(va) => all.then_some(va.range),
+            Self::Prefetch(range) => Some(*range),
+            Self::Unmap(_) | Self::UnmapAll(_) => None,
+        }
+    }
 }
 
 /// What must be done once the context's lock is released.
@@ -103,6 +129,8 @@ pub struct After {
     resumes: Vec<(usize, StopId, Verdict)>,
     /// Records wait for the guest.
     pub announce: bool,
+    /// GPU VMs may want pages ([`crate::population`]).
+    pub populate: bool,
 }
 
 impl After {
@@ -121,6 +149,8 @@ struct JobInFlight {
 /// Everything about a context that changes. Guarded by the context's lock.
 pub struct State {
     pub(crate) life: Life,
+    /// Whether the guest's rings are stopped.
+    pub(crate) frozen: bool,
     pub(crate) space: AddressSpace,
     pub(crate) vms: BTreeMap<u32, GpuVm>,
     next_vm: u32,
@@ -179,6 +209,7 @@ impl Context {
         let label = VmLabel { guest: guest.shared_name(), ctx_id: new.ctx_id, generation };
         let state = State {
             life: Life::Alive,
+            frozen: false,
             space: AddressSpace::default(),
             vms: BTreeMap::new(),
             next_vm: 1,
@@ -209,15 +240,22 @@ impl Context {
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    /// Does what had to wait for the lock's release.
-    pub(crate) fn settle(self: &Arc<Self>, after: After) {
-        for (device, stop, verdict) in after.resumes {
-            self.host.device_of(device).resume(stop, verdict);
-        }
-        if after.announce
-            && let Some(guest) = self.guest.upgrade()
-        {
-            guest.announce(self);
+    /// Does what had to wait for the lock's release, and then, slice by slice, what GPU VMs want.
+    pub(crate) fn settle(self: &Arc<Self>, mut after: After) {
+        loop {
+            for (device, stop, verdict) in after.resumes {
+                self.host.device_of(device).resume(stop, verdict);
+            }
+            if after.announce
+                && let Some(guest) = self.guest.upgrade()
+            {
+                guest.announce(self);
+            }
+            if !after.populate {
+                return;
+            }
+            after = After::default();
+            self.populate(&mut self.lock(), &mut after);
         }
     }
     /// Invalidations done so far.
@@ -243,8 +281,16 @@ impl Context {
             return Err(Error::Device(error));
         }
         state.next_vm = state.next_vm.wrapping_add(1).max(1);
-        let mappings = Mappings::default();
-        let vm = GpuVm { device, dev_id, asid, state: VmState::Usable, mappings, jobs: 0, pending_faults: 0 };
+        let vm = GpuVm {
+            device,
+            dev_id,
+            asid,
+            state: VmState::Usable,
+            mappings: Mappings::of_new_vm(self.host.device_of(device).info()),
+            jobs: 0,
+            pending_faults: 0,
+            population: Population::default(),
+        };
         state.vms.insert(vm_id, vm);
         Ok((vm_id, asid))
     }
@@ -311,22 +357,29 @@ impl Context {
     ) -> Result<(), Error> {
         let limit = self.limits.mappings;
         let vm = state.vms.get_mut(&vm_id).ok_or(Error::NoVm(vm_id))?;
-        if vm.state != VmState::Usable && binds.iter().any(|bind| matches!(bind, Bind::Map(_))) {
+        if vm.state != VmState::Usable && !binds.iter().all(Bind::only_unmaps) {
             return Err(Error::VmUnusable(vm_id));
         }
-        let mut change = Change::default();
+        let (device, asid) = (self.host.device_of(vm.device).as_ref(), vm.asid);
+        let all_resident = lacks_faults(device);
+        let (mut change, mut wanted) = (Change::default(), Vec::new());
         for bind in binds {
             match bind {
-                Bind::Map(va) => vm.mappings.map(va.clone(), &mut change),
+                Bind::Map(va) | Bind::MapImmediate(va) => vm.mappings.map(va.clone(), &mut change),
                 Bind::Unmap(range) => vm.mappings.unmap(*range, &mut change),
                 Bind::UnmapAll(resource_id) => vm.mappings.unmap_blob(*resource_id, &mut change),
+                Bind::Prefetch(_) => {}
             }
+            wanted.extend(bind.to_populate(all_resident));
         }
         if vm.mappings.len() > usize::try_from(limit).unwrap_or(usize::MAX) {
             vm.mappings.undo(change);
             return Err(Error::TooManyMappings(limit));
         }
-        let (device, asid) = (self.host.device_of(vm.device), vm.asid);
+        if all_resident && vm.mappings.pages() > population::MAX_POPULATED_PAGES {
+            vm.mappings.undo(change);
+            return Err(Error::TooManyPages(population::MAX_POPULATED_PAGES));
+        }
         let (mut carved, mut zapped) = (Vec::new(), Vec::new());
         change.out_of_mirrors(|range| carved.push(range));
         if bounded(carved).into_iter().any(|range| device.is_resident(asid, range)) {
@@ -335,12 +388,17 @@ impl Context {
         }
         change.zapped(|range| zapped.push(range));
         let zapped = PageRange::merge(zapped);
+        // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.
+        let (Flush::Done | Flush::Pending(_)) = take_away(device, vm, zapped.clone());
+        if all_resident && !wanted.is_empty() {
+            let (Flush::Done | Flush::Pending(_)) = hold(device, vm);
+        }
+        vm.population.want(wanted);
         // A fault whose mapping is gone is raised again, and judged by what stands there then.
         for cookie in state.faults.cookies_in(vm_id, &zapped) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Retry, after);
         }
-        // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.
-        let (Flush::Done | Flush::Pending(_)) = zap(device.as_ref(), asid, zapped);
+        after.populate = state.wants_population();
         Ok(())
     }
 
@@ -443,7 +501,16 @@ impl Context {
 
     /// Stops or lets go on the jobs of its GPU VMs. Returns what engines must still pass.
     pub(crate) fn set_frozen(&self, frozen: bool) -> Vec<(usize, Asid, Ticket)> {
-        self.flushes(|device, asid| device.set_frozen(asid, frozen))
+        let mut state = self.lock();
+        state.frozen = frozen;
+        let flush = |vm: &GpuVm| {
+            // A GPU VM that is held goes on when it has what it wants.
+            match self.host.device_of(vm.device).set_frozen(vm.asid, frozen || vm.population.is_held()) {
+                Flush::Done => None,
+                Flush::Pending(ticket) => Some((vm.device, vm.asid, ticket)),
+            }
+        };
+        state.vms.values().filter_map(flush).collect()
     }
     /// What engines must still pass before translations dropped earlier are surely unused.
     pub(crate) fn flush_all(&self) -> Vec<(usize, Asid, Ticket)> {
@@ -480,16 +547,19 @@ impl Context {
     }
 
     /// Drops the translations of its GPU VMs on one host device or on all. Returns the pages that had one.
-    pub(crate) fn evict(&self, device: Option<usize>) -> u64 {
-        let state = self.lock();
+    pub(crate) fn evict(self: &Arc<Self>, device: Option<usize>) -> u64 {
         let mut evicted = 0_u64;
-        for vm in state.vms.values().filter(|vm| device.is_none_or(|device| device == vm.device)) {
-            let gpu = self.host.device_of(vm.device);
-            evicted = evicted.saturating_add(gpu.resident_pages(vm.asid));
-            let ranges = vm.mappings.iter().map(|va| va.range).collect();
-            // Pages stay the guest's; nobody frees them because of an eviction.
-            let (Flush::Done | Flush::Pending(_)) = zap(gpu.as_ref(), vm.asid, ranges);
+        {
+            let mut state = self.lock();
+            for vm in state.vms.values_mut().filter(|vm| device.is_none_or(|device| device == vm.device)) {
+                let gpu = self.host.device_of(vm.device).as_ref();
+                evicted = evicted.saturating_add(gpu.resident_pages(vm.asid));
+                let ranges = vm.mappings.iter().map(|va| va.range).collect();
+                // Pages stay the guest's; nobody frees them because of an eviction.
+                let (Flush::Done | Flush::Pending(_)) = take_away(gpu, vm, ranges);
+            }
         }
+        self.refill();
         evicted
     }
 
@@ -502,10 +572,13 @@ impl Context {
             let Some(waiting) = state.waiting.pop_front() else { break };
             record = match waiting {
                 Waiting::Fault(cookie) => state.faults.get_mut(cookie).map(|fault| {
-                    fault.told = Some(fault.perm);
+                    let nth = fault.next_report();
+                    if fault.told.is_none() {
+                        state.waiting.push_front(waiting);
+                    }
                     state.counters.faults_reported = state.counters.faults_reported.saturating_add(1);
                     let dev_id = state.vms.get(&fault.vm_id).map_or(0, |vm| vm.dev_id);
-                    fault_record(self.ctx_id, dev_id, fault, stamp())
+                    fault_record(self.ctx_id, dev_id, fault, nth, stamp())
                 }),
                 Waiting::Job(job) => {
                     state.undelivered_jobs = state.undelivered_jobs.saturating_sub(1);
@@ -642,6 +715,7 @@ fn mapping_status(va: &GpuVa) -> MappingStatus {
     match &va.backing {
         Backing::Userptr(_) => MappingStatus { cpu_start, cpu_end, ..none },
         Backing::Mirror(_) => MappingStatus { kind: "mirror", cpu_start, cpu_end, ..none },
+        Backing::Null => MappingStatus { kind: "null", ..none },
         Backing::Blob(blob, page) => MappingStatus {
             kind: "blob",
             resource_id: Some(blob.resource_id),

@@ -5,8 +5,8 @@ use crate::device::JobEnd;
 use crate::fault::Pending;
 use crate::protocol::errno::name;
 use crate::protocol::event::{
-    EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, FAULT_LAST_PAGE, FAULT_PASID_VALID, FAULT_REPLAYABLE,
-    FaultRecord, JobRecord, NoticeRecord,
+    EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, FAULT_LAST_PAGE, FAULT_PASID_VALID, FAULT_PREFETCH,
+    FAULT_REPLAYABLE, FaultRecord, JobRecord, NoticeRecord,
 };
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use zerocopy::{Immutable, IntoBytes};
@@ -72,8 +72,12 @@ fn bytes(record: &(impl IntoBytes + Immutable)) -> Record {
     out
 }
 
-/// PROTOCOL 7.2.
-pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, stamp: Stamp) -> Record {
+/// The `nth` record of a fault. PROTOCOL 7.2.
+pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, nth: u64, stamp: Stamp) -> Record {
+    let group = if fault.records() > 1 { fault.cookie & u64::from(u32::MAX) } else { 0 };
+    let is_last = nth.saturating_add(1) >= fault.records();
+    let last = if is_last { FAULT_LAST_PAGE } else { 0 };
+    let kind = if fault.prefetch { FAULT_PREFETCH } else { FAULT_REPLAYABLE };
     bytes(&FaultRecord {
         kind: EVENT_FAULT.into(),
         ctx_id: ctx_id.into(),
@@ -81,10 +85,11 @@ pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, stamp: Stamp) -> 
         dev_id: dev_id.into(),
         vm_id: fault.vm_id.into(),
         asid: fault.asid.0.into(),
-        flags: (FAULT_PASID_VALID | FAULT_LAST_PAGE | FAULT_REPLAYABLE).into(),
+        grpid: u32::try_from(group).unwrap_or(u32::MAX).into(),
+        flags: (FAULT_PASID_VALID | last | kind).into(),
         perm: u32::from(fault.perm).into(),
-        addr: (fault.page << PAGE_SHIFT).into(),
-        cpu_addr: (fault.cpu_page << PAGE_SHIFT).into(),
+        addr: (fault.page.wrapping_add(nth) << PAGE_SHIFT).into(),
+        cpu_addr: (fault.cpu_page.wrapping_add(nth) << PAGE_SHIFT).into(),
         length_hint: fault.length_hint.into(),
         fault_type: fault.fault_type,
         level: fault.level,

@@ -16,10 +16,13 @@
 pub mod response;
 pub mod router;
 
+use crate::address_space::AddressSpace;
 use crate::context::{After, Context, Life, State};
 use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
-use crate::gpu_vm::{self, Behind};
+use crate::gpu_vm::{self, Backing, Behind, GpuVa};
 use crate::info::FaultTrace;
+use crate::memory::MemoryTable;
+use crate::population;
 use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
 use crate::protocol::event::{
     FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
@@ -27,8 +30,11 @@ use crate::protocol::event::{
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
 use crate::sync::Arc;
 use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
+
+/// Most pages of a group that are asked for together; a device that asks for more gets the rest by asking again.
+const MAX_GROUP_PAGES: u64 = 32;
 
 /// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
 pub const FAULT_AROUND_PAGES: u64 = 16;
@@ -72,14 +78,20 @@ pub struct Pending {
     pub device: usize,
     /// As the device reported.
     pub asid: Asid,
-    /// GPU page (C).
+    /// GPU page (C): the first of `pages`.
     pub page: u64,
-    /// CPU page (A).
+    /// CPU page (A) behind it; those behind the others follow.
     pub cpu_page: u64,
+    /// Pages that are asked for. More than one are a group, with a record each, or a prefetch, with one in all.
+    pub pages: u64,
+    /// Whether no job waits for it: the device is to have the pages before one does.
+    pub prefetch: bool,
+    /// Records of it that were written.
+    pub reported: u64,
     /// `PERM_*` of the accesses.
     pub perm: u16,
     /// `PERM_*` that the guest was told, and so all that its answer must grant; accesses that join later are repeated
-    /// and ask again. None before the guest was told: until then no answer can be honest.
+    /// and ask again. None before the guest was told all: until then no answer can be honest.
     pub told: Option<u16>,
     /// `FAULT_*` type.
     pub fault_type: u8,
@@ -93,15 +105,46 @@ pub struct Pending {
     pub raised_ns: u64,
     /// The same on the guest's own clock.
     pub raised_run: Duration,
-    /// Parked accesses: the first one and those that joined.
+    /// Parked accesses: the first one, unless it is a prefetch, and those that joined.
     pub waiters: Vec<StopId>,
+}
+
+impl Pending {
+    /// Its GPU pages.
+    pub fn range(&self) -> PageRange {
+        PageRange { start: self.page, end: self.page.saturating_add(self.pages) }
+    }
+    /// Records that tell the guest of it.
+    pub fn records(&self) -> u64 {
+        if self.prefetch { 1 } else { self.pages }
+    }
+    /// The number of the record that is written next; with the last one the guest knows all.
+    pub(crate) fn next_report(&mut self) -> u64 {
+        let nth = self.reported;
+        self.reported = nth.saturating_add(1);
+        if self.reported >= self.records() {
+            self.told = Some(self.perm);
+        }
+        nth
+    }
+}
+
+/// Pages that are to be asked for before a job touches them.
+pub(crate) struct Prefetch {
+    pub(crate) vm_id: u32,
+    pub(crate) range: PageRange,
+    /// CPU page (A) behind the first.
+    pub(crate) cpu_page: u64,
+    /// Whether their mapping allows no write.
+    pub(crate) readonly: bool,
 }
 
 /// The faults of one context that wait for the guest.
 #[derive(Debug, Default)]
 pub struct PendingFaults {
     by_cookie: HashMap<u64, Pending>,
-    by_page: HashMap<(u32, u64), u64>,
+    /// (GPU VM, first GPU page) -> cookie; those of one GPU VM do not overlap.
+    by_page: BTreeMap<(u32, u64), u64>,
     next: u32,
 }
 
@@ -118,8 +161,20 @@ impl PendingFaults {
     pub fn get_mut(&mut self, cookie: u64) -> Option<&mut Pending> {
         self.by_cookie.get_mut(&cookie)
     }
+    /// The pending fault that asks for a page.
+    fn covering(&self, vm_id: u32, page: u64) -> Option<&Pending> {
+        let (_, cookie) = self.by_page.range((vm_id, 0)..=(vm_id, page)).next_back()?;
+        self.by_cookie.get(cookie).filter(|pending| pending.range().contains(page))
+    }
     fn joined(&mut self, vm_id: u32, page: u64) -> Option<&mut Pending> {
-        self.by_cookie.get_mut(self.by_page.get(&(vm_id, page))?)
+        let cookie = self.covering(vm_id, page)?.cookie;
+        self.by_cookie.get_mut(&cookie)
+    }
+    /// Pages from `page` on that nobody has asked for: behind what covers it, up to what is asked for next.
+    pub(crate) fn free_from(&self, vm_id: u32, page: u64) -> PageRange {
+        let start = self.covering(vm_id, page).map_or(page, |pending| pending.range().end);
+        let next = self.by_page.range((vm_id, start)..=(vm_id, u64::MAX)).next();
+        PageRange { start, end: next.map_or(u64::MAX, |((_, page), _)| *page) }
     }
     /// Cookies carry the generation of their context and are not used again while one is pending.
     fn insert(&mut self, generation: u64, mut pending: Pending) -> u64 {
@@ -142,9 +197,10 @@ impl PendingFaults {
         self.by_page.remove(&(pending.vm_id, pending.page));
         Some(pending)
     }
-    /// CPU pages that are waited for; one may come up more than once.
+    /// CPU pages that are waited for, of each fault the first and the last; one may come up more than once.
     pub fn cpu_pages(&self) -> impl Iterator<Item = u64> {
-        self.by_cookie.values().map(|pending| pending.cpu_page)
+        let ends = |p: &Pending| [p.cpu_page, p.cpu_page.saturating_add(p.pages.saturating_sub(1))];
+        self.by_cookie.values().flat_map(ends)
     }
     /// Pending faults that were raised at `run` of the guest's own time or before: cookie, GPU VM, GPU page.
     pub fn raised_until(&self, run: Duration) -> Vec<(u64, u32, u64)> {
@@ -153,11 +209,12 @@ impl PendingFaults {
     }
     /// Cookies of a GPU VM's pending faults in ranges of it, which are sorted and apart.
     pub fn cookies_in(&self, vm_id: u32, ranges: &[PageRange]) -> Vec<u64> {
-        let hit = |page: u64| {
-            let before = ranges.partition_point(|range| range.start <= page);
-            before.checked_sub(1).and_then(|at| ranges.get(at)).is_some_and(|range| range.contains(page))
+        let hit = |asked: PageRange| {
+            let before = ranges.partition_point(|range| range.start < asked.end);
+            let last = before.checked_sub(1).and_then(|at| ranges.get(at));
+            last.is_some_and(|range| range.intersect(asked).is_some())
         };
-        let inside = |p: &&Pending| p.vm_id == vm_id && hit(p.page);
+        let inside = |p: &&Pending| p.vm_id == vm_id && hit(p.range());
         self.by_cookie.values().filter(inside).map(|p| p.cookie).collect()
     }
 }
@@ -283,6 +340,7 @@ impl Context {
         }
         let hint = fault.length_hint.saturating_add(fault.addr.0 & (PAGE_SIZE - 1));
         let hint = hint.min(state.bytes_to_end(vm_id, raised.page()));
+        let pages = state.pages_of_group(vm_id, fault);
         let pending = Pending {
             cookie: 0,
             vm_id,
@@ -290,6 +348,9 @@ impl Context {
             asid: fault.asid,
             page: raised.page(),
             cpu_page,
+            pages,
+            prefetch: false,
+            reported: 0,
             perm: fault.access.perm(),
             told: None,
             fault_type,
@@ -300,7 +361,40 @@ impl Context {
             raised_run: self.run_time(),
             waiters: vec![fault.stop],
         };
-        state.space.keep_leaf(cpu_page);
+        self.make_pending(state, pending, after);
+    }
+
+    /// Asks for pages that no job waits for yet.
+    pub(crate) fn ask_ahead(&self, state: &mut State, prefetch: Prefetch, after: &mut After) {
+        let Some(vm) = state.vms.get(&prefetch.vm_id) else { return };
+        let perm = prefetch.perm(self.host.device_of(vm.device).as_ref());
+        let pending = Pending {
+            cookie: 0,
+            vm_id: prefetch.vm_id,
+            device: vm.device,
+            asid: vm.asid,
+            page: prefetch.range.start,
+            cpu_page: prefetch.cpu_page,
+            pages: prefetch.range.pages(),
+            prefetch: true,
+            reported: 0,
+            perm: u16::try_from(perm).unwrap_or(u16::MAX),
+            told: None,
+            fault_type: FAULT_NOT_PRESENT,
+            level: 0,
+            engine: 0,
+            length_hint: population::length_hint(prefetch.range),
+            raised_ns: self.host.now_ns(),
+            raised_run: self.run_time(),
+            waiters: Vec::new(),
+        };
+        self.make_pending(state, pending, after);
+    }
+
+    fn make_pending(&self, state: &mut State, pending: Pending, after: &mut After) {
+        let vm_id = pending.vm_id;
+        state.space.keep_leaf(pending.cpu_page);
+        state.space.keep_leaf(pending.cpu_page.saturating_add(pending.pages.saturating_sub(1)));
         let cookie = state.faults.insert(self.generation, pending);
         state.waiting.push_back(Waiting::Fault(cookie));
         self.count_pending(state, vm_id, true);
@@ -327,6 +421,15 @@ impl Context {
         }
         state.count(outcome, count);
         self.let_throttled_in(state, after);
+        state.vms.values_mut().for_each(|vm| vm.population.go_on());
+        if pending.prefetch
+            && let Some(vm) = state.vms.get_mut(&pending.vm_id)
+        {
+            let hope =
+                vm.state == gpu_vm::State::Usable && matches!(outcome, Outcome::Answered | Outcome::Dropped);
+            vm.population.answered(hope.then(|| pending.range()));
+        }
+        after.populate |= state.wants_population();
         let now = self.host.now_ns();
         self.host.traces.push(FaultTrace {
             time_ns: pending.raised_ns,
@@ -405,6 +508,13 @@ impl Context {
         let device = self.host.device_of(vm.device);
         let block =
             PageRange { start: page & !(LEAF_PAGES - 1), end: (page | (LEAF_PAGES - 1)).saturating_add(1) };
+        let aligned = page & !(FAULT_AROUND_PAGES - 1);
+        let window = PageRange { start: aligned, end: aligned.saturating_add(FAULT_AROUND_PAGES) };
+        let window = va.range.intersect(window).unwrap_or(window);
+        if matches!(va.backing, Backing::Null) {
+            let whole = va.range.intersect(block).filter(|part| *part == block);
+            return device.bind_null(asid, whole.unwrap_or(window)).map_err(device_errno);
+        }
         if va.range.intersect(block) == Some(block)
             && let Behind::Cpu(cpu) = va.behind(block.start)
             && cpu % LEAF_PAGES == 0
@@ -415,16 +525,11 @@ impl Context {
             let extent = Extent { region: Arc::clone(region), offset, pages: LEAF_PAGES, writable };
             return device.bind(asid, GpuAddr(block.start_addr()), &[extent]).map_err(device_errno);
         }
-        let aligned = page & !(FAULT_AROUND_PAGES - 1);
-        let window = PageRange { start: aligned, end: aligned.saturating_add(FAULT_AROUND_PAGES) };
-        let window = va.range.intersect(window).unwrap_or(window);
         let mut at = window.start;
         for page in window.start..=window.end {
-            let known = (page < window.end).then(|| known_page(va.behind(page), space)).flatten();
-            let found = known.and_then(|known| Some((known, memory.lookup(known.gpa_page, 1)?)));
-            if let Some((known, (region, offset))) = found {
-                let writable = !va.readonly && !known.readonly;
-                push_page(extents, Extent { region: Arc::clone(region), offset, pages: 1, writable });
+            let known = (page < window.end).then(|| known_extent(va, page, space, memory)).flatten();
+            if let Some(extent) = known {
+                push_page(extents, extent);
                 continue;
             }
             if !extents.is_empty() {
@@ -451,6 +556,7 @@ impl State {
             return Resolution::Refuse(EPERM);
         }
         match va.behind(page) {
+            Behind::Null => Resolution::Serve,
             Behind::Blob(blob, at) => {
                 match blob.gpa_page(at).and_then(|gpa_page| self.memory.lookup(gpa_page, 1)) {
                     Some(_) => Resolution::Serve,
@@ -469,6 +575,18 @@ impl State {
             },
         }
     }
+    /// Of the pages that a device asks for together, those from the first on that must be asked of the guest, in one
+    /// mapping, and that nobody has asked for.
+    fn pages_of_group(&self, vm_id: u32, fault: &Fault) -> u64 {
+        let first = fault.addr.page();
+        let end = first.saturating_add(fault.pages.clamp(1, MAX_GROUP_PAGES));
+        let end = end.min(self.faults.free_from(vm_id, first).end);
+        let va = self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(first));
+        let end = end.min(va.map_or(end, |va| va.range.end));
+        let asked = |page: &u64| matches!(self.resolve(vm_id, *page, fault.access), Resolution::Ask(..));
+        let following = (first.saturating_add(1)..end).take_while(asked).count();
+        u64::try_from(following).unwrap_or(0).saturating_add(1)
+    }
     /// Bytes from a GPU page on to the end of its mapping.
     fn bytes_to_end(&self, vm_id: u32, page: u64) -> u64 {
         let va = self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page));
@@ -478,7 +596,7 @@ impl State {
     fn cpu_page(&self, vm_id: u32, page: u64) -> u64 {
         match self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page)).map(|va| va.behind(page)) {
             Some(Behind::Cpu(cpu_page)) => cpu_page,
-            Some(Behind::Blob(..)) | None => 0,
+            Some(Behind::Blob(..) | Behind::Null) | None => 0,
         }
     }
     fn count(&mut self, outcome: Outcome, n: u64) {
@@ -493,20 +611,25 @@ impl State {
     }
 }
 
-fn known_page(
-    behind: Behind,
-    space: &crate::address_space::AddressSpace,
-) -> Option<crate::address_space::Page> {
-    match behind {
-        Behind::Cpu(cpu_page) => space.lookup(cpu_page),
-        Behind::Blob(blob, page) => {
-            Some(crate::address_space::Page { gpa_page: blob.gpa_page(page)?, readonly: false })
-        }
-    }
+/// A page of a mapping, if it is known where it is.
+pub(crate) fn known_extent(
+    va: &GpuVa,
+    page: u64,
+    space: &AddressSpace,
+    memory: &MemoryTable,
+) -> Option<Extent> {
+    let (gpa_page, readonly) = match va.behind(page) {
+        Behind::Cpu(cpu_page) => space.lookup(cpu_page).map(|known| (known.gpa_page, known.readonly))?,
+        Behind::Blob(blob, at) => (blob.gpa_page(at)?, false),
+        Behind::Null => return None,
+    };
+    let (region, offset) = memory.lookup(gpa_page, 1)?;
+    let writable = !va.readonly && !readonly;
+    Some(Extent { region: Arc::clone(region), offset, pages: 1, writable })
 }
 
 /// Adds a page to a list of extents, to the last one where it continues it.
-fn push_page(extents: &mut Vec<Extent>, page: Extent) {
+pub(crate) fn push_page(extents: &mut Vec<Extent>, page: Extent) {
     if let Some(last) = extents.last_mut()
         && last.region.id() == page.region.id()
         && last.writable == page.writable
@@ -526,7 +649,8 @@ fn perm_name(perm: u16) -> &'static str {
     }
 }
 
-fn device_errno(error: crate::device::Error) -> i32 {
+/// A device's refusal as an errno.
+pub(crate) fn device_errno(error: crate::device::Error) -> i32 {
     use crate::device::Error;
     match error {
         Error::NoVm(_) | Error::VmExists(_) => ECANCELED,

@@ -37,7 +37,9 @@
 //! ```
 
 use crate::addr::PageRange;
-use crate::device::Asid;
+use crate::device::{AddressModel, Asid, DeviceInfo};
+use crate::population::Population;
+use crate::protocol::{GUEST_VA_END, PAGE_SHIFT};
 use crate::resource::Blob;
 use crate::sync::Arc;
 use std::collections::BTreeMap;
@@ -51,6 +53,8 @@ pub enum Backing {
     Mirror(i64),
     /// A blob resource, from this page of it on.
     Blob(Arc<Blob>, u64),
+    /// Nothing: reads as zero, writes are swallowed.
+    Null,
 }
 
 impl Backing {
@@ -60,12 +64,13 @@ impl Backing {
             Self::Userptr(page) => Self::Userptr(page.wrapping_add(pages)),
             Self::Mirror(offset) => Self::Mirror(*offset),
             Self::Blob(blob, page) => Self::Blob(Arc::clone(blob), page.wrapping_add(pages)),
+            Self::Null => Self::Null,
         }
     }
     /// Whether no object stands behind it.
     fn is_objectless(&self) -> bool {
         match self {
-            Self::Userptr(_) | Self::Mirror(_) => true,
+            Self::Userptr(_) | Self::Mirror(_) | Self::Null => true,
             Self::Blob(..) => false,
         }
     }
@@ -89,6 +94,8 @@ pub enum Behind {
     Cpu(u64),
     /// A page of a blob resource.
     Blob(Arc<Blob>, u64),
+    /// Nothing.
+    Null,
 }
 
 /// A mapping C..D (drm_gpuvm calls it a `gpuva`).
@@ -121,6 +128,7 @@ impl GpuVa {
             Backing::Userptr(cpu) => Behind::Cpu(cpu),
             Backing::Mirror(offset) => Behind::Cpu(page.wrapping_add_signed(offset)),
             Backing::Blob(blob, at) => Behind::Blob(blob, at),
+            Backing::Null => Behind::Null,
         }
     }
     /// The CPU pages that it shows.
@@ -204,6 +212,17 @@ pub struct Mappings {
 }
 
 impl Mappings {
+    /// What a new GPU VM has. A device without mappings of its own sees the process' whole address space, and that is a
+    /// mirror window with offset 0.
+    pub fn of_new_vm(device: &DeviceInfo) -> Self {
+        let end = 1_u64.checked_shl(device.va_bits).unwrap_or(u64::MAX).min(GUEST_VA_END);
+        let whole = PageRange { start: 0, end: end >> PAGE_SHIFT };
+        let mut mappings = Self::default();
+        if device.address_model == AddressModel::Identity {
+            mappings.insert(GpuVa { range: whole, backing: Backing::Mirror(0), readonly: false });
+        }
+        mappings
+    }
     /// How many.
     pub fn len(&self) -> usize {
         self.by_start.len()
@@ -219,6 +238,15 @@ impl Mappings {
     /// The mapping that holds a GPU page.
     pub fn find(&self, page: u64) -> Option<&GpuVa> {
         self.by_start.range(..=page).next_back().map(|(_, va)| va).filter(|va| va.range.contains(page))
+    }
+    /// The first mapping that has a page in a range.
+    pub fn first_in(&self, range: PageRange) -> Option<&GpuVa> {
+        let at_start = self.find(range.start);
+        at_start.or_else(|| self.by_start.range(range.start..range.end).next().map(|(_, va)| va))
+    }
+    /// Pages of all mappings.
+    pub fn pages(&self) -> u64 {
+        self.iter().map(|va| va.range.pages()).fold(0, u64::saturating_add)
     }
     /// Maps over whatever is there.
     pub fn map(&mut self, request: GpuVa, change: &mut Change) {
@@ -334,6 +362,8 @@ pub struct GpuVm {
     pub jobs: usize,
     /// Faults that wait for the guest.
     pub pending_faults: usize,
+    /// What is to be on the device before a job touches it.
+    pub population: Population,
 }
 
 #[cfg(test)]

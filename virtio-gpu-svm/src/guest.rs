@@ -455,6 +455,7 @@ impl Guest {
             for (device, asid) in vms {
                 gone.iter().for_each(|region| self.host.device_of(device).drop_region(asid, region.id()));
             }
+            context.refill();
         }
         if !gone.is_empty() {
             // GPU VMs on their way out hold regions too.

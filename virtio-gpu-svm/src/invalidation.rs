@@ -5,10 +5,13 @@
 //! record. Only then may the guest reuse a page. PROTOCOL 4.5.
 
 use crate::addr::PageRange;
+use crate::address_space::LEAF_PAGES;
 use crate::context::{After, Context, Life, State};
-use crate::device::{Asid, Device, Flush, Ticket};
+use crate::device::{Asid, Flush, Ticket};
 use crate::event::Waiting;
+use crate::gpu_vm;
 use crate::memory::{MemoryTable, Region};
+use crate::population::{hold, lacks_faults, take_away};
 use crate::protocol::PAGE_SHIFT;
 use crate::sync::Arc;
 use std::collections::VecDeque;
@@ -70,37 +73,35 @@ pub(crate) fn bounded(ranges: Vec<PageRange>) -> Vec<PageRange> {
     }
 }
 
-/// Drops the translations of ranges, [`bounded`]; what was between them faults again.
-pub(crate) fn zap(device: &dyn Device, asid: Asid, ranges: Vec<PageRange>) -> Flush {
-    let mut flush = Flush::Done;
-    for range in bounded(ranges) {
-        // A later ticket says all that an earlier one of this GPU VM says.
-        if let Flush::Pending(ticket) = device.unbind(asid, range) {
-            flush = Flush::Pending(ticket);
-        }
-    }
-    flush
-}
-
 impl Context {
     /// Withdraws CPU pages from the context: accepted on return. Returns the sequence.
-    pub fn invalidate(&self, range: PageRange) -> u64 {
-        let mut guard = self.lock();
-        let state = &mut *guard;
+    pub fn invalidate(self: &Arc<Self>, range: PageRange) -> u64 {
+        let mut after = After::default();
+        let seq = self.invalidate_locked(&mut self.lock(), range, &mut after);
+        self.settle(after);
+        seq
+    }
+
+    fn invalidate_locked(&self, state: &mut State, range: PageRange, after: &mut After) -> u64 {
         let seq = state.space.invalidate(range);
         // An emptied leaf is gone; answers on their way still race with invalidations of their own leaf only.
-        for cpu_page in state.faults.cpu_pages().filter(|page| range.contains(*page)) {
+        let leaf = |page: &u64| PageRange {
+            start: page & !(LEAF_PAGES.saturating_sub(1)),
+            end: (page | LEAF_PAGES.saturating_sub(1)).saturating_add(1),
+        };
+        for cpu_page in state.faults.cpu_pages().filter(|page| leaf(page).intersect(range).is_some()) {
             state.space.keep_leaf(cpu_page);
         }
         let mut flushes = Vec::new();
-        for vm in state.vms.values() {
+        for vm in state.vms.values_mut() {
             let shown = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
-            if let Flush::Pending(ticket) = zap(self.host.device_of(vm.device).as_ref(), vm.asid, shown) {
+            if let Flush::Pending(ticket) = take_away(self.host.device_of(vm.device).as_ref(), vm, shown) {
                 flushes.push((vm.device, vm.asid, ticket));
             }
         }
         state.invalidations.begin(seq, flushes);
         state.counters.invalidations = state.counters.invalidations.saturating_add(1);
+        after.populate = state.wants_population();
         seq
     }
 
@@ -133,6 +134,14 @@ impl Context {
         };
         if !gone.is_empty() {
             space.forget(|gpa_page| gone.iter().any(|region| inside(gpa_page, region)));
+            for vm in vms.values_mut() {
+                let device = self.host.device_of(vm.device).as_ref();
+                if lacks_faults(device) && vm.state == gpu_vm::State::Usable {
+                    // Their pages may be anywhere; the caller waits for the engines.
+                    let (Flush::Done | Flush::Pending(_)) = hold(device, vm);
+                    vm.population.want(vm.mappings.iter().map(|va| va.range));
+                }
+            }
         }
         vms.values().map(|vm| (vm.device, vm.asid)).collect()
     }

@@ -42,6 +42,8 @@ pub mod memory;
 #[cfg(feature = "device")]
 pub mod page_table;
 #[cfg(feature = "device")]
+pub mod population;
+#[cfg(feature = "device")]
 pub mod resource;
 #[cfg(feature = "device")]
 mod sync;

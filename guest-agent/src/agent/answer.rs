@@ -4,17 +4,28 @@
 use super::ledger::{Answer, LedgerEntry, LedgerReport};
 use super::{Agent, ContextState, State};
 use crate::driver::Completion;
+use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::control::{PAGE_RESP_INVALID, PAGE_RESP_SUCCESS, PageRun};
 use virtio_gpu_svm::protocol::errno::{EAGAIN, EEXIST, EFAULT, ENOSPC};
-use virtio_gpu_svm::protocol::event::FaultRecord;
+use virtio_gpu_svm::protocol::event::{FAULT_LAST_PAGE, FAULT_PREFETCH, FaultRecord};
 
 /// After so many races the fault is given up: each retry needs a new invalidation of the same 2 MiB, so a process that
 /// gets here is doing it to itself.
 const MAX_RETRIES: u32 = 1000;
 
+/// A fault that is to be answered: a page, a group of pages or a range that is to be there before it is touched.
+#[derive(Clone, Copy)]
+pub(super) struct Asked {
+    /// Its last record.
+    fault: FaultRecord,
+    /// CPU addresses `[start, end)`.
+    start: u64,
+    end: u64,
+}
+
 /// An answer that the device has not taken yet.
 pub(super) struct PendingAnswer {
-    fault: FaultRecord,
+    asked: Asked,
     code: Answer,
     pages: u32,
     runs: u32,
@@ -25,25 +36,26 @@ pub(super) struct PendingAnswer {
 impl Agent {
     pub(super) fn on_fault(&self, fault: FaultRecord) {
         let mut state = self.lock();
+        let Some(asked) = state.whole(fault) else { return };
         state.ledger.counts().faults += 1;
         if let Some(context) = state.contexts.get_mut(&fault.ctx_id.get()) {
             context.faults += 1;
         }
         if let Some(held) = &mut state.held {
-            held.push(fault);
+            held.push(asked);
             return;
         }
         drop(state);
-        self.answer(fault, 0, self.options.fault_around_pages);
+        self.answer(asked, 0, self.options.fault_around_pages);
     }
 
     /// Translates and answers; a fault whose context is ending needs no answer, the device drops it. The table is read
     /// after the sequence, under one lock, so `as_of` is never too new. A window of 0 pages refuses the access.
-    fn answer(&self, fault: FaultRecord, retries: u32, window_pages: u32) {
-        let token = self.token();
+    fn answer(&self, asked: Asked, retries: u32, window_pages: u32) {
+        let (token, fault) = (self.token(), asked.fault);
         let mut state = self.lock();
         let as_of = self.device.accepted(fault.ctx_id.get());
-        let runs = state.pages_for(&fault, window_pages, as_of);
+        let runs = state.pages_for(&asked, window_pages, as_of);
         let code = if runs.is_empty() { Answer::Invalid } else { Answer::Success };
         let context = state.contexts.get(&fault.ctx_id.get());
         let living = context.filter(|context| context.state != ContextState::Retiring);
@@ -52,7 +64,7 @@ impl Agent {
             return;
         };
         let pending = PendingAnswer {
-            fault,
+            asked,
             code,
             pages: runs.iter().map(|run| run.pages.get()).sum(),
             runs: u32::try_from(runs.len()).unwrap_or(u32::MAX),
@@ -83,13 +95,13 @@ impl Agent {
             self.lock().ledger.counts().retries += 1;
             let retries = pending.retries + 1;
             let window = if retries < MAX_RETRIES { self.options.fault_around_pages } else { 0 };
-            return self.answer(pending.fault, retries, window);
+            return self.answer(pending.asked, retries, window);
         }
         // The device does not take these pages and never will, and the job waits (PROTOCOL 4.4): it must end.
         if pending.code == Answer::Success && matches!(-status, EFAULT | EEXIST | ENOSPC) {
-            return self.answer(pending.fault, pending.retries, 0);
+            return self.answer(pending.asked, pending.retries, 0);
         }
-        let fault = &pending.fault;
+        let fault = &pending.asked.fault;
         let entry = LedgerEntry {
             index: 0,
             ctx_id: fault.ctx_id.get(),
@@ -119,8 +131,8 @@ impl Agent {
     pub fn release_answers(&self) -> usize {
         let held = self.lock().held.take().unwrap_or_default();
         let count = held.len();
-        for fault in held {
-            self.answer(fault, 0, self.options.fault_around_pages);
+        for asked in held {
+            self.answer(asked, 0, self.options.fault_around_pages);
         }
         count
     }
@@ -136,11 +148,31 @@ impl Agent {
 }
 
 impl State {
-    fn pages_for(&self, fault: &FaultRecord, window_pages: u32, as_of: u64) -> Vec<PageRun> {
-        let context = self.contexts.get(&fault.ctx_id.get());
+    /// All that a fault asks for, once its last record is here. Records of a context come in order and those of a group
+    /// follow each other; what was begun and is not ended was dropped by the device.
+    fn whole(&mut self, fault: FaultRecord) -> Option<Asked> {
+        let (cookie, page) = (fault.cookie.get(), fault.cpu_addr.get());
+        let is_last = fault.flags.get() & FAULT_LAST_PAGE != 0;
+        let begun = self.contexts.get_mut(&fault.ctx_id.get()).and_then(|context| {
+            let begun = context.group.take().filter(|(of, _)| *of == cookie);
+            if !is_last {
+                context.group = Some(begun.unwrap_or((cookie, page)));
+            }
+            begun
+        });
+        let bytes = match fault.flags.get() & FAULT_PREFETCH {
+            0 => PAGE_SIZE,
+            _ => u64::from(fault.length_hint.get()).max(PAGE_SIZE),
+        };
+        let start = begun.map_or(page, |(_, first)| first);
+        is_last.then(|| Asked { fault, start, end: page.saturating_add(bytes) })
+    }
+
+    fn pages_for(&self, asked: &Asked, window_pages: u32, as_of: u64) -> Vec<PageRun> {
+        let context = self.contexts.get(&asked.fault.ctx_id.get());
         let Some(context) = context.filter(|context| context.state != ContextState::Retiring) else {
             return Vec::new();
         };
-        context.arenas.window(fault.cpu_addr.get(), window_pages, as_of)
+        context.arenas.window(asked.start..asked.end, window_pages, as_of)
     }
 }

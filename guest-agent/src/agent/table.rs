@@ -1,6 +1,7 @@
 //! One context's memory: ranges of guest CPU addresses and the guest-physical pages behind them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::control::PageRun;
@@ -75,18 +76,18 @@ impl ArenaTable {
         self.by_va.values().map(|arena| arena.len).sum()
     }
 
-    /// The pages of the aligned window of `window_pages` around `address`, cut to the arena that holds it; physically
-    /// contiguous pages are one run. Empty: nothing stands at the address, or the window is empty.
-    pub fn window(&self, address: u64, window_pages: u32, as_of: u64) -> Vec<PageRun> {
-        let Some(arena) = self.by_va.range(..=address).next_back().map(|(_, arena)| arena) else {
+    /// The pages of the aligned windows of `window_pages` around a range of addresses, cut to the arena that holds its
+    /// first one; physically contiguous pages are one run. Empty: nothing stands there, or the window is empty.
+    pub fn window(&self, asked: Range<u64>, window_pages: u32, as_of: u64) -> Vec<PageRun> {
+        let Some(arena) = self.by_va.range(..=asked.start).next_back().map(|(_, arena)| arena) else {
             return Vec::new();
         };
-        if address >= arena.end() || window_pages == 0 {
+        if asked.start >= arena.end() || window_pages == 0 {
             return Vec::new();
         }
         let window = u64::from(window_pages) * PAGE_SIZE;
-        let first = (address - address % window).max(arena.va);
-        let end = (address - address % window).saturating_add(window).min(arena.end());
+        let first = (asked.start - asked.start % window).max(arena.va);
+        let end = asked.end.checked_next_multiple_of(window).unwrap_or(u64::MAX).min(arena.end());
         let page_of = |va: u64| usize::try_from((va - arena.va) / PAGE_SIZE).unwrap_or(usize::MAX);
         let pages = arena.pages.get(page_of(first)..page_of(end)).unwrap_or_default();
         merge(first, pages, as_of)
@@ -138,7 +139,7 @@ mod tests {
     #[test]
     fn contiguous_pages_are_one_run() {
         let table = table(&[arena(0x10000, &[7, 8, 9, 3, 5, 6])]);
-        let runs = table.window(0x12000, 16, 4);
+        let runs = table.window(0x12000..0x13000, 16, 4);
         assert_eq!(shape(&runs), [(0x10000, 7, 3), (0x13000, 3, 1), (0x14000, 5, 2)]);
         assert!(runs.iter().all(|run| run.as_of.get() == 4 && run.flags.get() == 0));
     }
@@ -147,7 +148,7 @@ mod tests {
     fn window_is_aligned_and_cut_to_the_arena() {
         let pages: Vec<u64> = (0..64).map(|n| n * 2).collect();
         let table = table(&[arena(0x3000, &pages)]);
-        let first = |address, window| shape(&table.window(address, window, 0));
+        let first = |address: u64, window| shape(&table.window(address..address + 1, window, 0));
         assert_eq!(first(0x5000, 4), [(0x4000, 2, 1), (0x5000, 4, 1), (0x6000, 6, 1), (0x7000, 8, 1)]);
         assert_eq!(first(0x3000, 4), [(0x3000, 0, 1)]);
         assert_eq!(first(0x42000, 4), [(0x40000, 122, 1), (0x41000, 124, 1), (0x42000, 126, 1)]);
@@ -155,10 +156,23 @@ mod tests {
     }
 
     #[test]
+    fn range_is_covered_by_whole_windows() {
+        let pages: Vec<u64> = (0..64).map(|n| n * 2).collect();
+        let table = table(&[arena(0x3000, &pages)]);
+        let runs = shape(&table.window(0x5000..0xa000, 4, 0));
+        assert_eq!(
+            (runs.first().copied(), runs.last().copied()),
+            (Some((0x4000, 2, 1)), Some((0xb000, 16, 1)))
+        );
+        assert_eq!(runs.len(), 8);
+        assert_eq!(table.window(0x41000..0x90000, 16, 0).len(), 3, "cut to the arena");
+    }
+
+    #[test]
     fn address_outside_every_arena_has_no_window() {
         let table = table(&[arena(0x10000, &[1, 2]), arena(0x20000, &[3])]);
         for address in [0, 0xffff, 0x12000, 0x1f000, 0x21000, u64::MAX] {
-            assert!(table.window(address, 16, 0).is_empty(), "{address:#x}");
+            assert!(table.window(address..address.saturating_add(1), 16, 0).is_empty(), "{address:#x}");
         }
     }
 

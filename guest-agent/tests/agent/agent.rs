@@ -5,7 +5,9 @@ use guest_agent::agent::{Agent, AgentOptions, Answer, ArenaMemory, ArenaPages, E
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_QUIET, NoticeRecord};
+use virtio_gpu_svm::protocol::event::{
+    EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_QUIET, FAULT_LAST_PAGE, FAULT_PREFETCH, NoticeRecord,
+};
 use zerocopy::FromBytes;
 
 /// Memory whose n-th arena has pages from n * 0x100_0000, every fourth one out of line.
@@ -100,6 +102,42 @@ fn fault_is_answered_from_its_own_context() {
             .iter()
             .all(|entry| entry.code == Answer::Success && entry.pid == 42 && entry.pages == 8)
     );
+}
+
+#[test]
+fn group_is_answered_once_and_whole() {
+    let bench = Bench::new(AgentOptions { fault_around_pages: 1, ..AgentOptions::default() });
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 64 * 4096).unwrap();
+    let (dropped, cookie) = bench.mock.script(|script| {
+        let (dropped, cookie) = (script.cookie(), script.cookie());
+        // The device drops this group after its first record.
+        script.fault_record(ctx_id, dropped, 0x10_0000, (0, 4096));
+        for n in 0..6 {
+            let flags = if n == 5 { FAULT_LAST_PAGE } else { 0 };
+            script.fault_record(ctx_id, cookie, 0x10_4000 + n * 4096, (flags, 4096));
+        }
+        (dropped, cookie)
+    });
+    let answer = bench.answered(cookie);
+    let first = answer.runs.first().map(|run| run.va.get());
+    assert_eq!((first, answer.runs.iter().map(|run| run.pages.get()).sum::<u32>()), (Some(0x10_4000), 6));
+    assert_eq!(bench.agent.ledger(false).faults, 1);
+    assert!(bench.mock.look().pending.contains(&dropped));
+}
+
+#[test]
+fn prefetch_is_answered_with_all_that_it_asks_for() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 64 * 4096).unwrap();
+    let cookie = bench.mock.script(|script| {
+        let cookie = script.cookie();
+        script.fault_record(ctx_id, cookie, 0x10_0000, (FAULT_LAST_PAGE | FAULT_PREFETCH, 40 * 4096));
+        cookie
+    });
+    let answer = bench.answered(cookie);
+    assert_eq!(answer.runs.iter().map(|run| run.pages.get()).sum::<u32>(), 48, "whole windows of 16 pages");
 }
 
 #[test]

@@ -110,20 +110,38 @@ impl Script {
 
     /// Raises a fault and returns its cookie.
     pub fn fault(&mut self, ctx_id: u32, cpu_addr: u64) -> u64 {
+        let cookie = self.cookie();
+        self.fault_record(ctx_id, cookie, cpu_addr, (FAULT_LAST_PAGE, 4096));
+        cookie
+    }
+
+    /// A name for a fault.
+    pub fn cookie(&mut self) -> u64 {
         self.next_cookie += 1;
-        let cookie = self.next_cookie;
-        self.pending.insert(cookie);
+        self.pending.insert(self.next_cookie);
+        self.next_cookie
+    }
+
+    /// One record of a fault.
+    pub fn fault_record(
+        &mut self,
+        ctx_id: u32,
+        cookie: u64,
+        cpu_addr: u64,
+        (flags, length_hint): (u32, u32),
+    ) {
         let record = FaultRecord {
             kind: EVENT_FAULT.into(),
             ctx_id: ctx_id.into(),
             cookie: cookie.into(),
+            flags: flags.into(),
+            length_hint: length_hint.into(),
             perm: PERM_READ.into(),
             addr: (cpu_addr + 0x1000_0000).into(),
             cpu_addr: cpu_addr.into(),
             ..FaultRecord::default()
         };
         self.records.push_back(record.as_bytes().to_vec());
-        cookie
     }
 
     /// The daemon forgets everything.

@@ -4,17 +4,14 @@
 //! Requests are carried out in order and end at the first refusal. Each has its reply at the place it names in the
 //! reply area; that the reply fits is checked before the request takes effect.
 
+use super::bind::BindRules;
 use super::{Error, Result, whole, with_list, zero};
-use crate::addr::PageRange;
-use crate::context::{Bind, Context};
-use crate::device::FaultModel;
-use crate::gpu_vm::{Backing, GpuVa, State};
+use crate::context::Context;
+use crate::gpu_vm::State;
 use crate::guest::Guest;
 use crate::protocol::job::Packet;
 use crate::protocol::request::*;
-use crate::protocol::{
-    GUEST_VA_END, MAX_BINDS, MAX_PACKETS, MAX_REQUESTS, MAX_RESPONSE_BYTES, MAX_RINGS, PAGE_SHIFT,
-};
+use crate::protocol::{MAX_BINDS, MAX_PACKETS, MAX_REQUESTS, MAX_RESPONSE_BYTES, MAX_RINGS};
 use crate::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -96,65 +93,12 @@ impl Submission<'_> {
         area.reserve::<RspHdr>(hdr)?;
         let vm_id = request.vm_id.get();
         let device = self.context.vm_property(vm_id, |vm, _| vm.device)?;
-        let info = self.guest.host().device_of(device).info();
-        let space_end = 1_u64.checked_shl(info.va_bits).unwrap_or(u64::MAX);
-        let mirrors = |op: &BindOp| op.flags.get() & BIND_CPU_ADDR_MIRROR != 0;
-        if info.fault_model == FaultModel::None && ops.iter().any(mirrors) {
-            return Err(Error::Unsupported);
-        }
-        let mut binds = Vec::with_capacity(ops.len());
-        for (index, op) in (0..).zip(ops) {
-            let bind = self.bind_op(op, space_end);
-            binds.push(bind.map_err(|error| error.at(index))?);
-        }
+        let device = self.guest.host().device_of(device).info();
+        let rules = BindRules { guest: self.guest, ctx_id: self.context.ctx_id, device };
+        let binds = rules.check(ops)?;
         self.context.bind(vm_id, &binds)?;
         area.put(hdr, RspHdr::default());
         Ok(())
-    }
-
-    /// xe's argument rules as far as there are such arguments here.
-    fn bind_op(&self, op: &BindOp, space_end: u64) -> Result<Bind> {
-        let known = BIND_READONLY | BIND_CPU_ADDR_MIRROR;
-        zero(op.reserved.get() == 0 && op.reserved2.get() == 0 && op.flags.get() & !known == 0)?;
-        if op.op.get() == BIND_OP_UNMAP_ALL {
-            zero(
-                op.addr.get() == 0 && op.range.get() == 0 && op.obj_offset.get() == 0 && op.flags.get() == 0,
-            )?;
-            return Ok(Bind::UnmapAll(
-                self.guest.attached_blob(self.context.ctx_id, op.resource_id.get())?.resource_id,
-            ));
-        }
-        let mirror = op.flags.get() & BIND_CPU_ADDR_MIRROR != 0;
-        if mirror && op.op.get() != BIND_OP_MAP {
-            return Err(Error::Value);
-        }
-        let range = PageRange::from_bytes(op.addr.get(), op.range.get(), space_end)?;
-        let (readonly, resource_id) = (op.flags.get() & BIND_READONLY != 0, op.resource_id.get());
-        match op.op.get() {
-            BIND_OP_MAP if mirror => {
-                zero(resource_id == 0)?;
-                let offset = op.obj_offset.get().cast_signed();
-                let cpu = range.start_addr().checked_add_signed(offset).ok_or(Error::Value)?;
-                PageRange::from_bytes(cpu, op.range.get(), GUEST_VA_END)?;
-                Ok(Bind::Map(GpuVa { range, backing: Backing::Mirror(offset >> PAGE_SHIFT), readonly }))
-            }
-            BIND_OP_MAP => {
-                let blob = self.guest.attached_blob(self.context.ctx_id, resource_id)?;
-                let end = blob.pages.checked_shl(PAGE_SHIFT).ok_or(Error::Value)?;
-                let part = PageRange::from_bytes(op.obj_offset.get(), op.range.get(), end)?;
-                Ok(Bind::Map(GpuVa { range, backing: Backing::Blob(blob, part.start), readonly }))
-            }
-            BIND_OP_MAP_USERPTR => {
-                zero(resource_id == 0)?;
-                let cpu = PageRange::from_bytes(op.obj_offset.get(), op.range.get(), GUEST_VA_END)?;
-                Ok(Bind::Map(GpuVa { range, backing: Backing::Userptr(cpu.start), readonly }))
-            }
-            BIND_OP_UNMAP => {
-                zero(resource_id == 0 && op.obj_offset.get() == 0 && op.flags.get() == 0)?;
-                Ok(Bind::Unmap(range))
-            }
-            _ => Err(Error::Value),
-        }
     }
 
     fn exec(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {

@@ -4,7 +4,7 @@
 //! before the first takes effect. A run that was translated before an invalidation of its leaf is refused with
 //! -EAGAIN, and its fault stays pending for another try. PROTOCOL 4.3, 4.4.
 
-use super::Outcome;
+use super::{FAULT_AROUND_PAGES, Outcome};
 use crate::addr::PageRange;
 use crate::address_space::{Install, Page, Run};
 use crate::context::{After, Context, Life, State};
@@ -130,15 +130,18 @@ impl Context {
             state.counters.answers_stale = state.counters.answers_stale.saturating_add(1);
             return Err(Error::UnknownCookie(cookie));
         };
-        let (vm_id, asid, page, cpu_page) = (pending.vm_id, pending.asid, pending.page, pending.cpu_page);
+        let (vm_id, asid, range, cpu_page) = (pending.vm_id, pending.asid, pending.range(), pending.cpu_page);
+        let prefetch = pending.prefetch;
         let writes = u32::from(perm) & PERM_WRITE != 0;
         if code != Code::Success {
             if !runs.is_empty() {
                 return Err(Error::UnexpectedRuns);
             }
+            // Without faults no job could be told: what cannot be had ends the GPU VM.
+            let fatal = code == Code::Failure || (prefetch && self.lacks_faults(state, vm_id));
             self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EFAULT), after);
-            if code == Code::Failure {
-                self.make_unusable(state, vm_id, EFAULT, page, after);
+            if fatal {
+                self.make_unusable(state, vm_id, EFAULT, range.start, after);
             }
             return Ok(Supplied { pending: false, ..Supplied::default() });
         }
@@ -151,7 +154,17 @@ impl Context {
         let mut supplied = state.install_runs(runs)?;
         if state.space.lookup(cpu_page).is_some_and(serves) {
             supplied.pending = false;
-            let (outcome, verdict) = match self.bind_around(state, vm_id, asid, page) {
+            // A prefetch is bound as it was wanted, in slices.
+            let window = |page: u64| page / FAULT_AROUND_PAGES;
+            let windows = if prefetch {
+                0..0
+            } else {
+                window(range.start)..window(range.end.saturating_sub(1)).saturating_add(1)
+            };
+            let bound = windows
+                .map(|window| window.saturating_mul(FAULT_AROUND_PAGES).max(range.start))
+                .try_for_each(|page| self.bind_around(state, vm_id, asid, page));
+            let (outcome, verdict) = match bound {
                 Ok(()) => (Outcome::Answered, Verdict::Retry),
                 Err(errno) => (Outcome::Refused, Verdict::Fail(errno)),
             };
@@ -192,6 +205,7 @@ impl Context {
         for cookie in others {
             self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EPIPE), after);
         }
+        self.give_up_population(state, vm_id);
         state.waiting.push_back(crate::event::Waiting::Lost(errno));
         after.announce = true;
     }

@@ -4,6 +4,8 @@
 mod deadlines;
 mod ends;
 mod faults;
+mod kinds;
 mod mirrors;
 mod mock;
+mod populate;
 mod refusals;

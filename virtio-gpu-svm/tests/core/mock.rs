@@ -28,6 +28,9 @@ pub const MEMORY: u64 = 8 << 20;
 pub const A: u64 = 0x7f00_0001_0000;
 pub const C: u64 = 0x4_0002_0000;
 
+/// What stands for the page of a null translation.
+pub const NULL_PAGE: u64 = u64::MAX;
+
 /// What the device was told, and what it holds.
 #[derive(Default)]
 pub struct Told {
@@ -42,8 +45,18 @@ pub struct Told {
     pub unbinds: usize,
     /// While set, unbinding leaves engines with old translations until `pass`.
     pub busy: bool,
+    /// Calls that may fail, so far.
+    pub fallible: usize,
+    /// The call, counted from 0, that fails for want of memory.
+    pub fails_at: Option<usize>,
     tickets: u64,
     passed: u64,
+}
+
+impl Told {
+    fn runs_jobs(&self, asid: Asid) -> bool {
+        self.jobs.iter().any(|(of, _)| *of == asid)
+    }
 }
 
 pub struct MockDevice {
@@ -63,13 +76,27 @@ impl MockDevice {
     }
     /// The same, of a packet that is going to touch `length_hint` bytes.
     pub fn raise_long(&self, host: &Host, asid: u32, addr: u64, access: Access, length_hint: u64) -> StopId {
+        self.raise_fault(host, asid, addr, access, (1, length_hint))
+    }
+    /// The same, of a group of page requests.
+    pub fn raise_group(&self, host: &Host, asid: u32, addr: u64, access: Access, pages: u64) -> StopId {
+        self.raise_fault(host, asid, addr, access, (pages, pages * 4096))
+    }
+    fn raise_fault(
+        &self,
+        host: &Host,
+        asid: u32,
+        addr: u64,
+        access: Access,
+        (pages, length_hint): (u64, u64),
+    ) -> StopId {
         let stop = StopId(self.next_stop.fetch_add(1, Ordering::Relaxed));
         let fault = Fault {
             asid: Asid(asid),
             stop,
             job: JobId(1),
             addr: GpuAddr(addr),
-            pages: 1,
+            pages,
             length_hint,
             access,
             engine: 0,
@@ -114,6 +141,12 @@ impl MockDevice {
             JobEnd { errno, packet: 0, addr: GpuAddr(C), access: Access::Read },
         );
     }
+    /// Counts a call that may fail, and fails if it is its turn.
+    fn attempt(&self) -> Result<(), Error> {
+        let mut told = self.told();
+        told.fallible += 1;
+        if told.fails_at == Some(told.fallible - 1) { Err(Error::OutOfMemory) } else { Ok(()) }
+    }
     fn ticket(told: &mut Told) -> Flush {
         if !told.busy {
             return Flush::Done;
@@ -128,6 +161,7 @@ impl Device for MockDevice {
         &self.info
     }
     fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+        self.attempt()?;
         assert!(self.told().vms.insert(asid, label).is_none());
         Ok(())
     }
@@ -137,6 +171,7 @@ impl Device for MockDevice {
         told.destroyed.push(asid);
     }
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
+        self.attempt()?;
         let mut page = addr.page();
         for extent in extents {
             for n in 0..extent.pages {
@@ -147,8 +182,18 @@ impl Device for MockDevice {
         }
         Ok(())
     }
+    fn bind_null(&self, asid: Asid, range: PageRange) -> Result<(), Error> {
+        self.attempt()?;
+        let mut told = self.told();
+        for page in range.start..range.end {
+            told.bound.insert((asid, page), (NULL_PAGE, true));
+        }
+        Ok(())
+    }
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
         let mut told = self.told();
+        let must_be_frozen = self.info.fault_model == FaultModel::None && told.runs_jobs(asid);
+        assert!(!must_be_frozen || told.frozen.contains(&asid), "unbound under the jobs of {asid:?}");
         told.unbinds += 1;
         told.bound.retain(|(a, page), _| *a != asid || !range.contains(*page));
         Self::ticket(&mut told)
@@ -172,6 +217,7 @@ impl Device for MockDevice {
         Ok(())
     }
     fn submit(&self, asid: Asid, job: Job) -> Result<(), Error> {
+        self.attempt()?;
         self.told().jobs.push((asid, job.id));
         Ok(())
     }
@@ -181,10 +227,10 @@ impl Device for MockDevice {
     fn set_frozen(&self, asid: Asid, frozen: bool) -> Flush {
         let mut told = self.told();
         if frozen {
-            told.frozen.insert(asid)
-        } else {
-            told.frozen.remove(&asid)
-        };
+            told.frozen.insert(asid);
+            return Self::ticket(&mut told);
+        }
+        told.frozen.remove(&asid);
         Flush::Done
     }
     fn ledger(&self) -> (Vec<LedgerEntry>, u64) {
@@ -220,25 +266,33 @@ pub const LIMITS: Limits = Limits {
 /// Short enough to wait for; nothing expires unless a test asks for it.
 pub const DEADLINE_MS: u32 = 20;
 
+/// A device with all that a device may have.
+pub fn device_info() -> DeviceInfo {
+    DeviceInfo {
+        name: "mock".into(),
+        va_bits: 40,
+        num_engines: 1,
+        opcodes: OPCODES,
+        fault_model: FaultModel::Replayable,
+        address_model: AddressModel::Any,
+        null_mappings: true,
+        exec: false,
+    }
+}
+
 impl World {
     pub fn new() -> Self {
         Self::with_limits(LIMITS)
     }
     pub fn with_limits(limits: Limits) -> Self {
-        let device = |index| {
-            let info = DeviceInfo {
-                name: format!("mock{index}"),
-                va_bits: 40,
-                num_engines: 1,
-                opcodes: OPCODES,
-                fault_model: FaultModel::Replayable,
-                address_model: AddressModel::Any,
-                null_mappings: false,
-                exec: false,
-            };
-            Arc::new(MockDevice { info, index, told: Mutex::default(), next_stop: AtomicU64::new(1) })
+        Self::on_devices(limits, [device_info(), device_info()])
+    }
+    pub fn on_devices(limits: Limits, infos: [DeviceInfo; 2]) -> Self {
+        let device = |(index, info)| {
+            let (told, next_stop) = (Mutex::default(), AtomicU64::new(1));
+            Arc::new(MockDevice { info, index, told, next_stop })
         };
-        let devices: Vec<_> = (0..2).map(device).collect();
+        let devices: Vec<_> = (0..).zip(infos).map(device).collect();
         let host = Host::new(devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect());
         let guest = host.open_guest("g", limits, &[0, 1], Arc::new(Port::default()));
         let world = Self { host, devices, guest };

@@ -3,6 +3,7 @@
 
 use crate::mock::{A, C, GPA, LIMITS, MEMORY, World, hdr, map, run, unmap};
 use virtio_gpu_svm::device::Access;
+use virtio_gpu_svm::population::MAX_PREFETCH_PAGES;
 use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::errno::*;
 use virtio_gpu_svm::protocol::event::FaultRecord;
@@ -537,7 +538,8 @@ fn bind_requests() {
     // Each is wrong in its second operation: the first must not stand.
     let fields = [
         U32("op", op, vec![3, 4, u32::MAX], EINVAL),
-        U32("flags", op + 4, vec![2, 3, 1 << 31], EINVAL),
+        U32("flags", op + 4, vec![BIND_NULL, BIND_NULL | BIND_IMMEDIATE, 1 << 3, 1 << 15, 1 << 31], EINVAL),
+        U32("flags", op + 4, vec![BIND_EXEC], EOPNOTSUPP),
         U64("addr", op + 8, vec![C + 1, SPACE_END, SPACE_END - PAGE, 1 << 57, MAX_PAGE], EINVAL),
         U64("range", op + 16, vec![0, 1, PAGE + 8, SPACE_END, MAX_PAGE, u64::MAX], EINVAL),
         U64("obj_offset", op + 24, vec![A + 1, GUEST_VA_END, GUEST_VA_END - PAGE, MAX_PAGE], EINVAL),
@@ -557,13 +559,37 @@ fn bind_requests() {
     each_field(w, "MAP", &blob, &fields);
     refused(w, "MAP of another's blob", &with(&blob, 16, &OTHER.to_le_bytes()), EACCES);
 
-    let unmap = submit_of(MINE, &vm_bind(&[first, unmap(C, 2)]));
+    let unmapping = submit_of(MINE, &vm_bind(&[first, unmap(C, 2)]));
     let fields = [
         U32("flags", op + 4, vec![BIND_READONLY], EINVAL),
         U64("obj_offset", op + 24, vec![PAGE], EINVAL),
         U32("resource_id", op + 32, vec![ATTACHED], EINVAL),
     ];
-    each_field(w, "UNMAP", &unmap, &fields);
+    each_field(w, "UNMAP", &unmapping, &fields);
+
+    let prefetch = submit_of(MINE, &vm_bind(&[first, BindOp { op: BIND_OP_PREFETCH.into(), ..unmap(C, 2) }]));
+    let too_many = (MAX_PREFETCH_PAGES + 1) * PAGE;
+    let fields = [
+        U32("flags", op + 4, vec![BIND_READONLY, BIND_IMMEDIATE], EINVAL),
+        U64("addr", op + 8, vec![C + 1, SPACE_END], EINVAL),
+        U64("range", op + 16, vec![0, 1, too_many, u64::MAX], EINVAL),
+        U64("obj_offset", op + 24, vec![PAGE], EINVAL),
+        U32("resource_id", op + 32, vec![ATTACHED], EINVAL),
+    ];
+    each_field(w, "PREFETCH", &prefetch, &fields);
+    let half = MAX_PREFETCH_PAGES / 2 + 1;
+    let immediate = BindOp { flags: BIND_IMMEDIATE.into(), ..map(C + 0x20_0000, A, half) };
+    let two = [immediate, BindOp { addr: 0.into(), ..immediate }];
+    refused(w, "more than may be made resident at once", &submit_of(MINE, &vm_bind(&two)), EINVAL);
+    let null = BindOp { op: BIND_OP_MAP.into(), flags: BIND_NULL.into(), obj_offset: 0.into(), ..second };
+    let null = submit_of(MINE, &vm_bind(&[first, null]));
+    let fields = [
+        U32("flags", op + 4, vec![BIND_NULL | BIND_CPU_ADDR_MIRROR], EINVAL),
+        U32("flags", op + 4, vec![BIND_NULL | BIND_EXEC], EOPNOTSUPP),
+        U64("obj_offset", op + 24, vec![PAGE], EINVAL),
+        U32("resource_id", op + 32, vec![ATTACHED], EINVAL),
+    ];
+    each_field(w, "NULL", &null, &fields);
 
     let many: Vec<_> = (0..LIMITS.mappings.into()).map(|n| map(C + (n + 1) * 0x10_0000, A, 1)).collect();
     refused(w, "one mapping too many", &submit_of(MINE, &vm_bind(&many)), ENOSPC);

@@ -1,0 +1,305 @@
+//! What a GPU VM is to have on its device before a job touches it: ranges that were prefetched or bound at once, and on
+//! a device without faults all that is mapped.
+//!
+//! *Wanted* ranges are worked off in slices under the context's lock: known pages are bound, unknown ones are asked of
+//! the guest by prefetch faults, which are faults like others but that no job waits for; when one has ended, its range is
+//! wanted again. On a device with faults all this is advice: what does not come, comes by a fault.
+//!
+//! A GPU VM on a device without faults is *held* while anything is wanted: its queues are stopped before a translation
+//! goes, and go on when everything is there again, as xe's preempt fences and KFD's eviction do it. What nobody can
+//! provide makes it unusable.
+
+use crate::addr::{GpuAddr, PageRange};
+use crate::address_space::LEAF_PAGES;
+use crate::context::{After, Context, State};
+use crate::device::{Device, FaultModel, Flush};
+use crate::fault::{self, Prefetch};
+use crate::gpu_vm::{self, Behind, GpuVm};
+use crate::invalidation::bounded;
+use crate::protocol::PAGE_SHIFT;
+use crate::protocol::errno::EFAULT;
+use crate::protocol::event::{PERM_READ, PERM_WRITE};
+use crate::sync::Arc;
+
+/// Pages of all mappings of a GPU VM on a device without faults: 4 GiB. Each of them is walked when memory changes.
+pub const MAX_POPULATED_PAGES: u64 = 1 << 20;
+/// Pages that one VM_BIND may ask to be made resident: 256 MiB.
+pub const MAX_PREFETCH_PAGES: u64 = 1 << 16;
+/// Pages that are bound while the context's lock is held once.
+const SLICE_PAGES: u64 = 8 * LEAF_PAGES;
+/// Pages that one prefetch fault asks for.
+const ASK_PAGES: u64 = LEAF_PAGES;
+/// Prefetch faults of one GPU VM that wait for the guest at once.
+const MAX_ASKED: usize = 4;
+
+/// What a GPU VM still wants on its device.
+#[derive(Debug, Default)]
+pub struct Population {
+    /// Sorted and apart; worked off from the last one.
+    wanted: Vec<PageRange>,
+    /// Prefetch faults that wait for the guest.
+    asked: usize,
+    /// Nothing can be done before a fault of the context has ended.
+    stalled: bool,
+    held: bool,
+}
+
+impl Population {
+    /// Pages of the ranges that are still wanted; those that the guest was asked for are not among them.
+    pub fn wanted_pages(&self) -> u64 {
+        self.wanted.iter().map(|range| range.pages()).fold(0, u64::saturating_add)
+    }
+    /// Whether the queues are stopped until everything is there.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+    /// Whether something is wanted or waited for.
+    pub fn is_complete(&self) -> bool {
+        self.wanted.is_empty() && self.asked == 0
+    }
+    /// Wants ranges; what of them is mapped when their turn comes counts.
+    pub fn want(&mut self, ranges: impl IntoIterator<Item = PageRange>) {
+        let mut wanted = std::mem::take(&mut self.wanted);
+        wanted.extend(ranges);
+        self.wanted = PageRange::merge(wanted);
+    }
+    /// A prefetch fault has ended; its range is wanted again if there is hope.
+    pub(crate) fn answered(&mut self, again: Option<PageRange>) {
+        self.asked = self.asked.saturating_sub(1);
+        self.want(again);
+    }
+    /// There is room for another prefetch fault.
+    pub(crate) fn go_on(&mut self) {
+        self.stalled = false;
+    }
+    fn can_go_on(&self) -> bool {
+        if self.wanted.is_empty() { self.held && self.asked == 0 } else { !self.stalled }
+    }
+    /// What was wanted before `page` in the last range is done with.
+    fn advance(&mut self, page: u64) {
+        if let Some(last) = self.wanted.last_mut() {
+            last.start = page;
+            if last.pages() == 0 {
+                self.wanted.pop();
+            }
+        }
+    }
+}
+
+/// Whether jobs of a device must find everything bound.
+pub(crate) fn lacks_faults(device: &dyn Device) -> bool {
+    device.info().fault_model == FaultModel::None
+}
+
+/// Drops the translations of ranges, [`bounded`]; what was between them goes too.
+///
+/// With faults, it is faulted in again. Without, the queues are stopped first, and whatever of it is mapped is wanted
+/// again, up to the edges of large leaves, which go whole.
+pub(crate) fn take_away(device: &dyn Device, vm: &mut GpuVm, ranges: Vec<PageRange>) -> Flush {
+    let ranges = bounded(ranges);
+    let refill = lacks_faults(device) && vm.state == gpu_vm::State::Usable && !ranges.is_empty();
+    let mut flush = Flush::Done;
+    if refill {
+        flush = hold(device, vm);
+        let leaf = |range: &PageRange| PageRange {
+            start: range.start & !(LEAF_PAGES.saturating_sub(1)),
+            end: range.end.checked_next_multiple_of(LEAF_PAGES).unwrap_or(range.end),
+        };
+        vm.population.want(ranges.iter().map(leaf));
+    }
+    for range in ranges {
+        // A later ticket says all that an earlier one of this GPU VM says.
+        if let Flush::Pending(ticket) = device.unbind(vm.asid, range) {
+            flush = Flush::Pending(ticket);
+        }
+    }
+    flush
+}
+
+/// Stops the queues of a GPU VM until everything that is wanted is there.
+pub(crate) fn hold(device: &dyn Device, vm: &mut GpuVm) -> Flush {
+    vm.population.held = true;
+    device.set_frozen(vm.asid, true)
+}
+
+/// What is to be done next for a GPU VM.
+enum Step {
+    /// Nothing is wanted.
+    Nothing,
+    /// Bind the extents that were collected here.
+    Bind(PageRange),
+    /// Bind nothing here.
+    BindNull(PageRange),
+    /// Ask the guest.
+    Ask(Prefetch),
+    /// Somebody waits for these pages already.
+    Skip(PageRange),
+    /// Nobody can say where this page is.
+    Lost(PageRange),
+}
+
+impl Context {
+    /// Lets the GPU VMs look for what they want: what was taken away elsewhere may be had again.
+    pub(crate) fn refill(self: &Arc<Self>) {
+        let mut after = After::default();
+        after.populate = self.lock().wants_population();
+        self.settle(after);
+    }
+
+    /// Works off a slice of what the GPU VMs of the context want. `after` says whether there is more.
+    pub(crate) fn populate(&self, state: &mut State, after: &mut After) {
+        let next = state.vms.iter().find(|(_, vm)| vm.population.can_go_on());
+        let Some(vm_id) = next.map(|(vm_id, _)| *vm_id) else { return };
+        after.populate = true;
+        let mut left = SLICE_PAGES;
+        while left > 0 {
+            let step = state.next_step(vm_id, left);
+            let result = self.take_step(state, vm_id, step, after);
+            let Some(vm) = state.vms.get_mut(&vm_id) else { return };
+            match result {
+                Ok(done) => {
+                    let Some(done) = done else { return };
+                    vm.population.advance(done.end);
+                    left = left.saturating_sub(done.pages());
+                }
+                Err((range, _)) if !lacks_faults(self.host.device_of(vm.device).as_ref()) => {
+                    vm.population.advance(range.end);
+                }
+                Err((range, errno)) => return self.make_unusable(state, vm_id, errno, range.start, after),
+            }
+        }
+    }
+
+    /// The pages that are done with; none when nothing more can be done now.
+    fn take_step(
+        &self,
+        state: &mut State,
+        vm_id: u32,
+        step: Step,
+        after: &mut After,
+    ) -> Result<Option<PageRange>, (PageRange, i32)> {
+        let Some(vm) = state.vms.get_mut(&vm_id) else { return Ok(None) };
+        let device = self.host.device_of(vm.device);
+        let failed = |range, error| (range, fault::device_errno(error));
+        match step {
+            Step::Nothing => {
+                if vm.population.held && vm.population.asked == 0 {
+                    self.release(state, vm_id);
+                }
+                Ok(None)
+            }
+            Step::Bind(range) => {
+                let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), &state.extents);
+                state.extents.clear();
+                bound.map(|()| Some(range)).map_err(|error| failed(range, error))
+            }
+            Step::BindNull(range) => {
+                let bound = device.bind_null(vm.asid, range);
+                bound.map(|()| Some(range)).map_err(|error| failed(range, error))
+            }
+            Step::Skip(range) => Ok(Some(range)),
+            Step::Lost(range) => Err((range, EFAULT)),
+            Step::Ask(prefetch) => {
+                let room = state.faults.count() < usize::try_from(self.limits.pending_faults).unwrap_or(0);
+                if !room || vm.population.asked >= MAX_ASKED {
+                    vm.population.stalled = true;
+                    return Ok(None);
+                }
+                vm.population.asked = vm.population.asked.saturating_add(1);
+                let range = prefetch.range;
+                self.ask_ahead(state, prefetch, after);
+                Ok(Some(range))
+            }
+        }
+    }
+
+    /// Whether the device of a GPU VM has no faults.
+    pub(crate) fn lacks_faults(&self, state: &State, vm_id: u32) -> bool {
+        let vm = state.vms.get(&vm_id);
+        vm.is_some_and(|vm| lacks_faults(self.host.device_of(vm.device).as_ref()))
+    }
+
+    /// Lets the queues of a GPU VM go on, unless the guest's rings are stopped.
+    fn release(&self, state: &mut State, vm_id: u32) {
+        let frozen = state.frozen;
+        let Some(vm) = state.vms.get_mut(&vm_id) else { return };
+        vm.population.held = false;
+        if !frozen {
+            let (Flush::Done | Flush::Pending(_)) = self.host.device_of(vm.device).set_frozen(vm.asid, false);
+        }
+    }
+
+    /// Nothing is wanted of an unusable GPU VM any more; its jobs go on and find that it is.
+    pub(crate) fn give_up_population(&self, state: &mut State, vm_id: u32) {
+        let Some(vm) = state.vms.get_mut(&vm_id) else { return };
+        vm.population.wanted.clear();
+        if vm.population.held {
+            self.release(state, vm_id);
+        }
+    }
+}
+
+impl State {
+    /// Whether something can be done for a GPU VM that wants pages.
+    pub(crate) fn wants_population(&self) -> bool {
+        self.vms.values().any(|vm| vm.population.can_go_on())
+    }
+
+    /// Finds what to do about the beginning of the last wanted range; for a bind, collects at most `most` pages and a
+    /// leaf.
+    fn next_step(&mut self, vm_id: u32, most: u64) -> Step {
+        let Self { vms, space, memory, faults, extents, .. } = self;
+        let Some(GpuVm { mappings, population, .. }) = vms.get_mut(&vm_id) else { return Step::Nothing };
+        let part = loop {
+            let Some(range) = population.wanted.last().copied() else { return Step::Nothing };
+            match mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?))) {
+                Some(found) => break found,
+                None => drop(population.wanted.pop()),
+            }
+        };
+        let (va, part) = part;
+        population.advance(part.start);
+        let slice_end = part.start.saturating_add(most).checked_next_multiple_of(LEAF_PAGES);
+        let slice = PageRange { start: part.start, end: part.end.min(slice_end.unwrap_or(part.end)) };
+        if matches!(va.behind(slice.start), Behind::Null) {
+            return Step::BindNull(slice);
+        }
+        let mut at = slice.start;
+        while at < slice.end
+            && let Some(page) = fault::known_extent(va, at, space, memory)
+        {
+            fault::push_page(extents, page);
+            at = at.saturating_add(1);
+        }
+        if at > slice.start {
+            return Step::Bind(PageRange { start: slice.start, end: at });
+        }
+        let first = PageRange { start: slice.start, end: slice.start.saturating_add(1) };
+        let free = faults.free_from(vm_id, slice.start);
+        if free.start > slice.start {
+            return Step::Skip(PageRange { start: slice.start, end: free.start.min(part.end) });
+        }
+        let Behind::Cpu(cpu_page) = va.behind(slice.start) else { return Step::Lost(first) };
+        let end = part.end.min(free.end).min(slice.start.saturating_add(ASK_PAGES));
+        let unknown = (first.end..end).find(|page| fault::known_extent(va, *page, space, memory).is_some());
+        Step::Ask(Prefetch {
+            vm_id,
+            range: PageRange { start: first.start, end: unknown.unwrap_or(end) },
+            cpu_page,
+            readonly: va.readonly,
+        })
+    }
+}
+
+impl Prefetch {
+    /// `PERM_*` that the guest's answer must grant. Without faults a write must find the right for it; with, it asks
+    /// again.
+    pub(crate) fn perm(&self, device: &dyn Device) -> u32 {
+        if lacks_faults(device) && !self.readonly { PERM_READ | PERM_WRITE } else { PERM_READ }
+    }
+}
+
+/// What a prefetch fault says of its bytes, within the field of its record.
+pub(crate) fn length_hint(range: PageRange) -> u32 {
+    u32::try_from(range.pages() << PAGE_SHIFT).unwrap_or(u32::MAX)
+}
