@@ -168,6 +168,8 @@ pub struct Device {
     pub opcodes: u64,
     /// Engines.
     pub num_engines: u32,
+    /// `DEVICE_*` of PROTOCOL 4.2.
+    pub flags: u64,
 }
 
 impl Client {
@@ -263,6 +265,7 @@ fn device(entry: &DeviceEntry) -> Device {
         address_model: entry.address_model.get(),
         opcodes: entry.opcodes.get(),
         num_engines: entry.num_engines.get(),
+        flags: entry.flags.get(),
     }
 }
 

@@ -89,8 +89,8 @@ wire! {
         num_engines: U32,
         /// log2 of the smallest page.
         page_shift: U32,
-        /// Zero.
-        reserved: U64,
+        /// `DEVICE_*` of PROTOCOL 4.2.
+        flags: U64,
     }
 }
 wire! {

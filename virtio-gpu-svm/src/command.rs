@@ -404,6 +404,7 @@ impl Answer<'_> {
         let info = self.guest.host().device_of(index).info().clone();
         let mut name = [0; 32];
         name.iter_mut().zip(info.name.bytes()).for_each(|(to, from)| *to = from);
+        let flag = |has: bool, flag: u64| if has { flag } else { 0 };
         let resp = self.ok();
         self.put(&GetDeviceResp {
             resp,
@@ -424,6 +425,7 @@ impl Answer<'_> {
             name,
             num_engines: info.num_engines.into(),
             page_shift: PAGE_SHIFT.into(),
+            flags: (flag(info.null_mappings, DEVICE_NULL) | flag(info.exec, DEVICE_EXEC)).into(),
         });
         Ok(())
     }

@@ -7,7 +7,7 @@
 //!
 //! A GPU VM on a device without faults is *held* while anything is wanted: its queues are stopped before a translation
 //! goes, and go on when everything is there again, as xe's preempt fences and KFD's eviction do it. What nobody can
-//! provide makes it unusable.
+//! provide makes it unusable. PROTOCOL 5.3.
 
 use crate::addr::{GpuAddr, PageRange};
 use crate::address_space::LEAF_PAGES;

@@ -340,7 +340,7 @@ fn device_entry(device: &GetDeviceResp) -> DeviceEntry {
         name: device.name,
         num_engines: device.num_engines,
         page_shift: device.page_shift,
-        reserved: 0.into(),
+        flags: device.flags,
     }
 }
 

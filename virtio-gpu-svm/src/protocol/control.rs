@@ -16,6 +16,11 @@ pub const VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE: u32 = 0x0403;
 /// Withdraws a range of a context's address space. PROTOCOL 4.5.
 pub const VIRTIO_GPU_CMD_SVM_INVALIDATE: u32 = 0x0404;
 
+/// [`GetDeviceResp::flags`]: the device has NULL mappings.
+pub const DEVICE_NULL: u64 = 1 << 0;
+/// [`GetDeviceResp::flags`]: the device has a right to execute.
+pub const DEVICE_EXEC: u64 = 1 << 1;
+
 /// [`PageRun::flags`]: the process may only read these pages.
 pub const RUN_READONLY: u32 = 1 << 0;
 
@@ -92,7 +97,7 @@ wire! {
 }
 wire! {
     /// The response to [`GetDevice`].
-    GetDeviceResp, 112 {
+    GetDeviceResp, 120 {
         /// Head.
         resp: SvmResp,
         /// As asked.
@@ -111,6 +116,8 @@ wire! {
         num_engines: U32,
         /// log2 of the smallest page.
         page_shift: U32,
+        /// `DEVICE_*`.
+        flags: U64,
     }
 }
 wire! {
