@@ -283,8 +283,8 @@ impl Device for HostMmuDevice {
         self.0.vm(asid).map_or(0, |vm| vm.with(|state| state.resident_pages()))
     }
 
-    fn is_resident(&self, asid: Asid, range: PageRange) -> bool {
-        self.0.vm(asid).is_some_and(|vm| vm.with(|state| state.is_resident(range)))
+    fn resident_in(&self, asid: Asid, range: PageRange) -> u64 {
+        self.0.vm(asid).map_or(0, |vm| vm.with(|state| state.resident_in(range)))
     }
 
     fn check_packets(&self, packets: &[Packet]) -> Result<(), Error> {

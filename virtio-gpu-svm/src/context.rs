@@ -5,20 +5,21 @@
 //! and the lock is held by one process' work only. Under it only short calls into [`crate::device::Device`] are made;
 //! resumes, submissions and the announcement of records are collected in [`After`] and done when it is released.
 
+mod status;
+
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
 use crate::device::{Asid, Device, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
 use crate::event::{DoneJob, Record, Stamp, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
 use crate::fault::{Outcome, PendingFaults, Throttled};
-use crate::gpu_vm::{Backing, Change, GpuVa, GpuVm, Mappings, State as VmState};
+use crate::gpu_vm::{Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
-use crate::info::{ContextStatus, ContextSummary, Counters, MappingStatus, VmStatus, VmSummary};
+use crate::info::Counters;
 use crate::invalidation::{Invalidations, bounded};
 use crate::memory::MemoryTable;
 use crate::population::{self, Population, hold, lacks_faults, take_away};
-use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
 use crate::protocol::job::Packet;
@@ -382,7 +383,7 @@ impl Context {
         }
         let (mut carved, mut zapped) = (Vec::new(), Vec::new());
         change.out_of_mirrors(|range| carved.push(range));
-        if bounded(carved).into_iter().any(|range| device.is_resident(asid, range)) {
+        if bounded(carved).into_iter().any(|range| device.resident_in(asid, range) > 0) {
             vm.mappings.undo(change);
             return Err(Error::MirrorBusy);
         }
@@ -617,63 +618,6 @@ impl Context {
         let vm = state.vms.get(&vm_id).ok_or(Error::NoVm(vm_id))?;
         Ok(read(vm, self.host.device_of(vm.device).resident_pages(vm.asid)))
     }
-    /// What it looks like.
-    pub fn status(&self) -> ContextStatus {
-        let state = self.lock();
-        ContextStatus {
-            guest: self.label.guest.to_string(),
-            ctx_id: self.ctx_id,
-            generation: self.generation,
-            name: self.name.clone(),
-            capset_id: self.capset_id,
-            known_pages: state.space.known_pages(),
-            inval_seq: state.space.seq(),
-            inval_done_seq: state.invalidations.done_seq(),
-            pending_faults: state.faults.count(),
-            jobs: state.jobs.len(),
-            vms: state.vms.iter().map(|(vm_id, vm)| self.vm_status(*vm_id, vm)).collect(),
-            counters: state.counters,
-        }
-    }
-    /// The same without mappings.
-    pub fn summary(&self) -> ContextSummary {
-        let state = self.lock();
-        let vms: Vec<_> = state.vms.iter().map(|(vm_id, vm)| self.vm_summary(*vm_id, vm)).collect();
-        ContextSummary {
-            guest: self.label.guest.to_string(),
-            ctx_id: self.ctx_id,
-            generation: self.generation,
-            name: self.name.clone(),
-            known_pages: state.space.known_pages(),
-            resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
-            pending_faults: state.faults.count(),
-            jobs: state.jobs.len(),
-            vms,
-            counters: state.counters,
-        }
-    }
-    fn vm_summary(&self, vm_id: u32, vm: &GpuVm) -> VmSummary {
-        VmSummary {
-            vm_id,
-            device: vm.device,
-            asid: vm.asid.0,
-            state: state_name(vm.state).0,
-            mappings: vm.mappings.len(),
-            resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
-        }
-    }
-    fn vm_status(&self, vm_id: u32, vm: &GpuVm) -> VmStatus {
-        let (state, error) = state_name(vm.state);
-        VmStatus {
-            vm_id,
-            device: vm.device,
-            asid: vm.asid.0,
-            state,
-            error,
-            mappings: vm.mappings.iter().map(mapping_status).collect(),
-            resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
-        }
-    }
 }
 
 impl State {
@@ -687,40 +631,5 @@ impl State {
             ring_idx: job.ring_idx,
             end,
         }));
-    }
-}
-
-/// For people, and the errno that made it so.
-fn state_name(state: VmState) -> (&'static str, i32) {
-    match state {
-        VmState::Usable => ("usable", 0),
-        VmState::Unusable { errno, .. } => ("unusable", errno),
-    }
-}
-
-fn mapping_status(va: &GpuVa) -> MappingStatus {
-    let (gpu_start, gpu_end) = (va.range.start_addr(), va.range.end_addr());
-    let none = MappingStatus {
-        gpu_start,
-        gpu_end,
-        kind: "userptr",
-        cpu_start: None,
-        cpu_end: None,
-        resource_id: None,
-        offset: None,
-        readonly: va.readonly,
-    };
-    let cpu = va.cpu_range();
-    let (cpu_start, cpu_end) = (cpu.map(PageRange::start_addr), cpu.map(PageRange::end_addr));
-    match &va.backing {
-        Backing::Userptr(_) => MappingStatus { cpu_start, cpu_end, ..none },
-        Backing::Mirror(_) => MappingStatus { kind: "mirror", cpu_start, cpu_end, ..none },
-        Backing::Null => MappingStatus { kind: "null", ..none },
-        Backing::Blob(blob, page) => MappingStatus {
-            kind: "blob",
-            resource_id: Some(blob.resource_id),
-            offset: Some(page << PAGE_SHIFT),
-            ..none
-        },
     }
 }

@@ -283,8 +283,8 @@ pub trait Device: Send + Sync {
     /// Translations of a GPU VM now, in pages.
     fn resident_pages(&self, asid: Asid) -> u64;
 
-    /// Whether a page of the range has a translation now. Costs what the tables hold there, not what the range spans.
-    fn is_resident(&self, asid: Asid, range: PageRange) -> bool;
+    /// Pages of the range with a translation now. Costs what the tables hold there, not what the range spans.
+    fn resident_in(&self, asid: Asid, range: PageRange) -> u64;
 
     /// Checks packets as far as this can be done without memory.
     ///

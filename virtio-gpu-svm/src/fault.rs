@@ -20,7 +20,7 @@ use crate::address_space::AddressSpace;
 use crate::context::{After, Context, Life, State};
 use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
 use crate::gpu_vm::{self, Backing, Behind, GpuVa};
-use crate::info::FaultTrace;
+use crate::info::{FaultTrace, PendingStatus};
 use crate::memory::MemoryTable;
 use crate::population;
 use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
@@ -33,6 +33,8 @@ use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+/// Most pending faults of a GPU VM that are shown one by one.
+pub const SHOWN_FAULTS: usize = 16;
 /// Most pages of a group that are asked for together; a device that asks for more gets the rest by asking again.
 const MAX_GROUP_PAGES: u64 = 32;
 
@@ -118,6 +120,19 @@ impl Pending {
     pub fn records(&self) -> u64 {
         if self.prefetch { 1 } else { self.pages }
     }
+    fn status(&self, now_ns: u64) -> PendingStatus {
+        PendingStatus {
+            cookie: self.cookie,
+            gpu_addr: self.page << PAGE_SHIFT,
+            cpu_addr: self.cpu_page << PAGE_SHIFT,
+            pages: self.pages,
+            access: perm_name(self.perm),
+            prefetch: self.prefetch,
+            told: self.told.is_some(),
+            waiters: self.waiters.len(),
+            wait_ns: now_ns.saturating_sub(self.raised_ns),
+        }
+    }
     /// The number of the record that is written next; with the last one the guest knows all.
     pub(crate) fn next_report(&mut self) -> u64 {
         let nth = self.reported;
@@ -196,6 +211,12 @@ impl PendingFaults {
         let pending = self.by_cookie.remove(&cookie)?;
         self.by_page.remove(&(pending.vm_id, pending.page));
         Some(pending)
+    }
+    /// Those of a GPU VM that have waited longest, for people.
+    pub fn oldest(&self, vm_id: u32, now_ns: u64) -> Vec<PendingStatus> {
+        let mut of_vm: Vec<_> = self.by_cookie.values().filter(|p| p.vm_id == vm_id).collect();
+        of_vm.sort_unstable_by_key(|p| (p.raised_ns, p.cookie));
+        of_vm.into_iter().take(SHOWN_FAULTS).map(|p| p.status(now_ns)).collect()
     }
     /// CPU pages that are waited for, of each fault the first and the last; one may come up more than once.
     pub fn cpu_pages(&self) -> impl Iterator<Item = u64> {

@@ -145,6 +145,40 @@ pub struct VmStatus {
     pub mappings: Vec<MappingStatus>,
     /// Pages with a translation now.
     pub resident_pages: u64,
+    /// Pages that are to have one before a job touches them, and have none yet.
+    pub wanted_pages: u64,
+    /// Whether its queues are stopped until they have.
+    pub held: bool,
+    /// Jobs in flight.
+    pub jobs: usize,
+    /// Faults that wait for the guest.
+    pub pending_faults: usize,
+    /// The oldest of them, at most [`crate::fault::SHOWN_FAULTS`].
+    pub faults: Vec<PendingStatus>,
+}
+
+/// A fault that waits for the guest.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct PendingStatus {
+    /// Names it in the answer.
+    pub cookie: u64,
+    /// C, of the first page.
+    pub gpu_addr: u64,
+    /// A, of the first page.
+    pub cpu_addr: u64,
+    /// Pages that are asked for.
+    pub pages: u64,
+    /// `"read"`, `"write"` or `"atomic"`.
+    pub access: &'static str,
+    /// Whether no job waits at it yet.
+    pub prefetch: bool,
+    /// Whether the guest has been told.
+    pub told: bool,
+    /// Accesses that wait for it.
+    pub waiters: usize,
+    /// For how long, in nanoseconds.
+    pub wait_ns: u64,
 }
 
 /// A mapping A..B -> C..D, or of a blob.
@@ -155,7 +189,7 @@ pub struct MappingStatus {
     pub gpu_start: u64,
     /// D.
     pub gpu_end: u64,
-    /// `"userptr"`, `"mirror"` or `"blob"`.
+    /// `"userptr"`, `"mirror"`, `"blob"` or `"null"`.
     pub kind: &'static str,
     /// A, for a userptr or mirror.
     pub cpu_start: Option<u64>,
@@ -167,6 +201,8 @@ pub struct MappingStatus {
     pub offset: Option<u64>,
     /// Whether the GPU may only read.
     pub readonly: bool,
+    /// Pages with a translation now.
+    pub resident_pages: u64,
 }
 
 /// What happened to one fault.

@@ -249,11 +249,17 @@ impl Block {
         if word & LARGE != 0 { BLOCK_PAGES } else { word >> PAGE_SHIFT }
     }
 
-    /// Whether one of its small pages in the range has a translation.
-    fn holds(&self, part: PageRange) -> bool {
-        let Some(leaf) = self.leaf.get().filter(|_| self.present() > 0) else { return false };
-        let word = |page| entry(leaf, index(page, 0)).load(Ordering::Relaxed);
-        (part.start..part.end).any(|page| word(page) & PRESENT != 0)
+    /// Its pages in the range that have a translation.
+    fn resident_in(&self, part: PageRange) -> u64 {
+        if self.is_large() {
+            return part.pages();
+        }
+        let Some(leaf) = self.leaf.get().filter(|_| self.present() > 0) else { return 0 };
+        if part.pages() == BLOCK_PAGES {
+            return self.present();
+        }
+        let is_present = |page| entry(leaf, index(page, 0)).load(Ordering::Relaxed) & PRESENT != 0;
+        (part.start..part.end).fold(0, |sum: u64, page| sum.saturating_add(u64::from(is_present(page))))
     }
 
     /// Stores the word, but keeps whether the block is noted as emptied.
@@ -317,10 +323,10 @@ impl<'a> Edit<'a> {
         });
     }
 
-    /// Whether a page of the range has a translation.
-    pub fn is_resident(&mut self, range: PageRange) -> bool {
-        let mut found = false;
-        self.visit(range, |_, part, block| found |= block.is_large() || block.holds(part));
+    /// Pages of the range that have a translation.
+    pub fn resident_in(&mut self, range: PageRange) -> u64 {
+        let mut found = 0_u64;
+        self.visit(range, |_, part, block| found = found.saturating_add(block.resident_in(part)));
         found
     }
 

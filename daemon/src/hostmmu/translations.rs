@@ -55,9 +55,14 @@ impl Translations {
         self.pages
     }
 
-    /// Whether a page of the range has a translation.
-    pub fn is_resident(&self, range: PageRange) -> bool {
-        self.last_below(range.end).is_some_and(|(start, run, _)| start + run.pages > range.start)
+    /// Pages of the range that have a translation.
+    pub fn resident_in(&self, range: PageRange) -> u64 {
+        let first = self.last_below(range.start + 1).map_or(range.start, |(start, ..)| start);
+        let inside = |(start, run): (&u64, &Run)| {
+            let run = PageRange { start: *start, end: start + run.pages };
+            run.intersect(range).map_or(0, PageRange::pages)
+        };
+        self.runs.range(first..range.end).map(|(start, (run, _))| inside((start, run))).sum()
     }
 
     /// All runs, by first page.

@@ -144,9 +144,9 @@ impl VmState {
         self.translations.pages()
     }
 
-    /// Whether a page of the range has a translation.
-    pub fn is_resident(&self, range: PageRange) -> bool {
-        self.translations.is_resident(range)
+    /// Pages of the range with a translation.
+    pub fn resident_in(&self, range: PageRange) -> u64 {
+        self.translations.resident_in(range)
     }
 
     fn attached(&self) -> bool {

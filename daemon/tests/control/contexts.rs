@@ -6,7 +6,8 @@ use daemon::control::Options;
 use serde_json::json;
 use std::process::Command;
 use std::sync::Arc;
-use virtio_gpu_svm::device::{Access, Asid, LedgerEntry, VmLabel};
+use virtio_gpu_svm::addr::GpuAddr;
+use virtio_gpu_svm::device::{Access, Asid, Events, Fault, JobId, LedgerEntry, StopId, VmLabel};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::protocol::control::{Hello, VIRTIO_GPU_CMD_SVM_HELLO};
 use virtio_gpu_svm::protocol::gpu::{
@@ -112,7 +113,7 @@ fn context_list_counts_and_get_tells_mappings() {
     let context = client.result("context.get", json!({"guest": "vm0", "ctx_id": CTX_ID}));
     let mapping = json!({
         "gpu_start": C, "gpu_end": C + LENGTH, "kind": "userptr", "cpu_start": A, "cpu_end": A + LENGTH,
-        "resource_id": null, "offset": null, "readonly": true,
+        "resource_id": null, "offset": null, "readonly": true, "resident_pages": RESIDENT,
     });
     assert_eq!(context["vms"][0]["mappings"], json!([mapping]));
     assert_eq!(context["vms"][0]["resident_pages"], RESIDENT);
@@ -157,10 +158,25 @@ fn svmctl_shows_the_context_and_its_mappings() {
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     };
+    let fault = Fault {
+        asid: Asid(1),
+        stop: StopId(1),
+        job: JobId(1),
+        addr: GpuAddr(C + 0x1008),
+        pages: 1,
+        length_hint: 8,
+        access: Access::Read,
+        engine: 0,
+        level: 0,
+    };
+    server.registry.host().fault(0, fault);
     let shown = svmctl(&["context", "show", "vm0", "5"]);
-    let mapping = "0x7f0000000000..0x7f0000003000  ->  0x40000000..0x40003000  read    12 KiB";
+    let mapping = "0x7f0000000000..0x7f0000003000  ->  0x40000000..0x40003000  read    12 KiB  2 (8 KiB)";
     assert_eq!(shown.matches(mapping).count(), 2, "{shown}");
-    assert!(shown.contains("gpu vm 1 on device 0: asid 1, usable, resident pages 2 (8 KiB)"), "{shown}");
+    let first = "gpu vm 1 on device 0: asid 1, usable, resident 2 (8 KiB), jobs 0, waiting faults 1\n";
+    assert!(shown.contains(first), "{shown}");
+    let waits = shown.lines().find(|line| line.contains("0x40001000")).unwrap_or_default();
+    assert!(waits.contains("0x7f0000001000  read"), "{shown}");
     let listed = svmctl(&["contexts"]);
     assert!(listed.contains("4 (16 KiB)"), "{listed}");
     // The name comes from the guest: its escape must not reach the terminal.

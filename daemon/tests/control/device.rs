@@ -65,8 +65,8 @@ impl Device for Idle {
     fn resident_pages(&self, asid: Asid) -> u64 {
         if self.resident.lock().unwrap().contains(&asid) { RESIDENT } else { 0 }
     }
-    fn is_resident(&self, asid: Asid, _range: PageRange) -> bool {
-        self.resident_pages(asid) > 0
+    fn resident_in(&self, asid: Asid, _range: PageRange) -> u64 {
+        self.resident_pages(asid)
     }
     fn check_packets(&self, _packets: &[Packet]) -> Result<(), Error> {
         Ok(())

@@ -301,9 +301,9 @@ impl Device for SoftDevice {
         vm.map_or(0, |vm| vm.memory.resident_pages())
     }
 
-    fn is_resident(&self, asid: Asid, range: PageRange) -> bool {
+    fn resident_in(&self, asid: Asid, range: PageRange) -> u64 {
         let vm = self.sched().vm(asid);
-        vm.is_some_and(|vm| vm.memory.is_resident(range))
+        vm.map_or(0, |vm| vm.memory.resident_in(range))
     }
 
     fn check_packets(&self, packets: &[Packet]) -> Result<(), Error> {

@@ -210,8 +210,8 @@ impl Device for MockDevice {
     fn resident_pages(&self, asid: Asid) -> u64 {
         self.told().bound.keys().filter(|(a, _)| *a == asid).count() as u64
     }
-    fn is_resident(&self, asid: Asid, range: PageRange) -> bool {
-        self.told().bound.keys().any(|(a, page)| *a == asid && range.contains(*page))
+    fn resident_in(&self, asid: Asid, range: PageRange) -> u64 {
+        self.told().bound.keys().filter(|(a, page)| *a == asid && range.contains(*page)).count() as u64
     }
     fn check_packets(&self, _packets: &[Packet]) -> Result<(), Error> {
         Ok(())

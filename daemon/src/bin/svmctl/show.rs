@@ -264,10 +264,11 @@ fn context(context: &Value) -> String {
 }
 
 fn gpu_vm(vm: &Value) -> String {
-    let mut table = Table::new(&["cpu addresses", "", "gpu addresses", "access", ">size"]);
+    let mut table = Table::new(&["cpu addresses", "", "gpu addresses", "access", ">size", ">resident"]);
     for mapping in items(&vm["mappings"]) {
         let source = match mapping["resource_id"].as_u64() {
             Some(resource) => format!("blob {resource} at {}", hex(&mapping["offset"])),
+            None if mapping["kind"] == "null" => "nothing".to_owned(),
             None => range(&mapping["cpu_start"], &mapping["cpu_end"]),
         };
         let how = if mapping["kind"] == "mirror" { "mirrored ->" } else { "->" };
@@ -279,20 +280,49 @@ fn gpu_vm(vm: &Value) -> String {
             range(&mapping["gpu_start"], &mapping["gpu_end"]),
             if mapping["readonly"] == true { "read" } else { "read, write" }.to_owned(),
             length.map_or_else(|| NOTHING.to_owned(), units::bytes),
+            pages(&mapping["resident_pages"]),
         ]);
     }
     let state = match vm["error"].as_i64().and_then(|errno| i32::try_from(errno).ok()) {
         None | Some(0) => text(&vm["state"]),
         Some(errno) => format!("{} ({})", text(&vm["state"]), std::io::Error::from_raw_os_error(errno)),
     };
-    format!(
-        "gpu vm {} on device {}: asid {}, {state}, resident pages {}\n{}",
+    let held = if vm["held"] == true { ", its queues stand still until all is resident" } else { "" };
+    let mut text_of_vm = format!(
+        "gpu vm {} on device {}: asid {}, {state}, resident {}, jobs {}, waiting faults {}{held}\n{}",
         text(&vm["vm_id"]),
         text(&vm["device"]),
         text(&vm["asid"]),
         pages(&vm["resident_pages"]),
+        text(&vm["jobs"]),
+        text(&vm["pending_faults"]),
         table.text(2, "no mappings"),
-    )
+    );
+    text_of_vm.push_str(&waiting_faults(vm));
+    text_of_vm
+}
+
+/// The faults of a GPU VM that wait for the guest; nothing where there is none.
+fn waiting_faults(vm: &Value) -> String {
+    let mut table = Table::new(&["waits at", ">pages", "cpu address", "access", ">jobs", ">for"]);
+    for fault in items(&vm["faults"]) {
+        let access = if fault["prefetch"] == true { "prefetch".to_owned() } else { text(&fault["access"]) };
+        table.row([
+            hex(&fault["gpu_addr"]),
+            text(&fault["pages"]),
+            hex(&fault["cpu_addr"]),
+            access,
+            text(&fault["waiters"]),
+            with(&fault["wait_ns"], units::duration),
+        ]);
+    }
+    let shown = items(&vm["faults"]).count();
+    let all = vm["pending_faults"].as_u64().and_then(|all| usize::try_from(all).ok()).unwrap_or(shown);
+    match (shown, all.saturating_sub(shown)) {
+        (0, _) => String::new(),
+        (_, 0) => table.text(2, ""),
+        (_, more) => format!("{}  and {more} more\n", table.text(2, "")),
+    }
 }
 
 fn faults(result: &Value) -> String {

@@ -125,9 +125,9 @@ impl VmMemory {
         self.read().table.resident_pages()
     }
 
-    /// Whether a page of the range has a translation now.
-    pub fn is_resident(&self, range: PageRange) -> bool {
-        self.read().table.edit().is_resident(range)
+    /// Pages of the range with a translation now.
+    pub fn resident_in(&self, range: PageRange) -> u64 {
+        self.read().table.edit().resident_in(range)
     }
 
     /// Enters for a slice.

@@ -1,0 +1,130 @@
+//! What a context looks like from outside, for people and tools.
+
+use super::Context;
+use crate::addr::{GpuAddr, PageRange};
+use crate::device::Asid;
+use crate::gpu_vm::{Backing, GpuVa, GpuVm, State as VmState};
+use crate::info::{ContextStatus, ContextSummary, MappingStatus, VmStatus, VmSummary};
+use crate::protocol::PAGE_SHIFT;
+
+impl Context {
+    /// What it looks like.
+    pub fn status(&self) -> ContextStatus {
+        let mut status = self.status_locked();
+        // There may be very many mappings: a device is not asked about each while others wait for the context.
+        for vm in &mut status.vms {
+            let device = self.host.device_of(vm.device);
+            for mapping in &mut vm.mappings {
+                let pages = |addr: u64| GpuAddr(addr).page();
+                let range = PageRange { start: pages(mapping.gpu_start), end: pages(mapping.gpu_end) };
+                mapping.resident_pages = device.resident_in(Asid(vm.asid), range);
+            }
+        }
+        status
+    }
+    fn status_locked(&self) -> ContextStatus {
+        let state = self.lock();
+        let now_ns = self.host.now_ns();
+        ContextStatus {
+            guest: self.label.guest.to_string(),
+            ctx_id: self.ctx_id,
+            generation: self.generation,
+            name: self.name.clone(),
+            capset_id: self.capset_id,
+            known_pages: state.space.known_pages(),
+            inval_seq: state.space.seq(),
+            inval_done_seq: state.invalidations.done_seq(),
+            pending_faults: state.faults.count(),
+            jobs: state.jobs.len(),
+            vms: state
+                .vms
+                .iter()
+                .map(|(vm_id, vm)| VmStatus {
+                    faults: state.faults.oldest(*vm_id, now_ns),
+                    ..self.vm_status(*vm_id, vm)
+                })
+                .collect(),
+            counters: state.counters,
+        }
+    }
+    /// The same without mappings.
+    pub fn summary(&self) -> ContextSummary {
+        let state = self.lock();
+        let vms: Vec<_> = state.vms.iter().map(|(vm_id, vm)| self.vm_summary(*vm_id, vm)).collect();
+        ContextSummary {
+            guest: self.label.guest.to_string(),
+            ctx_id: self.ctx_id,
+            generation: self.generation,
+            name: self.name.clone(),
+            known_pages: state.space.known_pages(),
+            resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
+            pending_faults: state.faults.count(),
+            jobs: state.jobs.len(),
+            vms,
+            counters: state.counters,
+        }
+    }
+    fn vm_summary(&self, vm_id: u32, vm: &GpuVm) -> VmSummary {
+        VmSummary {
+            vm_id,
+            device: vm.device,
+            asid: vm.asid.0,
+            state: state_name(vm.state).0,
+            mappings: vm.mappings.len(),
+            resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
+        }
+    }
+    fn vm_status(&self, vm_id: u32, vm: &GpuVm) -> VmStatus {
+        let (state, error) = state_name(vm.state);
+        VmStatus {
+            vm_id,
+            device: vm.device,
+            asid: vm.asid.0,
+            state,
+            error,
+            mappings: vm.mappings.iter().map(mapping_status).collect(),
+            resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
+            wanted_pages: vm.population.wanted_pages(),
+            held: vm.population.is_held(),
+            jobs: vm.jobs,
+            pending_faults: vm.pending_faults,
+            faults: Vec::new(),
+        }
+    }
+}
+
+/// For people, and the errno that made it so.
+fn state_name(state: VmState) -> (&'static str, i32) {
+    match state {
+        VmState::Usable => ("usable", 0),
+        VmState::Unusable { errno, .. } => ("unusable", errno),
+    }
+}
+
+fn mapping_status(va: &GpuVa) -> MappingStatus {
+    let (gpu_start, gpu_end) = (va.range.start_addr(), va.range.end_addr());
+    let none = MappingStatus {
+        gpu_start,
+        gpu_end,
+        kind: "userptr",
+        cpu_start: None,
+        cpu_end: None,
+        resource_id: None,
+        offset: None,
+        readonly: va.readonly,
+        resident_pages: 0,
+    };
+    let cpu = va.cpu_range();
+    let (cpu_start, cpu_end) = (cpu.map(PageRange::start_addr), cpu.map(PageRange::end_addr));
+    match &va.backing {
+        Backing::Userptr(_) => MappingStatus { cpu_start, cpu_end, ..none },
+        Backing::Mirror(_) => MappingStatus { kind: "mirror", cpu_start, cpu_end, ..none },
+        Backing::Null => MappingStatus { kind: "null", ..none },
+        Backing::Blob(blob, page) => MappingStatus {
+            kind: "blob",
+            resource_id: Some(blob.resource_id),
+            offset: Some(page << PAGE_SHIFT),
+            ..none
+        },
+    }
+}
