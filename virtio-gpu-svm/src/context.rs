@@ -80,6 +80,7 @@ impl Error {
                     EINVAL
                 }
                 crate::device::Error::OutOfMemory => crate::protocol::errno::ENOMEM,
+                crate::device::Error::TooManyVms => ENOSPC,
             },
         }
     }

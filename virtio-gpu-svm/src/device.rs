@@ -209,6 +209,9 @@ pub enum Error {
     /// No memory for tables.
     #[error("out of memory")]
     OutOfMemory,
+    /// The device has as many GPU VMs as it may have.
+    #[error("no room for another GPU VM")]
+    TooManyVms,
 }
 
 /// One entry of a device's own record of the faults that it raised, below the router.
@@ -232,7 +235,7 @@ pub trait Device: Send + Sync {
     /// Creates an empty GPU VM.
     ///
     /// # Errors
-    /// [`Error::VmExists`], [`Error::OutOfMemory`].
+    /// [`Error::VmExists`], [`Error::OutOfMemory`], [`Error::TooManyVms`].
     fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error>;
 
     /// Begins to destroy a GPU VM: its jobs stop at their next checkpoint and are dropped, parked ones at once; no

@@ -531,6 +531,7 @@ fn device_errno(error: crate::device::Error) -> i32 {
     match error {
         Error::NoVm(_) | Error::VmExists(_) => ECANCELED,
         Error::OutOfMemory => crate::protocol::errno::ENOMEM,
+        Error::TooManyVms => crate::protocol::errno::ENOSPC,
         Error::UnknownOpcode { .. } | Error::BadOperand { .. } => EINVAL,
     }
 }

@@ -42,6 +42,8 @@ pub struct Told {
     pub unbinds: usize,
     /// While set, unbinding leaves engines with old translations until `pass`.
     pub busy: bool,
+    /// While set, no GPU VM is taken.
+    pub full: bool,
     tickets: u64,
     passed: u64,
 }
@@ -127,7 +129,11 @@ impl Device for MockDevice {
         &self.info
     }
     fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
-        assert!(self.told().vms.insert(asid, label).is_none());
+        let mut told = self.told();
+        if told.full {
+            return Err(Error::TooManyVms);
+        }
+        assert!(told.vms.insert(asid, label).is_none());
         Ok(())
     }
     fn vm_destroy(&self, asid: Asid) {
