@@ -19,6 +19,9 @@ pub const MAX_VA_BITS: u32 = 57;
 /// Most address bits of `hostmmu`: above is the worker's own memory.
 const MAX_HOSTMMU_VA_BITS: u32 = 46;
 const DEFAULT_JOB_LIMIT_MS: u32 = 60_000;
+/// Most workers of one device: what a machine has process numbers for.
+const MAX_WORKERS: u32 = 1 << 15;
+const DEFAULT_WORKERS: u32 = 256;
 /// Most entries of a device's ledger.
 pub const MAX_LEDGER: usize = 1 << 24;
 /// Most bytes of a device's name: what the wire has room for.
@@ -115,8 +118,12 @@ pub struct Device {
     /// Faults that its own record keeps; 0 keeps none.
     #[serde(default)]
     pub ledger: usize,
-    /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do. Only soft devices have this; the default of [`Device::job_limit_ms`] when left out.
+    /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do. The default of
+    /// [`Device::job_limit_ms`] when left out.
     pub job_limit_ms: Option<u32>,
+    /// GPU VMs, and so worker processes, at once. Only `hostmmu` has this; the default of [`Device::workers`] when left
+    /// out.
+    pub workers: Option<u32>,
 }
 
 /// What executes a device's jobs.
@@ -191,9 +198,27 @@ impl Device {
     pub fn va_bits(&self) -> u32 {
         self.va_bits.unwrap_or(self.kind.bounds().2)
     }
+
     /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do.
     pub fn job_limit_ms(&self) -> u32 {
         self.job_limit_ms.unwrap_or(DEFAULT_JOB_LIMIT_MS)
+    }
+
+    /// GPU VMs, and so worker processes, at once.
+    pub fn workers(&self) -> u32 {
+        self.workers.unwrap_or(DEFAULT_WORKERS)
+    }
+
+    fn check_workers(&self) -> Result<(), String> {
+        match self.workers {
+            Some(_) if self.kind != DeviceKind::Hostmmu => {
+                Err("only a hostmmu device has workers; leave the key out".to_owned())
+            }
+            Some(workers) if !(1..=MAX_WORKERS).contains(&workers) => {
+                Err(format!("{workers} is not in 1..={MAX_WORKERS}"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -234,6 +259,7 @@ impl Config {
                 va_bits: Some(DeviceKind::Soft.bounds().2),
                 ledger: 0,
                 job_limit_ms: Some(DEFAULT_JOB_LIMIT_MS),
+                workers: None,
             })
             .to_vec()
     }
@@ -287,10 +313,7 @@ impl Config {
             if !names.insert(&device.name) {
                 return Err(value(key("name"), format!("{:?} is taken by an earlier device", device.name)));
             }
-            if device.kind == DeviceKind::Hostmmu && device.job_limit_ms.is_some() {
-                let problem = "a hostmmu device has no limit of its jobs' time; leave the key out".to_owned();
-                return Err(value(key("job_limit_ms"), problem));
-            }
+            device.check_workers().map_err(|problem| value(key("workers"), problem))?;
             let (most_engines, most_va_bits, _) = device.kind.bounds();
             if !(1..=most_engines).contains(&device.engines) {
                 return Err(value(

@@ -38,6 +38,8 @@ fn reference_file_uncommented_is_valid() {
     let config = Config::parse(&text, "svmd.toml").unwrap();
     assert_eq!(config.guest.len(), 1);
     assert!(config.daemon.control_socket.is_some());
+    let stated: Vec<_> = config.devices().iter().filter_map(|device| device.workers).collect();
+    assert_eq!(stated, [DEFAULT_WORKERS]);
 }
 
 #[test]
@@ -54,9 +56,10 @@ fn unknown_key_is_named() {
 }
 
 #[test]
-fn address_bits_default_by_kind() {
+fn hostmmu_has_defaults_of_its_own() {
     let config = Config::parse("[[device]]\nkind = 'hostmmu'\nname = 'a'", "test.toml").unwrap();
-    assert_eq!(config.devices()[0].va_bits(), 46);
+    let device = &config.devices()[0];
+    assert_eq!((device.va_bits(), device.workers(), device.job_limit_ms()), (46, 256, 60_000));
 }
 
 #[test]
@@ -70,6 +73,9 @@ fn bad_values_name_their_key() {
         (device("ledger = 16777217"), "device[0].ledger"),
         ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nva_bits = 47".to_owned(), "device[0].va_bits"),
         ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nengines = 2".to_owned(), "device[0].engines"),
+        ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nworkers = 0".to_owned(), "device[0].workers"),
+        ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nworkers = 32769".to_owned(), "device[0].workers"),
+        (device("workers = 256"), "device[0].workers"),
         (device("") + "\n" + &device(""), "device[1].name"),
         ("[[device]]\nkind = 'soft'\nname = 'a b'".to_owned(), "device[0].name"),
         ("[limits]\njobs = 0".to_owned(), "limits.jobs"),

@@ -98,6 +98,7 @@ impl Running {
 
 fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
     let (name, ledger) = (config.name.clone(), (config.ledger > 0).then_some(config.ledger));
+    let job_limit = (config.job_limit_ms() > 0).then(|| Duration::from_millis(config.job_limit_ms().into()));
     match config.kind {
         DeviceKind::Soft => Ok(Running::Soft(SoftDevice::new(SoftConfig {
             index,
@@ -105,8 +106,7 @@ fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
             engines: u8::try_from(config.engines).unwrap_or(u8::MAX),
             va_bits: config.va_bits(),
             ledger,
-            job_limit: (config.job_limit_ms() > 0)
-                .then(|| Duration::from_millis(config.job_limit_ms().into())),
+            job_limit,
         }))),
         #[cfg(target_arch = "x86_64")]
         DeviceKind::Hostmmu => HostMmuDevice::new(HostMmuConfig {
@@ -117,6 +117,8 @@ fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
             // Also after the file was replaced.
             program: "/proc/self/exe".into(),
             budget: DEFAULT_BUDGET,
+            job_limit,
+            workers: usize::try_from(config.workers()).unwrap_or(usize::MAX),
         })
         .map(Running::HostMmu),
         #[cfg(not(target_arch = "x86_64"))]

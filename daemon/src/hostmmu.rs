@@ -17,6 +17,7 @@
 //! within [`Events`].
 
 mod attendant;
+mod clock;
 mod message;
 mod process;
 mod translations;
@@ -33,6 +34,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::device::ledger::Ledger;
 use virtio_gpu_svm::device::{
@@ -64,6 +66,10 @@ pub struct HostMmuConfig {
     pub program: PathBuf,
     /// Runs of pages that a worker maps at once.
     pub budget: usize,
+    /// How long a job may be on its thread in all, semaphores included; then it ends with -ETIMEDOUT.
+    pub job_limit: Option<Duration>,
+    /// GPU VMs, and so workers, at once; one counts until it has retired.
+    pub workers: usize,
 }
 
 /// A GPU VM.
@@ -83,6 +89,8 @@ struct Shared {
     info: DeviceInfo,
     program: PathBuf,
     budget: usize,
+    job_limit: Option<Duration>,
+    workers: usize,
     events: OnceLock<Weak<dyn Events>>,
     vms: Mutex<HashMap<Asid, Arc<Vm>>>,
     /// A VM has retired.
@@ -109,7 +117,7 @@ impl HostMmuDevice {
     /// # Errors
     /// The kernel has no userfaultfd with what is needed.
     pub fn new(config: HostMmuConfig) -> std::io::Result<Arc<Self>> {
-        let HostMmuConfig { index, name, va_bits, ledger, program, budget } = config;
+        let HostMmuConfig { index, name, va_bits, ledger, program, budget, job_limit, workers } = config;
         assert!((22..=MAX_VA_BITS).contains(&va_bits), "a worker with {va_bits} address bits");
         probe()?;
         let info = DeviceInfo {
@@ -127,6 +135,8 @@ impl HostMmuDevice {
             info,
             program,
             budget,
+            job_limit,
+            workers,
             events: OnceLock::new(),
             vms: Mutex::default(),
             retired: Condvar::new(),
@@ -234,11 +244,14 @@ impl Device for HostMmuDevice {
         let bell =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|_| Error::OutOfMemory)?;
         let va_end = 1u64.wrapping_shl(self.0.info.va_bits);
-        let state = Mutex::new(VmState::new(va_end, self.0.budget));
+        let state = Mutex::new(VmState::new(va_end, self.0.budget, self.0.job_limit));
         let vm = Arc::new(Vm { asid, label, state, passed: Condvar::new(), bell });
         let mut vms = self.0.vms();
         if vms.contains_key(&asid) {
             return Err(Error::VmExists(asid.0));
+        }
+        if vms.len() >= self.0.workers {
+            return Err(Error::TooManyVms);
         }
         let attendant = Attendant::new(Arc::clone(&self.0), Arc::clone(&vm));
         let thread = std::thread::Builder::new().name(format!("{}/{}", self.0.info.name, asid.0));

@@ -86,6 +86,7 @@ impl Error {
                 }
                 crate::device::Error::OutOfMemory => crate::protocol::errno::ENOMEM,
                 crate::device::Error::Unsupported => crate::protocol::errno::EOPNOTSUPP,
+                crate::device::Error::TooManyVms => ENOSPC,
             },
         }
     }

@@ -222,6 +222,9 @@ pub enum Error {
     /// The device has no such translations.
     #[error("the device has no such translations")]
     Unsupported,
+    /// The device has as many GPU VMs as it may have.
+    #[error("no room for another GPU VM")]
+    TooManyVms,
 }
 
 /// One entry of a device's own record of the faults that it raised, below the router.
@@ -245,7 +248,7 @@ pub trait Device: Send + Sync {
     /// Creates an empty GPU VM.
     ///
     /// # Errors
-    /// [`Error::VmExists`], [`Error::OutOfMemory`].
+    /// [`Error::VmExists`], [`Error::OutOfMemory`], [`Error::TooManyVms`].
     fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error>;
 
     /// Begins to destroy a GPU VM: its jobs stop at their next checkpoint and are dropped, parked ones at once; no

@@ -677,6 +677,7 @@ pub(crate) fn device_errno(error: crate::device::Error) -> i32 {
         Error::NoVm(_) | Error::VmExists(_) => ECANCELED,
         Error::OutOfMemory => crate::protocol::errno::ENOMEM,
         Error::Unsupported => crate::protocol::errno::EOPNOTSUPP,
+        Error::TooManyVms => crate::protocol::errno::ENOSPC,
         Error::UnknownOpcode { .. } | Error::BadOperand { .. } => EINVAL,
     }
 }

@@ -6,13 +6,14 @@ use super::process;
 use super::uffd::{self, PageFault};
 use super::vm::{Stopped, VmState};
 use super::{Shared, Vm};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::RecvFlags;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Child;
 use std::sync::Arc;
+use std::time::Instant;
 use virtio_gpu_svm::addr::GpuAddr;
 use virtio_gpu_svm::device::{Events, Fault, JobEnd, LedgerEntry, StopId, Ticket};
 
@@ -69,8 +70,8 @@ impl Attendant {
 
     /// Waits for something to do, and does it.
     fn attend(&mut self) -> Result<(), Gone> {
-        let has_mail = self.vm.with(|state| state.has_mail());
-        let ready = self.wait(has_mail).map_err(|error| {
+        let (has_mail, alarm) = self.vm.with(|state| (state.has_mail(), state.next_alarm()));
+        let ready = self.wait(has_mail, alarm).map_err(|error| {
             tracing::error!(asid = self.vm.asid.0, %error, "cannot wait for a worker");
             Gone
         })?;
@@ -89,18 +90,23 @@ impl Attendant {
         if has_mail {
             self.vm.with(VmState::deliver);
         }
+        if alarm.is_some() {
+            self.vm.with(VmState::expire);
+        }
         Ok(())
     }
 
     /// Whether the worker has something to say.
-    fn wait(&self, has_mail: bool) -> rustix::io::Result<bool> {
+    fn wait(&self, has_mail: bool, alarm: Option<Instant>) -> rustix::io::Result<bool> {
         let mut fds = vec![PollFd::new(&self.vm.bell, PollFlags::IN)];
         if let Some(worker) = &self.worker {
             let mail = if has_mail { PollFlags::OUT } else { PollFlags::empty() };
             fds.push(PollFd::from_borrowed_fd(worker.socket.as_fd(), PollFlags::IN | mail));
             fds.extend(worker.faults.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
         }
-        retry_on_intr(|| poll(&mut fds, None))?;
+        let left = alarm.map(|alarm| alarm.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        retry_on_intr(|| poll(&mut fds, timeout.as_ref()))?;
         Ok(fds.iter().skip(1).any(|fd| fd.revents().intersects(!PollFlags::OUT)))
     }
 

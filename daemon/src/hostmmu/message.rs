@@ -76,14 +76,23 @@ pub enum Order {
     Job {
         /// Its timeline.
         ring: u32,
+        /// Its name, for [`Order::Stop`].
+        job: u64,
     },
-    /// Lets a parked thread go on, or abandon its job.
+    /// Ends a job, if it has not ended yet: before its next access, or within one that takes long.
+    Stop {
+        /// Its timeline.
+        ring: u32,
+        /// Its name.
+        job: u64,
+    },
+    /// Lets a parked thread look again: its job was stopped, or its access is repeated.
     Resume {
         /// Whose thread.
         ring: u32,
         /// In what it is parked.
         wait: Wait,
-        /// Whether the job ends.
+        /// Whether the job was stopped.
         abandon: bool,
     },
 }
@@ -140,10 +149,11 @@ impl Order {
             }
             Self::Unmap { addr, bytes } => [4, addr, bytes, 0, 0, 0, 0],
             Self::Fence { ticket } => [5, ticket, 0, 0, 0, 0, 0],
-            Self::Job { ring } => [6, ring.into(), 0, 0, 0, 0, 0],
+            Self::Job { ring, job } => [6, ring.into(), job, 0, 0, 0, 0],
             Self::Resume { ring, wait, abandon } => {
                 [7, ring.into(), (wait == Wait::Denied).into(), abandon.into(), 0, 0, 0]
             }
+            Self::Stop { ring, job } => [8, ring.into(), job, 0, 0, 0, 0],
         }
     }
 
@@ -157,12 +167,13 @@ impl Order {
             }
             [4, addr, bytes, ..] => Self::Unmap { addr, bytes },
             [5, ticket, ..] => Self::Fence { ticket },
-            [6, ring, ..] => Self::Job { ring: u32::try_from(ring).ok()? },
+            [6, ring, job, ..] => Self::Job { ring: u32::try_from(ring).ok()?, job },
             [7, ring, denied, abandon, ..] => Self::Resume {
                 ring: u32::try_from(ring).ok()?,
                 wait: if denied == 0 { Wait::Missing } else { Wait::Denied },
                 abandon: abandon != 0,
             },
+            [8, ring, job, ..] => Self::Stop { ring: u32::try_from(ring).ok()?, job },
             _ => return None,
         })
     }

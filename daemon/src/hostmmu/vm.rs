@@ -7,6 +7,7 @@
 //! say. Freezing unmaps everything and keeps the translations; whoever then touches memory is parked by the kernel, and
 //! nobody is told. So a frozen VM needs no checkpoints: its worker has no translation.
 
+use super::clock::Clock;
 use super::message::{self, Order, Wait};
 use super::translations::{Run, Translations};
 use super::worker::LOWEST;
@@ -14,11 +15,12 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::SendFlags;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::device::operands::Operands;
 use virtio_gpu_svm::device::{Access, Error, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict};
 use virtio_gpu_svm::memory::Region;
-use virtio_gpu_svm::protocol::errno::ECANCELED;
+use virtio_gpu_svm::protocol::errno::{ECANCELED, ETIMEDOUT};
 use virtio_gpu_svm::protocol::job::{OP_ATOMIC_ADD, Packet};
 use virtio_gpu_svm::protocol::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -58,6 +60,10 @@ struct Ring {
     parked: Option<Parked>,
     /// How the front job ends, if it was not to go on.
     doom: Option<(i32, u64, Access)>,
+    /// The front job's time.
+    clock: Clock,
+    /// The front job was stopped, because its time is over.
+    expired: bool,
 }
 
 /// A message that is not sent yet.
@@ -82,6 +88,12 @@ pub struct VmState {
     rings: BTreeMap<u32, Ring>,
     /// Rings by thread.
     threads: HashMap<u32, u32>,
+    /// How long a job may take.
+    job_limit: Option<Duration>,
+    /// When the attendant looks at clocks next; not later than any of them is due.
+    alarm: Option<Instant>,
+    /// The attendant must learn of an alarm that is nearer than it knows.
+    alarm_is_news: bool,
     issued: u64,
     passed: u64,
     outbox: VecDeque<Letter>,
@@ -101,7 +113,7 @@ pub struct Stopped {
 
 impl VmState {
     /// Empty, without a worker; `budget` is how many runs of pages it may have.
-    pub fn new(va_end: u64, budget: usize) -> Self {
+    pub fn new(va_end: u64, budget: usize, job_limit: Option<Duration>) -> Self {
         Self {
             life: Life::Idle,
             frozen: false,
@@ -112,6 +124,9 @@ impl VmState {
             shared: HashSet::new(),
             rings: BTreeMap::new(),
             threads: HashMap::new(),
+            job_limit,
+            alarm: None,
+            alarm_is_news: false,
             issued: 0,
             passed: 0,
             outbox: VecDeque::new(),
@@ -131,7 +146,13 @@ impl VmState {
     /// Whether the attendant has something to do that it does not hear of otherwise.
     pub fn wants_attendant(&self) -> bool {
         let lost = matches!(self.life, Life::Lost) && !self.rings.is_empty();
-        lost || self.wants_worker() || self.has_mail()
+        lost || self.wants_worker() || self.has_mail() || self.alarm_is_news
+    }
+
+    /// When [`VmState::expire`] is to be called at the latest; the attendant knows from now on.
+    pub fn next_alarm(&mut self) -> Option<Instant> {
+        self.alarm_is_news = false;
+        self.alarm
     }
 
     /// The ticket of the last fence.
@@ -163,6 +184,7 @@ impl VmState {
     /// There is no worker any more, or none could be started.
     pub fn lose_worker(&mut self) {
         self.life = Life::Lost;
+        self.alarm = None;
         self.outbox.clear();
         self.passed = self.issued;
     }
@@ -270,6 +292,7 @@ impl VmState {
             } else {
                 self.catch_up();
             }
+            self.set_clocks();
             self.deliver();
         }
         self.flush()
@@ -281,6 +304,7 @@ impl VmState {
         self.rings.entry(job.ring_idx).or_default().queue.push_back(queued);
         if self.attached() {
             self.send_jobs();
+            self.set_clock(job.ring_idx);
             self.deliver();
         }
     }
@@ -302,6 +326,7 @@ impl VmState {
     /// A ring has a thread.
     pub fn add_thread(&mut self, ring: u32, tid: u32) {
         self.threads.insert(tid, ring);
+        self.set_clock(ring);
     }
 
     /// The kernel has parked a thread.
@@ -311,9 +336,9 @@ impl VmState {
     }
 
     /// A thread is parked. Whether and what the core is told.
-    pub fn park(&mut self, ring: u32, addr: u64, write: bool, stop: StopId, wait: Wait) -> Option<Stopped> {
+    pub fn park(&mut self, index: u32, addr: u64, write: bool, stop: StopId, wait: Wait) -> Option<Stopped> {
         let frozen = self.frozen;
-        let ring = self.rings.get_mut(&ring)?;
+        let ring = self.rings.get_mut(&index)?;
         if let Some(parked) = &mut ring.parked {
             // It was woken by something else and is parked again: the same stop.
             parked.wait = wait;
@@ -322,9 +347,20 @@ impl VmState {
         let front = ring.queue.front()?;
         let (length_hint, access) = hint(&front.packets, addr, write);
         let job = front.id;
-        let (stop, decided) = if frozen { (None, Some(Verdict::Retry)) } else { (Some(stop), None) };
-        ring.parked = Some(Parked { stop, addr, access, wait, decided });
-        stop.map(|_| Stopped { job, addr, length_hint, access })
+        let decided = match (ring.expired, frozen) {
+            // It touched this before it learnt that it was stopped.
+            (true, _) => Some(Verdict::Fail(ETIMEDOUT)),
+            (false, true) => Some(Verdict::Retry),
+            (false, false) => None,
+        };
+        let told = decided.is_none();
+        ring.parked = Some(Parked { stop: told.then_some(stop), addr, access, wait, decided });
+        self.set_clock(index);
+        if !told && !frozen {
+            self.release(index);
+            self.deliver();
+        }
+        told.then_some(Stopped { job, addr, length_hint, access })
     }
 
     /// The front job of a ring ended, as the worker sees it.
@@ -336,10 +372,53 @@ impl VmState {
         if let Some((errno, addr, access)) = state.doom.take() {
             (end.errno, end.addr, end.access) = (errno, GpuAddr(addr), access);
         }
+        (state.clock, state.expired) = (Clock::default(), false);
         if state.queue.is_empty() {
             self.rings.remove(&ring);
         }
+        self.set_clock(ring);
         Some((job.id, end))
+    }
+
+    /// Stops jobs whose time is over, and sets the next alarm.
+    pub fn expire(&mut self) {
+        let Some(limit) = self.job_limit else { return };
+        let now = Instant::now();
+        if self.alarm.is_none_or(|alarm| alarm > now) {
+            return;
+        }
+        let is_over = |ring: &Ring| ring.clock.due(limit).is_some_and(|due| due <= now);
+        let over: Vec<_> =
+            self.rings.iter().filter(|(_, ring)| is_over(ring)).map(|(index, _)| *index).collect();
+        for index in over {
+            let Some(ring) = self.rings.get_mut(&index) else { continue };
+            ring.expired = true;
+            if let Some(job) = ring.queue.front().map(|job| job.id) {
+                self.send(Order::Stop { ring: index, job: job.0 });
+            }
+            self.set_clock(index);
+        }
+        self.alarm = self.rings.values().filter_map(|ring| ring.clock.due(limit)).min();
+        self.deliver();
+    }
+
+    fn set_clocks(&mut self) {
+        let rings: Vec<_> = self.rings.keys().copied().collect();
+        rings.into_iter().for_each(|index| self.set_clock(index));
+    }
+
+    /// Lets a ring's clock run while its thread is at a job. An alarm that is too early is left as it is: it costs the
+    /// attendant one look in a job's time, an alarm for each job would cost a wake-up for each.
+    fn set_clock(&mut self, index: u32) {
+        let Some(limit) = self.job_limit else { return };
+        let started = self.attached() && self.threads.values().any(|of| *of == index);
+        let Some(ring) = self.rings.get_mut(&index) else { return };
+        ring.clock.set(started && ring.sent > 0 && ring.parked.is_none() && !ring.expired, Instant::now());
+        if let Some(due) = ring.clock.due(limit)
+            && self.alarm.is_none_or(|alarm| alarm > due)
+        {
+            (self.alarm, self.alarm_is_news) = (Some(due), true);
+        }
     }
 
     /// Sends what the socket takes.
@@ -379,20 +458,29 @@ impl VmState {
         let Some(Parked { addr, access, wait, decided: Some(verdict), .. }) = ring.parked.take() else {
             return;
         };
+        let mut stopped = None;
         if let Verdict::Fail(errno) = verdict {
             ring.doom = Some((errno, addr, access));
+            stopped = ring.queue.front().map(|job| job.id.0);
         }
-        self.send(Order::Resume { ring: index, wait, abandon: verdict != Verdict::Retry });
+        self.set_clock(index);
+        if let Some(job) = stopped {
+            self.send(Order::Stop { ring: index, job });
+        }
+        self.send(Order::Resume { ring: index, wait, abandon: stopped.is_some() });
     }
 
     fn send_jobs(&mut self) {
         let mut unsent = vec![];
         for (index, ring) in &mut self.rings {
-            unsent.extend(ring.queue.iter().skip(ring.sent).map(|job| (*index, Arc::clone(&job.packets))));
+            let new = ring.queue.iter().skip(ring.sent);
+            unsent.extend(
+                new.map(|job| (Order::Job { ring: *index, job: job.id.0 }, Arc::clone(&job.packets))),
+            );
             ring.sent = ring.queue.len();
         }
-        for (ring, packets) in unsent {
-            self.outbox.push_back(Letter { order: Order::Job { ring }, packets, region: None });
+        for (order, packets) in unsent {
+            self.outbox.push_back(Letter { order, packets, region: None });
         }
     }
 
@@ -453,3 +541,6 @@ fn hint(packets: &[Packet], addr: u64, write: bool) -> (u64, Access) {
     }
     (1, if write { Access::Write } else { Access::Read })
 }
+
+#[cfg(test)]
+mod tests;

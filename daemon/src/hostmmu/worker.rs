@@ -13,19 +13,22 @@ pub use space::LOWEST;
 use super::message::{self, MAX_MESSAGE, Order, Report, Wait};
 use super::process;
 use anyhow::{Context, Result};
-use ring::Ring;
+use ring::{NO_JOB, Ring};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{RecvFlags, SendFlags};
 use space::Space;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 use virtio_gpu_svm::protocol::job::Packet;
 
 /// A ring, as the main thread sees it.
 struct Handle {
-    jobs: Sender<Vec<Packet>>,
+    jobs: Sender<(u64, Vec<Packet>)>,
     verdicts: Sender<bool>,
+    /// The job that is to end.
+    stopped: Arc<AtomicU64>,
     /// Its thread; set before its first report.
     tid: Arc<OnceLock<i32>>,
 }
@@ -83,9 +86,13 @@ impl Worker {
                 let report = Report::Fenced { ticket }.encode();
                 message::send(self.socket.as_fd(), &report, &[], None, SendFlags::empty())?;
             }
-            Order::Job { ring } => {
+            Order::Job { ring, job } => {
                 let jobs = &self.ring(ring)?.jobs;
-                jobs.send(packets.to_vec()).ok().context("the ring's thread is gone")?;
+                jobs.send((job, packets.to_vec())).ok().context("the ring's thread is gone")?;
+            }
+            Order::Stop { ring, job } => {
+                let handle = self.rings.get(&ring).context("an unknown ring")?;
+                handle.stopped.store(job, Ordering::Release);
             }
             Order::Resume { ring, wait, abandon } => self.resume(ring, wait, abandon)?,
         }
@@ -111,17 +118,18 @@ impl Worker {
         };
         let (jobs, job_queue) = channel();
         let (verdicts, verdict_queue) = channel();
-        let tid = Arc::new(OnceLock::new());
+        let (tid, stopped) = (Arc::new(OnceLock::new()), Arc::new(AtomicU64::new(NO_JOB)));
         let ring = Ring {
             index,
             end: self.space.end(),
             socket: Arc::clone(&self.socket),
             jobs: job_queue,
             verdicts: verdict_queue,
+            stopped: Arc::clone(&stopped),
             tid: Arc::clone(&tid),
         };
         let thread = std::thread::Builder::new().name(format!("ring {index}"));
         thread.spawn(move || ring.run()).context("cannot start a thread for the ring")?;
-        Ok(entry.insert(Handle { jobs, verdicts, tid }))
+        Ok(entry.insert(Handle { jobs, verdicts, stopped, tid }))
     }
 }

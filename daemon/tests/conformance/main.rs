@@ -5,17 +5,24 @@
 #![expect(clippy::cast_possible_truncation, reason = "small numbers of the tests")]
 
 mod faults;
+mod limits;
 mod packets;
 mod rig;
 
 use rig::{Kind, Rig};
 use std::io::Write;
+use std::time::Duration;
 
 /// Runs a test on every kind of device.
 fn on_each(test: impl Fn(Rig)) {
-    test(Rig::new(Kind::Soft));
+    on_each_limited(None, test);
+}
+
+/// Runs a test on every kind of device, whose jobs may take so long.
+fn on_each_limited(job_limit: Option<Duration>, test: impl Fn(Rig)) {
+    test(Rig::limited(Kind::Soft, job_limit));
     if has_userfaultfd() {
-        test(Rig::new(Kind::HostMmu { budget: daemon::hostmmu::DEFAULT_BUDGET }));
+        test(Rig::limited(Kind::HostMmu { budget: daemon::hostmmu::DEFAULT_BUDGET }, job_limit));
     }
 }
 

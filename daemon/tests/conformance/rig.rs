@@ -1,6 +1,6 @@
 //! A device of either kind, guest memory in a file as VMMs have it, and an `Events` that records and may answer.
 
-use daemon::hostmmu::{HostMmuConfig, HostMmuDevice};
+use daemon::hostmmu::{DEFAULT_BUDGET, HostMmuConfig, HostMmuDevice};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -85,20 +85,27 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(kind: Kind) -> Self {
+        Self::limited(kind, None)
+    }
+
+    /// One whose jobs may take so long.
+    pub fn limited(kind: Kind, job_limit: Option<Duration>) -> Self {
         match kind {
-            Kind::Soft => Self::soft(),
-            Kind::HostMmu { budget } => Self::hostmmu(46, budget),
+            Kind::Soft => Self::soft(job_limit),
+            Kind::HostMmu { budget } => {
+                Self::with_workers(HostMmuConfig { budget, job_limit, ..hostmmu_config() })
+            }
         }
     }
 
-    fn soft() -> Self {
+    fn soft(job_limit: Option<Duration>) -> Self {
         let config = SoftConfig {
             index: INDEX,
             name: "soft3".into(),
             engines: 2,
             va_bits: 46,
             ledger: Some(1 << 20),
-            job_limit: None,
+            job_limit,
         };
         let device = SoftDevice::new(config);
         let mut rig = Self::with(device.clone());
@@ -113,14 +120,10 @@ impl Rig {
 
     /// One whose workers have this many address bits and may map this many runs.
     pub fn hostmmu(va_bits: u32, budget: usize) -> Self {
-        let config = HostMmuConfig {
-            index: INDEX,
-            name: "hostmmu3".into(),
-            va_bits,
-            ledger: Some(1 << 20),
-            program: env!("CARGO_BIN_EXE_svmd").into(),
-            budget,
-        };
+        Self::with_workers(HostMmuConfig { va_bits, budget, ..hostmmu_config() })
+    }
+
+    pub fn with_workers(config: HostMmuConfig) -> Self {
         let device = HostMmuDevice::new(config).unwrap();
         let mut rig = Self::with(device.clone());
         device.start(rig.listener());
@@ -227,6 +230,20 @@ impl Drop for Rig {
         for engine in self.engines.drain(..) {
             assert!(engine.join().is_ok() || std::thread::panicking(), "an engine panicked");
         }
+    }
+}
+
+/// A `hostmmu` without limits.
+pub fn hostmmu_config() -> HostMmuConfig {
+    HostMmuConfig {
+        index: INDEX,
+        name: "hostmmu3".into(),
+        va_bits: 46,
+        ledger: Some(1 << 20),
+        program: env!("CARGO_BIN_EXE_svmd").into(),
+        budget: DEFAULT_BUDGET,
+        job_limit: None,
+        workers: usize::MAX,
     }
 }
 

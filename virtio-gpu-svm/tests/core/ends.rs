@@ -12,7 +12,7 @@ use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::errno::*;
 use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::gpu::*;
-use virtio_gpu_svm::protocol::request::{SVM_REQ_VM_DESTROY, VmRef};
+use virtio_gpu_svm::protocol::request::{SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, VmCreate, VmRef};
 use zerocopy::{FromBytes, IntoBytes};
 
 fn destroy_vm(world: &World, ctx_id: u32, vm_id: u32) {
@@ -364,4 +364,17 @@ fn sums_never_fall_while_contexts_come_and_go() {
     });
     assert_eq!(w.host.stats().counters.faults_raised, 3000);
     assert_balanced(&w, 0);
+}
+
+#[test]
+fn a_device_without_room_refuses_the_vm_and_takes_it_later() {
+    let w = World::new();
+    w.create_context(1);
+    w.devices[0].told().full = true;
+    let body = VmCreate::default();
+    let refused = w.submit(1, SVM_REQ_VM_CREATE, &body.as_bytes()[16..]);
+    assert_eq!(refused.0, -ENOSPC);
+    assert_eq!(w.host.devices()[0].retiring, 0, "its asid was given back");
+    w.devices[0].told().full = false;
+    w.create_vm(1, 0);
 }

@@ -49,6 +49,8 @@ pub struct Told {
     pub fallible: usize,
     /// The call, counted from 0, that fails for want of memory.
     pub fails_at: Option<usize>,
+    /// While set, no GPU VM is taken.
+    pub full: bool,
     tickets: u64,
     passed: u64,
 }
@@ -162,7 +164,11 @@ impl Device for MockDevice {
     }
     fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
         self.attempt()?;
-        assert!(self.told().vms.insert(asid, label).is_none());
+        let mut told = self.told();
+        if told.full {
+            return Err(Error::TooManyVms);
+        }
+        assert!(told.vms.insert(asid, label).is_none());
         Ok(())
     }
     fn vm_destroy(&self, asid: Asid) {

@@ -8,16 +8,21 @@ use super::unit::{self, Loop, Registers, Stop};
 use crate::hostmmu::message::{self, Report};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::SendFlags;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use virtio_gpu_svm::device::Access;
 use virtio_gpu_svm::device::operands::{NODE, Operands, WORD};
-use virtio_gpu_svm::protocol::errno::{EFAULT, EINVAL};
+use virtio_gpu_svm::protocol::errno::{EFAULT, EINVAL, ETIMEDOUT};
 use virtio_gpu_svm::protocol::job::{
     OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_NOP, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
 };
 
+/// Names no job: the daemon counts them up from 1.
+pub const NO_JOB: u64 = u64::MAX;
+/// Octets that a loop moves between two looks at whether its job was stopped: some tens of microseconds.
+const STRETCH: u64 = 1 << 20;
 /// How often a semaphore is looked at: at first, and at last.
 const POLL: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(1));
 
@@ -30,9 +35,11 @@ pub struct Ring {
     /// To the daemon.
     pub socket: Arc<OwnedFd>,
     /// Jobs, in order. The thread ends when nobody can send any more.
-    pub jobs: Receiver<Vec<Packet>>,
+    pub jobs: Receiver<(u64, Vec<Packet>)>,
     /// What becomes of an access that was denied: whether it is abandoned.
     pub verdicts: Receiver<bool>,
+    /// The job that is to end, or [`NO_JOB`].
+    pub stopped: Arc<AtomicU64>,
     /// Its thread, for whoever releases it.
     pub tid: Arc<OnceLock<i32>>,
 }
@@ -50,10 +57,11 @@ impl Ring {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.tid.get_or_init(|| tid);
         self.report(Report::Thread { ring: self.index, tid: tid.cast_unsigned() });
-        while let Ok(packets) = self.jobs.recv() {
+        while let Ok((id, packets)) = self.jobs.recv() {
             let (mut packet, mut failure) = (0, None);
             for operation in &packets {
-                if let Err(error) = self.execute(operation) {
+                let job = Job { ring: &self, id, dst: operation.dst.get() };
+                if let Err(error) = job.execute(operation) {
                     failure = Some(error);
                     break;
                 }
@@ -73,7 +81,17 @@ impl Ring {
         // Without a daemon the main thread ends this process.
         message::send(self.socket.as_fd(), &report.encode(), &[], None, SendFlags::empty()).ok();
     }
+}
 
+/// The job that a ring's thread is at.
+struct Job<'r> {
+    ring: &'r Ring,
+    id: u64,
+    /// Destination of the packet that it is at.
+    dst: u64,
+}
+
+impl Job<'_> {
     /// One packet. Its operands were checked.
     fn execute(&self, packet: &Packet) -> Result<(), Failure> {
         let Operands { dst, src, len, value, arg } = Operands::of(packet);
@@ -100,7 +118,7 @@ impl Ring {
         while node != 0 && count < most {
             let errno = match node.checked_add(NODE) {
                 _ if !node.is_multiple_of(WORD) => Some(EINVAL),
-                Some(last) if last <= self.end => None,
+                Some(last) if last <= self.ring.end => None,
                 _ => Some(EFAULT),
             };
             if let Some(errno) = errno {
@@ -138,27 +156,45 @@ impl Ring {
         let inside = |addr: u64| {
             left.checked_mul(size)
                 .and_then(|bytes| addr.checked_add(bytes))
-                .is_some_and(|last| last <= self.end)
+                .is_some_and(|last| last <= self.ring.end)
         };
         assert!(inside(to) && inside(from), "packet at {to:#x} and {from:#x} leaves the GPU's space");
-        let mut registers = Registers::new(to, from, left, value);
+        let mut registers = Registers::new(to, from, 0, value);
+        let mut left = left;
+        while left > 0 {
+            self.check_stopped()?;
+            registers.left = left.min(STRETCH / size);
+            left -= registers.left;
+            self.finish_stretch(which, &mut registers)?;
+        }
+        Ok(registers.value)
+    }
+
+    fn finish_stretch(&self, which: Loop, registers: &mut Registers) -> Result<(), Failure> {
         loop {
             // SAFETY: all that is touched lies below `end`, which is the GPU's; signals were installed before any ring.
-            match unsafe { unit::run(which, &mut registers) } {
-                Ok(()) => return Ok(registers.value),
+            match unsafe { unit::run(which, registers) } {
+                Ok(()) => return Ok(()),
                 Err(Stop::Denied { addr, write }) => {
-                    self.report(Report::Denied { ring: self.index, addr, write });
+                    self.ring.report(Report::Denied { ring: self.ring.index, addr, write });
                     let access = if write { Access::Write } else { Access::Read };
-                    if self.verdicts.recv().unwrap_or(true) {
+                    if self.ring.verdicts.recv().unwrap_or(true) {
                         return Err(Failure { errno: EFAULT, addr, access });
                     }
                 }
                 Err(Stop::Beyond { addr }) => {
                     return Err(Failure { errno: EFAULT, addr, access: Access::Read });
                 }
-                // The daemon knows what it was parked at.
-                Err(Stop::Abandoned) => return Err(Failure { errno: EFAULT, addr: 0, access: Access::Read }),
+                // Unless it was meant for the job before. The daemon knows what this one was parked at.
+                Err(Stop::Abandoned) => self.check_stopped()?,
             }
         }
+    }
+
+    fn check_stopped(&self) -> Result<(), Failure> {
+        if self.ring.stopped.load(Ordering::Acquire) != self.id {
+            return Ok(());
+        }
+        Err(Failure { errno: ETIMEDOUT, addr: self.dst, access: Access::Read })
     }
 }
