@@ -10,7 +10,8 @@
 //!
 //! Three kinds of table, 512 entries each: *directories* of tables, one *block* table per GiB whose `Block` entries
 //! are large leaves or lead to small ones, and *leaves*: 8 bytes a page plus 24 per 2 MiB. A large leaf that is cut
-//! goes whole: its other pages fault again. `prepare` allocates and may fail; `commit` cannot.
+//! goes whole: its other pages fault again. `prepare` allocates and may fail; `commit` cannot. A *null* translation has
+//! a word like others, with no memory behind it.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -34,6 +35,8 @@ const WRITABLE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 2;
 /// Block words only: the block is on the list of emptied ones.
 const NOTED: u64 = 1 << 3;
+/// The translation has no memory: it reads as zero and swallows writes.
+const NULL: u64 = 1 << 4;
 /// The host address; in a block word that is not large, the number of pages present in the leaf.
 const PAYLOAD: u64 = !(PAGE_SIZE - 1);
 
@@ -60,12 +63,14 @@ pub struct Run {
 /// What a lookup found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translation {
-    /// Host address of the page.
+    /// Host address of the page; 0 if it is null.
     pub host: u64,
-    /// Pages from this one on that surely follow in the host's space too; at least 1.
+    /// Pages from this one on that surely follow in the host's space too, or are null too; at least 1.
     pub pages: u64,
     /// Whether the GPU may write.
     pub writable: bool,
+    /// Whether there is no memory behind it.
+    pub null: bool,
     /// Level of the word; 0 for a page, 1 for a large leaf.
     pub level: u8,
 }
@@ -156,7 +161,7 @@ impl PageTable {
 
     /// Begins to change; other editors wait, readers do not.
     pub fn edit(&self) -> Edit<'_> {
-        Edit { table: self, books: self.books(), hot: None }
+        Edit { table: self, books: self.books(), hot: None, noted: None }
     }
 
     /// Frees tables without pages.
@@ -225,18 +230,25 @@ impl Walk<'_> {
 impl Block {
     fn lookup(&self, page: u64) -> Result<Translation, Miss> {
         let word = self.word.load(Ordering::Acquire);
-        let writable = word & WRITABLE != 0;
         if word & LARGE != 0 {
             let inner = page & (BLOCK_PAGES - 1);
-            let host = (word & PAYLOAD).saturating_add(inner << PAGE_SHIFT);
-            return Ok(Translation { host, pages: BLOCK_PAGES.saturating_sub(inner), writable, level: 1 });
+            let (writable, null) = (word & WRITABLE != 0, word & NULL != 0);
+            let host = if null { 0 } else { (word & PAYLOAD).saturating_add(inner << PAGE_SHIFT) };
+            return Ok(Translation {
+                host,
+                pages: BLOCK_PAGES.saturating_sub(inner),
+                writable,
+                null,
+                level: 1,
+            });
         }
         let leaf = self.leaf.get().ok_or(Miss { level: 1 })?;
         let word = entry(leaf, index(page, 0)).load(Ordering::Acquire);
         if word & PRESENT == 0 {
             return Err(Miss { level: 0 });
         }
-        Ok(Translation { host: word & PAYLOAD, pages: 1, writable: word & WRITABLE != 0, level: 0 })
+        let (writable, null) = (word & WRITABLE != 0, word & NULL != 0);
+        Ok(Translation { host: word & PAYLOAD, pages: 1, writable, null, level: 0 })
     }
 
     fn is_large(&self) -> bool {
@@ -273,7 +285,10 @@ impl Block {
 pub struct Edit<'a> {
     table: &'a PageTable,
     books: MutexGuard<'a, Books>,
-    hot: Option<(u64, &'a Block)>,
+    /// The block table in use, and its number: of GiBs from the start of the space.
+    hot: Option<(u64, &'a [Block; FANOUT])>,
+    /// The block table of which a block was noted last.
+    noted: Option<u64>,
 }
 
 impl<'a> Edit<'a> {
@@ -282,6 +297,11 @@ impl<'a> Edit<'a> {
     /// # Errors
     /// [`OutOfMemory`]; what was made is freed by the next reclaim, unless it is used until then.
     pub fn prepare(&mut self, page: u64, pages: u64) -> Result<(), OutOfMemory> {
+        // A null run may be as large as the space: what cannot fit even alone is refused before the first table.
+        let tables = usize::try_from(pages >> (2 * FANOUT_BITS)).unwrap_or(usize::MAX);
+        if tables.saturating_mul(BLOCKS_BYTES) > self.table.max_table_bytes {
+            return Err(OutOfMemory);
+        }
         for part in blocks_of(PageRange { start: page, end: page.saturating_add(pages) }) {
             let made = self.prepare_block(part);
             if made.is_err() {
@@ -301,17 +321,16 @@ impl<'a> Edit<'a> {
     pub fn commit(&mut self, page: u64, run: Run) {
         debug_assert_eq!(run.host & !PAYLOAD, 0, "host address {:#x} of a run", run.host);
         let rights = if run.writable { PRESENT | WRITABLE } else { PRESENT };
-        for part in blocks_of(PageRange { start: page, end: page.saturating_add(run.pages) }) {
-            let host = run.host.saturating_add(part.start.saturating_sub(page) << PAGE_SHIFT);
-            let Ok(block) = self.obtain_block(part.start >> FANOUT_BITS) else {
-                panic!("page {:#x} was not prepared", part.start)
-            };
-            if part.pages() == BLOCK_PAGES {
-                self.commit_large(part, block, host | rights | LARGE);
-            } else {
-                self.commit_small(part, block, host | rights);
-            }
-        }
+        let range = PageRange { start: page, end: page.saturating_add(run.pages) };
+        self.commit_words(range, run.host | rights, PAGE_SIZE);
+    }
+
+    /// Stores null translations, as [`Edit::commit`] does others.
+    ///
+    /// # Panics
+    /// If the range was not prepared under this edit.
+    pub fn commit_null(&mut self, range: PageRange) {
+        self.commit_words(range, PRESENT | WRITABLE | NULL, 0);
     }
 
     /// Forgets what was prepared for a range and not committed.
@@ -343,7 +362,7 @@ impl<'a> Edit<'a> {
 
     /// Drops every translation to host addresses in `[start, end)`; runs never straddle either.
     pub fn clear_hosts(&mut self, start: u64, end: u64) {
-        let hit = |word: u64| (start..end).contains(&(word & PAYLOAD));
+        let hit = |word: u64| word & NULL == 0 && (start..end).contains(&(word & PAYLOAD));
         self.visit(PageRange { start: 0, end: self.table.end }, |edit, part, block| {
             if !block.is_large() {
                 edit.clear_small(part, block, hit);
@@ -363,15 +382,20 @@ impl<'a> Edit<'a> {
     }
 
     fn obtain_block(&mut self, number: u64) -> Result<&'a Block, OutOfMemory> {
-        if let Some((hot, block)) = self.hot
-            && hot == number
-        {
-            return Ok(block);
-        }
+        assert!(number < self.table.end >> FANOUT_BITS, "block {number:#x} is beyond the space");
+        let blocks = match self.hot {
+            Some((hot, blocks)) if hot == number >> FANOUT_BITS => blocks,
+            _ => self.obtain_blocks(number)?,
+        };
+        self.hot = Some((number >> FANOUT_BITS, blocks));
+        Ok(entry(blocks, index(number, 0)))
+    }
+
+    /// The block table that has this block.
+    fn obtain_blocks(&mut self, number: u64) -> Result<&'a [Block; FANOUT], OutOfMemory> {
         let table = self.table;
-        assert!(number < table.end >> FANOUT_BITS, "block {number:#x} is beyond the space");
         let (mut cell, mut level) = (&table.root, table.top);
-        let block = loop {
+        loop {
             let node = match cell.get() {
                 Some(node) => node,
                 None => {
@@ -381,12 +405,10 @@ impl<'a> Edit<'a> {
             };
             level = level.saturating_sub(1);
             match node {
-                Node::Blocks(blocks) => break entry(blocks, index(number, 0)),
+                Node::Blocks(blocks) => return Ok(blocks),
                 Node::Directory(children) => cell = entry(children, index(number, level)),
             }
-        };
-        self.hot = Some((number, block));
-        Ok(block)
+        }
     }
 
     fn allocate_node(&mut self, level: u32) -> Result<Node, OutOfMemory> {
@@ -411,6 +433,21 @@ impl<'a> Edit<'a> {
         Ok(entries)
     }
 
+    /// Stores `first`, rising by `step` a page.
+    fn commit_words(&mut self, range: PageRange, first: u64, step: u64) {
+        for part in blocks_of(range) {
+            let word = first.wrapping_add(part.start.saturating_sub(range.start).wrapping_mul(step));
+            let Ok(block) = self.obtain_block(part.start >> FANOUT_BITS) else {
+                panic!("page {:#x} was not prepared", part.start)
+            };
+            if part.pages() == BLOCK_PAGES {
+                self.commit_large(part, block, word | LARGE);
+            } else {
+                self.commit_small(part, block, word, step);
+            }
+        }
+    }
+
     fn commit_large(&mut self, part: PageRange, block: &Block, word: u64) {
         if block.is_large() {
             block.set_word(word);
@@ -424,7 +461,7 @@ impl<'a> Edit<'a> {
         self.add_resident(BLOCK_PAGES, replaced);
     }
 
-    fn commit_small(&mut self, part: PageRange, block: &Block, first: u64) {
+    fn commit_small(&mut self, part: PageRange, block: &Block, first: u64, step: u64) {
         if block.is_large() {
             block.set_word(0);
             self.add_resident(0, BLOCK_PAGES);
@@ -435,7 +472,7 @@ impl<'a> Edit<'a> {
         for cell in entries_of(leaf, part) {
             added = added.saturating_add(u64::from(cell.load(Ordering::Relaxed) & PRESENT == 0));
             cell.store(word, Ordering::Release);
-            word = word.wrapping_add(PAGE_SIZE);
+            word = word.wrapping_add(step);
         }
         block.set_word(block.present().saturating_add(added) << PAGE_SHIFT);
         self.add_resident(added, 0);
@@ -462,12 +499,21 @@ impl<'a> Edit<'a> {
         self.note(number, block);
     }
 
-    /// Notes a block whose tables may be freed, once.
+    /// Notes a block whose tables may be freed, once. A block without a leaf is only noted for the block table that it
+    /// is in, where one note is enough: millions of null blocks may go at once.
     fn note(&mut self, number: u64, block: &Block) {
+        let table = Some(number >> FANOUT_BITS);
+        if self.noted == table && block.leaf.get().is_none() {
+            return;
+        }
         let word = block.word.load(Ordering::Relaxed);
-        if word & NOTED == 0 && self.note_number(number) {
+        if word & NOTED == 0 {
+            if !self.note_number(number) {
+                return;
+            }
             block.word.store(word | NOTED, Ordering::Release);
         }
+        self.noted = table;
     }
 
     /// Without memory for the note, the tables stay until the block is emptied again or the VM goes.

@@ -2,7 +2,7 @@
 
 use crate::packets::{fill, packet, word_op};
 use crate::rig::{C, Memory, Rig, hostmmu_config, label};
-use crate::{has_userfaultfd, on_each_limited};
+use crate::{ALL, FAULTS, has_userfaultfd, on_each_limited};
 use daemon::hostmmu::HostMmuConfig;
 use std::thread::sleep;
 use std::time::Duration;
@@ -13,9 +13,9 @@ use virtio_gpu_svm::protocol::job::*;
 use virtio_gpu_svm::protocol::{PAGE_SIZE, errno};
 
 /// Soon over for a job that never ends.
-const SHORT: Option<Duration> = Some(Duration::from_millis(50));
+const SHORT: Duration = Duration::from_millis(50);
 /// Never over for a job of a few packets, however busy the machine is.
-const AMPLE: Duration = Duration::from_secs(2);
+const AMPLE: Duration = Duration::from_secs(1);
 
 /// A list whose only node is its own next, walked to a node that never comes; it begins at C.
 fn endless_chase(memory: &Memory) -> Packet {
@@ -45,7 +45,7 @@ fn check_that_it_ends_alone(rig: &Rig, endless: Packet, memory: &Memory) {
 
 #[test]
 fn an_endless_chase_ends_and_others_go_on() {
-    on_each_limited(SHORT, |rig| {
+    on_each_limited(ALL, SHORT, |rig| {
         let memory = Memory::new(2);
         check_that_it_ends_alone(&rig, endless_chase(&memory), &memory);
     });
@@ -53,7 +53,7 @@ fn an_endless_chase_ends_and_others_go_on() {
 
 #[test]
 fn a_semaphore_never_signalled_ends_and_others_go_on() {
-    on_each_limited(SHORT, |rig| {
+    on_each_limited(ALL, SHORT, |rig| {
         check_that_it_ends_alone(&rig, word_op(OP_SEM_WAIT, C + 8, 1), &Memory::new(2));
     });
 }
@@ -61,7 +61,7 @@ fn a_semaphore_never_signalled_ends_and_others_go_on() {
 /// Each packet ends, the job would not for minutes.
 #[test]
 fn a_job_of_long_packets_ends_within_one() {
-    on_each_limited(SHORT, |rig| {
+    on_each_limited(ALL, SHORT, |rig| {
         const PAGES: u64 = 16 << 10;
         let (vm, memory) = (rig.vm(1), Memory::new(1));
         // The same page over and over: large for the GPU, small for the machine.
@@ -77,7 +77,7 @@ fn a_job_of_long_packets_ends_within_one() {
 
 #[test]
 fn time_at_a_fault_does_not_count() {
-    on_each_limited(Some(AMPLE), |rig| {
+    on_each_limited(FAULTS, AMPLE, |rig| {
         let (vm, memory) = (rig.vm(1), Memory::new(1));
         let job = rig.submit(vm, 0, &[word_op(OP_ATOMIC_ADD, C, 1)]);
         let fault = rig.fault(0);
@@ -90,7 +90,7 @@ fn time_at_a_fault_does_not_count() {
 
 #[test]
 fn jobs_of_a_frozen_vm_do_not_age() {
-    on_each_limited(Some(AMPLE), |rig| {
+    on_each_limited(ALL, AMPLE, |rig| {
         let (vm, memory) = (rig.vm(1), Memory::new(1));
         rig.bind(vm, C, &memory, 0, 1);
         let waits = rig.submit(vm, 0, &[word_op(OP_SEM_WAIT, C, 1)]);
@@ -108,7 +108,7 @@ fn jobs_of_a_frozen_vm_do_not_age() {
 /// What it faulted at is asked for once, and an answer that comes after its end is a late one.
 #[test]
 fn a_limit_survives_faults_and_their_answers() {
-    on_each_limited(SHORT, |rig| {
+    on_each_limited(FAULTS, SHORT, |rig| {
         let (vm, memory) = (rig.vm(1), Memory::new(2));
         let job = rig.submit(vm, 0, &[endless_chase(&memory)]);
         let fault = rig.fault(0);

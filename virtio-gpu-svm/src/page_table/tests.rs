@@ -33,6 +33,16 @@ fn bind(table: &PageTable, page: u64, run: Run) -> Result<(), OutOfMemory> {
     Ok(())
 }
 
+fn bind_null(table: &PageTable, range: PageRange) -> Result<(), OutOfMemory> {
+    let mut edit = table.edit();
+    let made = edit.prepare(range.start, range.pages());
+    match made {
+        Ok(()) => edit.commit_null(range),
+        Err(OutOfMemory) => edit.abandon(range),
+    }
+    made
+}
+
 fn clear(table: &PageTable, start: u64, end: u64) {
     table.edit().clear(PageRange { start, end });
 }
@@ -44,7 +54,7 @@ fn host_page(table: &PageTable, page: u64) -> Option<u64> {
 /// What a table must say, page by page.
 #[derive(Default)]
 struct Model {
-    /// Page -> host page, writable.
+    /// Page -> host page (0 if null), writable.
     pages: HashMap<u64, (u64, bool)>,
     /// Blocks that are one large leaf.
     large: HashMap<u64, ()>,
@@ -61,13 +71,20 @@ impl Model {
     }
 
     fn bind(&mut self, page: u64, run: Run) {
-        let range = PageRange { start: page, end: page + run.pages };
+        self.insert(PageRange { start: page, end: page + run.pages }, |i| {
+            ((run.host >> PAGE_SHIFT) + i, run.writable)
+        });
+    }
+
+    /// Gives the i-th page of the range a value.
+    fn insert(&mut self, range: PageRange, value: impl Fn(u64) -> (u64, bool)) {
+        let page = range.start;
         self.clear(range);
         for block in page.div_ceil(BLOCK_PAGES)..range.end / BLOCK_PAGES {
             self.large.insert(block, ());
         }
-        for i in 0..run.pages {
-            self.pages.insert(page + i, ((run.host >> PAGE_SHIFT) + i, run.writable));
+        for i in 0..range.pages() {
+            self.pages.insert(page + i, value(i));
         }
     }
 }
@@ -76,7 +93,10 @@ fn assert_same(table: &PageTable, model: &Model, near: u64, seed: u64, step: u32
     assert_eq!(table.resident_pages(), model.pages.len() as u64, "seed {seed:#x} step {step}");
     let mut walk = table.walk();
     for page in near..(near + 4 * BLOCK_PAGES).min(table.end()) {
-        let found = walk.lookup(page).ok().map(|t| (t.host >> PAGE_SHIFT, t.writable));
+        let found = walk.lookup(page).ok().map(|t| {
+            assert_eq!(t.null, t.host == 0, "page {page:#x}, seed {seed:#x} step {step}");
+            (t.host >> PAGE_SHIFT, t.writable)
+        });
         assert_eq!(found, model.pages.get(&page).copied(), "page {page:#x}, seed {seed:#x} step {step}");
     }
 }
@@ -93,7 +113,7 @@ fn exercise(va_bits: u32, seed: u64) {
         let most = [4, 80, 900][random.below(3) as usize];
         let pages = 1 + random.below(most);
         let range = PageRange { start, end: (start + pages).min(base + 4 * BLOCK_PAGES) };
-        match random.below(5) {
+        match random.below(6) {
             0..=2 => {
                 let run = Run {
                     host: (1 + random.below(1 << 30)) << PAGE_SHIFT,
@@ -106,6 +126,10 @@ fn exercise(va_bits: u32, seed: u64) {
             3 => {
                 clear(&table, range.start, range.end);
                 model.clear(range);
+            }
+            4 => {
+                bind_null(&table, range).unwrap();
+                model.insert(range, |_| (0, true));
             }
             _ => table.reclaim(),
         }
@@ -132,7 +156,10 @@ fn whole_block_becomes_large_leaf() {
     let table = PageTable::new(48, UNBOUNDED);
     bind(&table, 512, run(3, 512)).unwrap();
     let found = table.walk().lookup(512 + 5).unwrap();
-    assert_eq!(found, Translation { host: 8 << PAGE_SHIFT, pages: 507, writable: true, level: 1 });
+    assert_eq!(
+        found,
+        Translation { host: 8 << PAGE_SHIFT, pages: 507, writable: true, null: false, level: 1 }
+    );
     assert!(table.table_bytes() < 3 * BLOCKS_BYTES + 1, "no leaf table under a large leaf");
 }
 
@@ -257,6 +284,65 @@ fn dense_pages_cost_little_more_than_their_words() {
     }
     let bytes_per_page = table.table_bytes() as f64 / pages as f64;
     assert!(bytes_per_page < 8.2, "{bytes_per_page}");
+}
+
+#[test]
+fn null_pages_are_found_small_and_large() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind_null(&table, PageRange { start: 510, end: 1026 }).unwrap();
+    assert_eq!(table.resident_pages(), 516);
+    let null = |pages, level| Translation { host: 0, pages, writable: true, null: true, level };
+    let found = [510, 511, 512, 1000, 1024].map(|page| table.walk().lookup(page).unwrap());
+    assert_eq!(found, [null(1, 0), null(1, 0), null(512, 1), null(24, 1), null(1, 0)]);
+    assert_eq!(table.walk().lookup(1026), Err(Miss { level: 0 }));
+    table.edit().clear_hosts(0, u64::MAX);
+    assert_eq!(table.resident_pages(), 516, "they are at no host address");
+}
+
+#[test]
+fn null_and_bound_pages_replace_each_other() {
+    let mut table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 510, run(7, 4)).unwrap();
+    bind_null(&table, PageRange { start: 511, end: 513 }).unwrap();
+    let null = |page| table.walk().lookup(page).unwrap().null;
+    assert_eq!([510, 511, 512, 513].map(null), [false, true, true, false]);
+    bind(&table, 512, run(0x100, 512)).unwrap();
+    bind_null(&table, PageRange { start: 512, end: 1024 }).unwrap();
+    bind(&table, 512, run(0x100, 512)).unwrap();
+    let found = table.walk().lookup(600).unwrap();
+    assert_eq!((found.null, found.host >> PAGE_SHIFT, table.resident_pages()), (false, 0x100 + 88, 514));
+    clear(&table, 0, table.end());
+    table.reclaim();
+    assert_eq!((table.resident_pages(), table.table_bytes()), (0, 0));
+}
+
+#[test]
+fn large_null_range_costs_block_tables_and_one_note_each() {
+    let mut table = PageTable::new(48, UNBOUNDED);
+    // Eight GiB, from within a block to within a block.
+    let range = PageRange { start: 100, end: (8 << 18) + 100 };
+    bind_null(&table, range).unwrap();
+    let expected = 2 * DIRECTORY_BYTES + 9 * BLOCKS_BYTES + 2 * LEAF_BYTES;
+    assert_eq!((table.table_bytes(), table.resident_pages()), (expected, 8 << 18));
+    clear(&table, 0, table.end());
+    // The two leaves may be the ones that stand for their tables.
+    assert!(table.emptied_blocks() <= 9 + 2, "{} notes", table.emptied_blocks());
+    table.reclaim();
+    assert_eq!(table.table_bytes(), 0);
+}
+
+#[test]
+fn null_range_that_cannot_fit_makes_no_table() {
+    let mut table = PageTable::new(57, 100 * BLOCKS_BYTES);
+    assert_eq!(bind_null(&table, PageRange { start: 0, end: table.end() }), Err(OutOfMemory));
+    assert_eq!(table.table_bytes(), 0);
+    // Alone it would fit.
+    assert_eq!(bind_null(&table, PageRange { start: 0, end: 100 << 18 }), Err(OutOfMemory));
+    assert_eq!(table.resident_pages(), 0);
+    table.reclaim();
+    assert_eq!(table.table_bytes(), 0);
+    bind_null(&table, PageRange { start: 1, end: 90 << 18 }).unwrap();
+    assert_eq!(table.resident_pages(), (90 << 18) - 1);
 }
 
 /// Readers see, of pages that are rebound all the time, the old or the new translation and nothing else.
