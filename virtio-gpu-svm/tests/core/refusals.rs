@@ -76,7 +76,11 @@ fn scene() -> Scene {
 /// All that a refused command must leave as it was. Answers without a fault are counted, that is all.
 fn snapshot(w: &World) -> String {
     let mut contexts = w.guest.contexts();
-    contexts.iter_mut().for_each(|context| context.counters.answers_stale = 0);
+    for context in &mut contexts {
+        context.counters.answers_stale = 0;
+        let faults = context.vms.iter_mut().flat_map(|vm| &mut vm.faults);
+        faults.for_each(|fault| fault.wait_ns = 0);
+    }
     let mut stats = w.host.stats();
     stats.counters.answers_stale = 0;
     let devices: Vec<_> = w
