@@ -174,8 +174,8 @@ impl Moving {
         self.rig.device.set_frozen(self.vm, true)
     }
 
-    /// Freezes, unbinds some pages, binds them again where they were and thaws, a few times without waiting for a flush: slices that
-    /// run on come to the gap, and are over when it is there no more.
+    /// Freezes, unbinds some pages, binds them again where they were and thaws, a few times without waiting for a flush:
+    /// slices that run on come to the gap, and are over when it is there no more.
     fn rebind(&mut self, random: &mut Random) {
         let mut flushes = [Flush::Done; 2];
         for _ in 0..1 + random.below(4) {

@@ -21,7 +21,7 @@ use crate::addr::PageRange;
 use crate::device::operands::WORD;
 use crate::device::{Access, Extent};
 use crate::memory::Region;
-use crate::page_table::{Miss, OutOfMemory, PageTable, Run, Translation, Walk};
+use crate::page_table::{OutOfMemory, PageTable, Run, Translation, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -57,7 +57,7 @@ pub struct VmMemory {
     inner: RwLock<Inner>,
     /// Of the table's emptied blocks, readable without the lock.
     emptied: AtomicUsize,
-    /// Most pages that one [`Missing`] asks for.
+    /// Most pages of a group.
     max_group: u8,
 }
 
@@ -238,8 +238,6 @@ pub struct Missing {
     pub level: u8,
     /// Whether there is a translation, but without the right.
     pub denied: bool,
-    /// Pages from that of `addr` on that are going to be touched and lack a translation with the right; at least 1.
-    pub pages: u64,
 }
 
 /// A GPU VM as an engine sees it during one slice.
@@ -267,6 +265,7 @@ impl<'v> Memory<'v> {
     ///
     /// # Errors
     /// [`Missing`].
+    #[inline]
     pub fn source(&mut self, addr: u64, len: u64) -> Result<Span<'v>, Missing> {
         let found = self.translate(addr, len, Access::Read)?;
         let inner = addr & (PAGE_SIZE - 1);
@@ -277,11 +276,16 @@ impl<'v> Memory<'v> {
     ///
     /// # Errors
     /// [`Missing`], also for a translation that is read-only.
+    #[inline]
     pub fn target(&mut self, addr: u64, len: u64, access: Access) -> Result<Target<'v>, Missing> {
         let found = self.translate(addr, len, access)?;
-        let span = span(&found, addr & (PAGE_SIZE - 1), len);
-        self.written |= !found.null;
-        Ok(Target { bytes: span.bytes, memory: (!found.null).then_some(span) })
+        let mut span = span(&found, addr & (PAGE_SIZE - 1), len);
+        if found.null {
+            span.host = NOWHERE;
+        } else {
+            self.written = true;
+        }
+        Ok(Target(span))
     }
 
     /// Whether a target that is not null was handed out.
@@ -289,22 +293,26 @@ impl<'v> Memory<'v> {
         self.written
     }
 
+    #[inline]
     fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Translation, Missing> {
+        let missing = |level, denied| Missing { addr, len, access, level, denied };
         match self.walk.lookup(addr >> PAGE_SHIFT) {
             Ok(found) if allows(&found, access) => Ok(found),
-            Ok(Translation { level, .. }) => Err(self.missing(addr, len, access, (level, true))),
-            Err(Miss { level }) => Err(self.missing(addr, len, access, (level, false))),
+            Ok(found) => Err(missing(found.level, true)),
+            Err(miss) => Err(missing(miss.level, false)),
         }
     }
 
-    /// An access that cannot be, and the pages after it that lack the same.
+    /// How many pages to ask for together: those from that of the address on that are going to be touched and lack a
+    /// translation with the right too; at least 1.
     #[cold]
-    fn missing(&mut self, addr: u64, len: u64, access: Access, (level, denied): (u8, bool)) -> Missing {
+    pub fn group(&mut self, missing: &Missing) -> u64 {
+        let Missing { addr, len, access, .. } = *missing;
         let last = addr.saturating_add(len.saturating_sub(1)) >> PAGE_SHIFT;
         let lacks = |page: &u64| !self.walk.lookup(*page).is_ok_and(|found| allows(&found, access));
         let group = (addr >> PAGE_SHIFT..=last).take(self.max_group.into()).take_while(lacks).count();
         // None, if the first was bound in between: it is still what was asked for.
-        Missing { addr, len, access, level, denied, pages: group.max(1) as u64 }
+        group.max(1) as u64
     }
 }
 
@@ -339,10 +347,10 @@ pub struct Span<'v> {
 
 /// A span that the GPU VM may write, or that is null: then every operation does nothing.
 #[derive(Clone, Copy, Debug)]
-pub struct Target<'v> {
-    bytes: u64,
-    memory: Option<Span<'v>>,
-}
+pub struct Target<'v>(Span<'v>);
+
+/// The host address of a null target: no region is there.
+const NOWHERE: u64 = 0;
 
 impl Span<'_> {
     /// How many, at least 1.
@@ -396,12 +404,12 @@ impl Span<'_> {
 impl Target<'_> {
     /// How many bytes, at least 1.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.0.bytes
     }
 
     /// [`Span::key`]; none if it is null, where nobody can see what is stored.
     pub fn key(&self) -> Option<u64> {
-        self.memory.map(|span| span.host)
+        self.memory().map(Span::key)
     }
 
     /// Stores the first word, after everything that this engine did before.
@@ -420,7 +428,7 @@ impl Target<'_> {
 
     /// Stores `value` in the first words of `bytes`.
     pub fn fill(&self, bytes: u64, value: u64) {
-        let Some(span) = &self.memory else { return };
+        let Some(span) = self.memory() else { return };
         let count = bytes / WORD;
         let words = span.words(count);
         for i in 0..count {
@@ -431,7 +439,7 @@ impl Target<'_> {
 
     /// `self[i] += a * x[i]` in f64 over `bytes`.
     pub fn axpy(&self, bytes: u64, a: f64, x: &Span<'_>) {
-        let Some(span) = &self.memory else { return };
+        let Some(span) = self.memory() else { return };
         let count = bytes / WORD;
         let (ys, xs) = (span.words(count), x.words(count));
         for i in 0..count {
@@ -447,7 +455,7 @@ impl Target<'_> {
 
     /// Copies `bytes` from `source`, in effect byte by byte from the first to the last, also where both overlap.
     pub fn copy_from(&self, source: &Span<'_>, bytes: u64) {
-        let Some(span) = &self.memory else { return };
+        let Some(span) = self.memory() else { return };
         let (to, from) = (span.octets(bytes), source.octets(bytes));
         // SAFETY: `octets` gave `bytes` readable bytes of the source.
         #[cfg(target_arch = "x86_64")]
@@ -461,8 +469,13 @@ impl Target<'_> {
         }
     }
 
+    /// The span, unless it is null.
+    fn memory(&self) -> Option<&Span<'_>> {
+        (self.0.host != NOWHERE).then_some(&self.0)
+    }
+
     fn word(&self) -> Option<&AtomicU64> {
-        let word = self.memory.as_ref()?.words(1);
+        let word = self.memory()?.words(1);
         // SAFETY: `words` gives an aligned word inside the target, which is valid while the view lives; all that is done
         // through the reference is atomic.
         Some(unsafe { AtomicU64::from_ptr(word) })

@@ -63,8 +63,8 @@ struct Progress {
 pub enum Halt {
     /// Its slice is over.
     Yield,
-    /// It needs a translation.
-    Fault(Missing),
+    /// It needs a translation, and translations of as many pages together.
+    Fault(Missing, u64),
     /// It waits for the semaphore with this [`super::mem::Span::key`].
     Wait(u64),
     /// It ended.
@@ -159,7 +159,7 @@ impl ActiveJob {
                 Err(Stop::Fail(failure)) => return self.failed(failure),
                 Err(Stop::Missing(missing)) => {
                     self.fault = Some(missing);
-                    return Halt::Fault(missing);
+                    return Halt::Fault(missing, slice.memory.group(&missing));
                 }
             }
         }

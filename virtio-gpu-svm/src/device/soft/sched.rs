@@ -401,12 +401,12 @@ impl Sched {
                 state.set_front(ring, Front::Waiting(key, job));
                 self.waiters.insert((key, asid, ring));
             }
-            Halt::Fault(_) if !parks && state.freezes != freezes => state.make_ready(ring, job),
-            Halt::Fault(missing) if !parks => {
+            Halt::Fault(..) if !parks && state.freezes != freezes => state.make_ready(ring, job),
+            Halt::Fault(missing, _) if !parks => {
                 report.done = Some((job.id, job.refused(&missing)));
                 return (report, Some(job));
             }
-            Halt::Fault(missing) => {
+            Halt::Fault(missing, pages) => {
                 self.last_stop = self.last_stop.saturating_add(1);
                 let stop = StopId(self.last_stop);
                 report.fault = Some(Fault {
@@ -414,7 +414,7 @@ impl Sched {
                     stop,
                     job: job.id,
                     addr: GpuAddr(missing.addr),
-                    pages: missing.pages,
+                    pages,
                     length_hint: missing.len,
                     access: missing.access,
                     engine,

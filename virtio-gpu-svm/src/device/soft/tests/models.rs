@@ -74,7 +74,7 @@ fn miss_under_a_freeze_that_is_over_is_repeated() {
     let mut first = turn(&mut sched);
     assert!(matches!(sched.set_frozen(asid, true), Flush::Pending(_)));
     let slice = first.job.run(vm.memory.view().memory(), 1 << 48);
-    assert!(matches!(slice.halt, Halt::Fault(_)));
+    assert!(matches!(slice.halt, Halt::Fault(..)));
     vm.memory.bind(C >> 12, &[memory.extent(0, 1, true)]).unwrap();
     assert_eq!(sched.set_frozen(asid, false), Flush::Done);
     let (report, over) = sched.end_turn(0, first, slice);
