@@ -112,6 +112,10 @@ pub struct Device {
     pub engines: u32,
     /// GPU addresses are below `1 << va_bits`; the most usual of the kind when absent.
     pub va_bits: Option<u32>,
+    /// What a soft device does about an access without translation; [`FaultModel::default`] when left out.
+    pub fault_model: Option<FaultModel>,
+    /// Which GPU addresses a soft device has; [`AddressModel::default`] when left out.
+    pub address_model: Option<AddressModel>,
     /// Faults that its own record keeps; 0 keeps none.
     #[serde(default)]
     pub ledger: usize,
@@ -127,6 +131,28 @@ pub enum DeviceKind {
     Soft,
     /// A worker process per GPU VM, whose page tables are the GPU's.
     Hostmmu,
+}
+
+/// What a soft device does about an access that has no translation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FaultModel {
+    /// The job waits until the fault is answered.
+    #[default]
+    Replayable,
+    /// The job ends: everything must be bound before.
+    None,
+}
+
+/// Which GPU addresses a soft device has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AddressModel {
+    /// Any that its guest chooses.
+    #[default]
+    Any,
+    /// Those of the process' CPU.
+    Identity,
 }
 
 /// `[limits]`: what one guest may use at once.
@@ -191,6 +217,33 @@ impl Device {
     pub fn va_bits(&self) -> u32 {
         self.va_bits.unwrap_or(self.kind.bounds().2)
     }
+    /// What it does about an access that has no translation.
+    pub fn fault_model(&self) -> FaultModel {
+        self.fault_model.unwrap_or_default()
+    }
+    /// Which GPU addresses it has.
+    pub fn address_model(&self) -> AddressModel {
+        self.address_model.unwrap_or_default()
+    }
+    /// Whether its models can be; `key` makes a key's path.
+    fn check_models(&self, key: &dyn Fn(&str) -> String) -> Result<(), Error> {
+        if self.kind == DeviceKind::Hostmmu {
+            let said = [
+                ("fault_model", self.fault_model.is_some()),
+                ("address_model", self.address_model.is_some()),
+            ];
+            if let Some((field, _)) = said.iter().find(|(_, said)| *said) {
+                let problem = "a hostmmu device has replayable faults and any address; leave the key out";
+                return Err(value(key(field), problem.to_owned()));
+            }
+        }
+        if (self.fault_model(), self.address_model()) == (FaultModel::None, AddressModel::Identity) {
+            let problem =
+                "\"identity\" is for devices that ask for pages: it needs fault_model = \"replayable\"";
+            return Err(value(key("address_model"), problem.to_owned()));
+        }
+        Ok(())
+    }
     /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do.
     pub fn job_limit_ms(&self) -> u32 {
         self.job_limit_ms.unwrap_or(DEFAULT_JOB_LIMIT_MS)
@@ -232,6 +285,8 @@ impl Config {
                 name: name.to_owned(),
                 engines: default_engines(),
                 va_bits: Some(DeviceKind::Soft.bounds().2),
+                fault_model: Some(FaultModel::default()),
+                address_model: Some(AddressModel::default()),
                 ledger: 0,
                 job_limit_ms: Some(DEFAULT_JOB_LIMIT_MS),
             })
@@ -291,6 +346,7 @@ impl Config {
                 let problem = "a hostmmu device has no limit of its jobs' time; leave the key out".to_owned();
                 return Err(value(key("job_limit_ms"), problem));
             }
+            device.check_models(&key)?;
             let (most_engines, most_va_bits, _) = device.kind.bounds();
             if !(1..=most_engines).contains(&device.engines) {
                 return Err(value(

@@ -68,8 +68,17 @@ fn bad_values_name_their_key() {
         (device("va_bits = 21"), "device[0].va_bits"),
         (device("va_bits = 58"), "device[0].va_bits"),
         (device("ledger = 16777217"), "device[0].ledger"),
+        (device("fault_model = 'none'\naddress_model = 'identity'"), "device[0].address_model"),
         ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nva_bits = 47".to_owned(), "device[0].va_bits"),
         ("[[device]]\nkind = 'hostmmu'\nname = 'a'\nengines = 2".to_owned(), "device[0].engines"),
+        (
+            "[[device]]\nkind = 'hostmmu'\nname = 'a'\nfault_model = 'replayable'".to_owned(),
+            "device[0].fault_model",
+        ),
+        (
+            "[[device]]\nkind = 'hostmmu'\nname = 'a'\naddress_model = 'any'".to_owned(),
+            "device[0].address_model",
+        ),
         (device("") + "\n" + &device(""), "device[1].name"),
         ("[[device]]\nkind = 'soft'\nname = 'a b'".to_owned(), "device[0].name"),
         ("[limits]\njobs = 0".to_owned(), "limits.jobs"),
@@ -89,6 +98,19 @@ fn wrong_types_and_kinds_are_refused() {
     assert!(refused("[daemon]\nlog = 'loud'").contains("loud"));
     assert!(refused("[[device]]\nkind = 'hard'\nname = 'a'").contains("hard"));
     assert!(refused("[limits]\njobs = -1").contains("jobs"));
+    assert!(refused("[[device]]\nkind = 'soft'\nname = 'a'\nfault_model = 'some'").contains("some"));
+}
+
+#[test]
+fn models_of_soft_devices_are_read() {
+    let device = |rest: &str| {
+        let text = format!("[[device]]\nkind = 'soft'\nname = 'a'\nva_bits = 32\n{rest}");
+        let config = Config::parse(&text, "test.toml").unwrap();
+        (config.devices()[0].fault_model(), config.devices()[0].address_model())
+    };
+    assert_eq!(device(""), (FaultModel::Replayable, AddressModel::Any));
+    assert_eq!(device("fault_model = 'none'"), (FaultModel::None, AddressModel::Any));
+    assert_eq!(device("address_model = 'identity'"), (FaultModel::Replayable, AddressModel::Identity));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{Device, Events};
+use virtio_gpu_svm::device::{AddressModel, Device, Events, FaultModel};
 use virtio_gpu_svm::host::Host;
 
 #[cfg(target_arch = "x86_64")]
@@ -104,6 +104,14 @@ fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
             name,
             engines: u8::try_from(config.engines).unwrap_or(u8::MAX),
             va_bits: config.va_bits(),
+            fault_model: match config.fault_model() {
+                config::FaultModel::Replayable => FaultModel::Replayable,
+                config::FaultModel::None => FaultModel::None,
+            },
+            address_model: match config.address_model() {
+                config::AddressModel::Any => AddressModel::Any,
+                config::AddressModel::Identity => AddressModel::Identity,
+            },
             ledger,
             job_limit: (config.job_limit_ms() > 0)
                 .then(|| Duration::from_millis(config.job_limit_ms().into())),

@@ -97,6 +97,8 @@ impl Rig {
             name: "soft3".into(),
             engines: 2,
             va_bits: 46,
+            fault_model: FaultModel::Replayable,
+            address_model: AddressModel::Any,
             ledger: Some(1 << 20),
             job_limit: None,
         };

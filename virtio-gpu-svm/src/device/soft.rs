@@ -1,4 +1,9 @@
-//! The embedded software GPU: replayable faults, any address, fixed-function packets. Always built, several per daemon.
+//! The embedded software GPU: fixed-function packets, and all kinds of faults and addresses by configuration. Always
+//! built, several per daemon.
+//!
+//! * Replayable faults, any address: a fault asks for one page.
+//! * Replayable faults, the CPU's own addresses: as with page requests of PCIe, a fault asks for a group of pages.
+//! * No faults, any address: a job that lacks a translation ends, unless its VM is frozen meanwhile.
 //!
 //! Owns GPU VMs (`sched` says who runs, `mem` what they see), jobs (`packet`) and the device's own record of its
 //! faults (`ledger`). The library has no threads: the daemon lends one thread per engine, which calls
@@ -36,6 +41,9 @@ use sched::{Nap, Next, Report, Sched, Turn, Vm};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+/// Most pages of a group that a device with the CPU's own addresses asks for in one fault.
+pub const MAX_GROUP_PAGES: u8 = 8;
+
 /// What a software GPU is to be.
 #[derive(Clone, Debug)]
 pub struct SoftConfig {
@@ -47,6 +55,10 @@ pub struct SoftConfig {
     pub engines: u8,
     /// GPU addresses are below `1 << va_bits`; 22 to 57.
     pub va_bits: u32,
+    /// What it does about an access without translation: parks the job, or ends it.
+    pub fault_model: FaultModel,
+    /// Which addresses it has; the CPU's own need faults.
+    pub address_model: AddressModel,
     /// Keep a record of this many faults.
     pub ledger: Option<usize>,
     /// How long a job may be on engines and wait for semaphores in all; then it ends with -ETIMEDOUT.
@@ -74,24 +86,30 @@ impl SoftDevice {
     /// # Panics
     /// If the configuration leaves the ranges that it names.
     pub fn new(config: SoftConfig) -> Arc<Self> {
-        let SoftConfig { index, name, engines, va_bits, ledger, job_limit } = config;
+        let SoftConfig { index, name, engines, va_bits, fault_model, address_model, ledger, job_limit } =
+            config;
         assert!(engines > 0, "a GPU without engines");
         assert!((22..=57).contains(&va_bits), "a GPU of {va_bits} address bits");
+        let parks = match (fault_model, address_model) {
+            (FaultModel::Replayable, AddressModel::Any | AddressModel::Identity) => true,
+            (FaultModel::None, AddressModel::Any) => false,
+            models => panic!("a software GPU cannot be {models:?}"),
+        };
         let info = DeviceInfo {
             name,
             va_bits,
             num_engines: u32::from(engines),
             opcodes: OPCODES,
-            fault_model: FaultModel::Replayable,
-            address_model: AddressModel::Any,
-            null_mappings: false,
+            fault_model,
+            address_model,
+            null_mappings: address_model == AddressModel::Any,
             exec: false,
         };
         Arc::new(Self {
             index,
             info,
             events: OnceLock::new(),
-            sched: Mutex::new(Sched::new(engines)),
+            sched: Mutex::new(Sched::new(engines, parks)),
             idle: Condvar::new(),
             ledger: ledger.map(|capacity| Mutex::new(Ledger::new(capacity))),
             job_limit,
@@ -262,7 +280,11 @@ impl Device for SoftDevice {
     }
 
     fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
-        let vm = Arc::new(Vm { asid, label, memory: VmMemory::new(self.info.va_bits) });
+        let max_group = match self.info.address_model {
+            AddressModel::Any => 1,
+            AddressModel::Identity => MAX_GROUP_PAGES,
+        };
+        let vm = Arc::new(Vm { asid, label, memory: VmMemory::new(self.info.va_bits, max_group) });
         self.sched().vm_create(vm)
     }
 
@@ -274,6 +296,14 @@ impl Device for SoftDevice {
         assert_eq!(addr, addr.page_start(), "bind at an address within a page");
         let vm = self.sched().live_vm(asid)?;
         vm.memory.bind(addr.page(), extents).map_err(|_| Error::OutOfMemory)
+    }
+
+    fn bind_null(&self, asid: Asid, range: PageRange) -> Result<(), Error> {
+        if !self.info.null_mappings {
+            return Err(Error::Unsupported);
+        }
+        let vm = self.sched().live_vm(asid)?;
+        vm.memory.bind_null(range).map_err(|_| Error::OutOfMemory)
     }
 
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush {

@@ -4,10 +4,13 @@
 //! write the same bytes at any time, so there is never a reference to them: only volatile and atomic operations (and
 //! one instruction) through raw pointers, inside [`Span`]s that a [`View`] hands out.
 //!
-//! Why a span is valid: a table word names memory of a [`Region`] that [`Inner::regions`] holds, both are in one
-//! `RwLock`, and a region leaves only under its write lock, after its words. A view is a read lock, held for one
+//! Why a span is valid: it is [`ZEROS`], or a table word names memory of a [`Region`] that [`Inner::regions`] holds, both
+//! are in one `RwLock`, and a region leaves only under its write lock, after its words. A view is a read lock, held for one
 //! slice; spans borrow from it. So no engine can be in memory that went away, whatever the core forgets; *flushes*
 //! are for the guest's semantics, not for our memory safety.
+//!
+//! Null translations have no memory: they are read from a page of zeros that nobody writes, and a null [`Target`] does
+//! nothing. So what one VM writes there is kept nowhere, and a read after a write gives zero too.
 //!
 //! Holding this lock for a slice is meant: nobody waits for it but [`VmMemory::drop_region`], which is there to wait,
 //! and table reclaim, which only tries.
@@ -18,7 +21,7 @@ use crate::addr::PageRange;
 use crate::device::operands::WORD;
 use crate::device::{Access, Extent};
 use crate::memory::Region;
-use crate::page_table::{OutOfMemory, PageTable, Run, Walk};
+use crate::page_table::{OutOfMemory, PageTable, Run, Translation, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -35,6 +38,14 @@ const PROT_READ_WRITE: i32 = 3;
 // Host addresses are kept in u64 table words, and guest memory is little-endian.
 const _: () = assert!(usize::BITS == u64::BITS && cfg!(target_endian = "little"));
 
+/// What null translations read. The standard library's own atomics: a plain page whatever stands behind `sync`, and
+/// one that may be loaded from with any ordering.
+#[repr(align(4096))]
+struct Zeros([std::sync::atomic::AtomicU64; 512]);
+const _: () = assert!(size_of::<Zeros>() as u64 == PAGE_SIZE);
+
+static ZEROS: Zeros = Zeros([const { std::sync::atomic::AtomicU64::new(0) }; 512]);
+
 struct Inner {
     table: PageTable,
     /// By id: every region that the table may point into.
@@ -46,13 +57,15 @@ pub struct VmMemory {
     inner: RwLock<Inner>,
     /// Of the table's emptied blocks, readable without the lock.
     emptied: AtomicUsize,
+    /// Most pages of a group.
+    max_group: u8,
 }
 
 impl VmMemory {
     /// Nothing is mapped.
-    pub fn new(va_bits: u32) -> Self {
+    pub fn new(va_bits: u32, max_group: u8) -> Self {
         let inner = Inner { table: PageTable::new(va_bits, MAX_TABLE_BYTES), regions: Mutex::default() };
-        Self { inner: RwLock::new(inner), emptied: AtomicUsize::new(0) }
+        Self { inner: RwLock::new(inner), emptied: AtomicUsize::new(0), max_group }
     }
 
     /// Makes translations for the extents from page `first` on: all or none. First makes every table, which may fail,
@@ -98,6 +111,27 @@ impl VmMemory {
         Ok(())
     }
 
+    /// Makes null translations for a range: all or none.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    ///
+    /// # Panics
+    /// If the range is not within the space: the core checks it.
+    pub fn bind_null(&self, range: PageRange) -> Result<(), OutOfMemory> {
+        let inner = self.read();
+        assert!(range.end <= inner.table.end(), "null pages up to {:#x} do not fit in the space", range.end);
+        let mut edit = inner.table.edit();
+        let made = edit.prepare(range.start, range.pages());
+        match made {
+            Ok(()) => edit.commit_null(range),
+            Err(OutOfMemory) => edit.abandon(range),
+        }
+        drop(edit);
+        self.finish_edit(inner);
+        made
+    }
+
     /// Drops the translations of a range.
     pub fn unbind(&self, range: PageRange) {
         let inner = self.read();
@@ -132,7 +166,7 @@ impl VmMemory {
 
     /// Enters for a slice.
     pub fn view(&self) -> View<'_> {
-        View { inner: self.read() }
+        View { inner: self.read(), max_group: self.max_group }
     }
 
     /// Frees empty tables, unless somebody is inside.
@@ -202,17 +236,20 @@ pub struct Missing {
     pub access: Access,
     /// Level of the table at which the walk ended.
     pub level: u8,
+    /// Whether there is a translation, but without the right.
+    pub denied: bool,
 }
 
 /// A GPU VM as an engine sees it during one slice.
 pub struct View<'a> {
     inner: RwLockReadGuard<'a, Inner>,
+    max_group: u8,
 }
 
 impl View<'_> {
     /// Begins to translate.
     pub fn memory(&self) -> Memory<'_> {
-        Memory { walk: self.inner.table.walk(), written: false }
+        Memory { walk: self.inner.table.walk(), written: false, max_group: self.max_group }
     }
 }
 
@@ -220,6 +257,7 @@ impl View<'_> {
 pub struct Memory<'v> {
     walk: Walk<'v>,
     written: bool,
+    max_group: u8,
 }
 
 impl<'v> Memory<'v> {
@@ -227,34 +265,75 @@ impl<'v> Memory<'v> {
     ///
     /// # Errors
     /// [`Missing`].
+    #[inline]
     pub fn source(&mut self, addr: u64, len: u64) -> Result<Span<'v>, Missing> {
-        self.translate(addr, len, Access::Read)
+        let found = self.translate(addr, len, Access::Read)?;
+        let inner = addr & (PAGE_SIZE - 1);
+        Ok(if found.null { zeros(inner, len) } else { span(&found, inner, len) })
     }
 
     /// Memory at `addr` to store to (or to load from).
     ///
     /// # Errors
     /// [`Missing`], also for a translation that is read-only.
+    #[inline]
     pub fn target(&mut self, addr: u64, len: u64, access: Access) -> Result<Target<'v>, Missing> {
-        let span = self.translate(addr, len, access)?;
-        self.written = true;
+        let found = self.translate(addr, len, access)?;
+        let mut span = span(&found, addr & (PAGE_SIZE - 1), len);
+        if found.null {
+            span.host = NOWHERE;
+        } else {
+            self.written = true;
+        }
         Ok(Target(span))
     }
 
-    /// Whether a target was handed out.
+    /// Whether a target that is not null was handed out.
     pub fn written(&self) -> bool {
         self.written
     }
 
-    fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Span<'v>, Missing> {
-        let missing = |level| Missing { addr, len, access, level };
-        let found = self.walk.lookup(addr >> PAGE_SHIFT).map_err(|miss| missing(miss.level))?;
-        if access != Access::Read && !found.writable {
-            return Err(missing(found.level));
+    #[inline]
+    fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Translation, Missing> {
+        let missing = |level, denied| Missing { addr, len, access, level, denied };
+        match self.walk.lookup(addr >> PAGE_SHIFT) {
+            Ok(found) if allows(&found, access) => Ok(found),
+            Ok(found) => Err(missing(found.level, true)),
+            Err(miss) => Err(missing(miss.level, false)),
         }
-        let inner = addr & (PAGE_SIZE - 1);
-        let bytes = found.pages.saturating_mul(PAGE_SIZE).saturating_sub(inner).min(len);
-        Ok(Span { host: found.host.saturating_add(inner), bytes, view: PhantomData })
+    }
+
+    /// How many pages to ask for together: those from that of the address on that are going to be touched and lack a
+    /// translation with the right too; at least 1.
+    #[cold]
+    pub fn group(&mut self, missing: &Missing) -> u64 {
+        let Missing { addr, len, access, .. } = *missing;
+        let last = addr.saturating_add(len.saturating_sub(1)) >> PAGE_SHIFT;
+        let lacks = |page: &u64| !self.walk.lookup(*page).is_ok_and(|found| allows(&found, access));
+        let group = (addr >> PAGE_SHIFT..=last).take(self.max_group.into()).take_while(lacks).count();
+        // None, if the first was bound in between: it is still what was asked for.
+        group.max(1) as u64
+    }
+}
+
+fn allows(found: &Translation, access: Access) -> bool {
+    access == Access::Read || found.writable
+}
+
+/// Memory from `inner` bytes after the translation's begin on.
+fn span<'v>(found: &Translation, inner: u64, len: u64) -> Span<'v> {
+    let bytes = found.pages.saturating_mul(PAGE_SIZE).saturating_sub(inner).min(len);
+    Span { host: found.host.saturating_add(inner), bytes, view: PhantomData }
+}
+
+/// What a null page holds from `inner` on.
+#[cold]
+fn zeros<'v>(inner: u64, len: u64) -> Span<'v> {
+    let host = ZEROS.0.as_ptr().expose_provenance() as u64;
+    Span {
+        host: host.saturating_add(inner),
+        bytes: PAGE_SIZE.saturating_sub(inner).min(len),
+        view: PhantomData,
     }
 }
 
@@ -266,9 +345,12 @@ pub struct Span<'v> {
     view: PhantomData<&'v ()>,
 }
 
-/// A span that the GPU VM may write.
+/// A span that the GPU VM may write, or that is null: then every operation does nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct Target<'v>(Span<'v>);
+
+/// The host address of a null target: no region is there.
+const NOWHERE: u64 = 0;
 
 impl Span<'_> {
     /// How many, at least 1.
@@ -325,25 +407,30 @@ impl Target<'_> {
         self.0.bytes
     }
 
-    /// [`Span::key`].
-    pub fn key(&self) -> u64 {
-        self.0.host
+    /// [`Span::key`]; none if it is null, where nobody can see what is stored.
+    pub fn key(&self) -> Option<u64> {
+        self.memory().map(Span::key)
     }
 
     /// Stores the first word, after everything that this engine did before.
     pub fn store(&self, value: u64) {
-        self.word().store(value, Ordering::Release);
+        if let Some(word) = self.word() {
+            word.store(value, Ordering::Release);
+        }
     }
 
     /// Adds to the first word.
     pub fn fetch_add(&self, value: u64) {
-        self.word().fetch_add(value, Ordering::AcqRel);
+        if let Some(word) = self.word() {
+            word.fetch_add(value, Ordering::AcqRel);
+        }
     }
 
     /// Stores `value` in the first words of `bytes`.
     pub fn fill(&self, bytes: u64, value: u64) {
+        let Some(span) = self.memory() else { return };
         let count = bytes / WORD;
-        let words = self.0.words(count);
+        let words = span.words(count);
         for i in 0..count {
             // SAFETY: `words` gave `count` aligned words of a target, and `i` is less.
             unsafe { at(words, i).write_volatile(value) };
@@ -352,8 +439,9 @@ impl Target<'_> {
 
     /// `self[i] += a * x[i]` in f64 over `bytes`.
     pub fn axpy(&self, bytes: u64, a: f64, x: &Span<'_>) {
+        let Some(span) = self.memory() else { return };
         let count = bytes / WORD;
-        let (ys, xs) = (self.0.words(count), x.words(count));
+        let (ys, xs) = (span.words(count), x.words(count));
         for i in 0..count {
             // SAFETY: `words` gave `count` aligned, readable words, and `i` is less.
             let x = unsafe { at(xs, i).read_volatile() };
@@ -367,7 +455,8 @@ impl Target<'_> {
 
     /// Copies `bytes` from `source`, in effect byte by byte from the first to the last, also where both overlap.
     pub fn copy_from(&self, source: &Span<'_>, bytes: u64) {
-        let (to, from) = (self.0.octets(bytes), source.octets(bytes));
+        let Some(span) = self.memory() else { return };
+        let (to, from) = (span.octets(bytes), source.octets(bytes));
         // SAFETY: `octets` gave `bytes` readable bytes of the source.
         #[cfg(target_arch = "x86_64")]
         unsafe {
@@ -380,10 +469,16 @@ impl Target<'_> {
         }
     }
 
-    fn word(&self) -> &AtomicU64 {
+    /// The span, unless it is null.
+    fn memory(&self) -> Option<&Span<'_>> {
+        (self.0.host != NOWHERE).then_some(&self.0)
+    }
+
+    fn word(&self) -> Option<&AtomicU64> {
+        let word = self.memory()?.words(1);
         // SAFETY: `words` gives an aligned word inside the target, which is valid while the view lives; all that is done
         // through the reference is atomic.
-        unsafe { AtomicU64::from_ptr(self.0.words(1)) }
+        Some(unsafe { AtomicU64::from_ptr(word) })
     }
 }
 

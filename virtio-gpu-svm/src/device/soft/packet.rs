@@ -7,13 +7,15 @@
 //! * COPY of overlapping ranges is a copy byte by byte from the first to the last.
 //! * CHASE ends at a node with address 0, read from memory or after `arg` was added. A node that is not 8-byte aligned
 //!   ends the job with EINVAL, one outside the VM's space with EFAULT, both with the node's address.
+//! * A null translation reads as zero and swallows what is stored: SEM_WAIT there waits like at any word that is 0, until
+//!   something else is bound; SEM_SIGNAL wakes nobody; CHASE takes it for a list's last node, with payload 0.
 //! * A panic in a packet is our bug and costs the job alone: EFAULT without an address.
 
 use super::mem::{Memory, Missing};
 use crate::addr::GpuAddr;
 use crate::device::operands::{NODE, Operands, WORD};
 use crate::device::{Access, Job, JobEnd, JobId};
-use crate::protocol::errno::{EFAULT, EINVAL, ETIMEDOUT};
+use crate::protocol::errno::{EFAULT, EINVAL, EPERM, ETIMEDOUT};
 use crate::protocol::job::{
     OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_NOP, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
 };
@@ -61,8 +63,8 @@ struct Progress {
 pub enum Halt {
     /// Its slice is over.
     Yield,
-    /// It needs a translation.
-    Fault(Missing),
+    /// It needs a translation, and translations of as many pages together.
+    Fault(Missing, u64),
     /// It waits for the semaphore with this [`super::mem::Span::key`].
     Wait(u64),
     /// It ended.
@@ -119,6 +121,12 @@ impl ActiveJob {
         self.doom = Some(errno);
     }
 
+    /// How the job ends at an access that lacks a translation, on a device that cannot raise a fault.
+    pub fn refused(&self, missing: &Missing) -> JobEnd {
+        let errno = if missing.denied { EPERM } else { EFAULT };
+        self.end(&Failure { errno, addr: missing.addr, access: missing.access })
+    }
+
     /// Runs the job until its slice is over or it must stop. `end` is the first address beyond the VM's space.
     pub fn run(&mut self, memory: Memory<'_>, end: u64) -> SliceEnd {
         let mut slice = Slice { memory, end, budget: SLICE, signalled: None };
@@ -151,7 +159,7 @@ impl ActiveJob {
                 Err(Stop::Fail(failure)) => return self.failed(failure),
                 Err(Stop::Missing(missing)) => {
                     self.fault = Some(missing);
-                    return Halt::Fault(missing);
+                    return Halt::Fault(missing, slice.memory.group(&missing));
                 }
             }
         }
@@ -159,9 +167,13 @@ impl ActiveJob {
     }
 
     fn failed(&self, failure: Failure) -> Halt {
+        Halt::End(self.end(&failure))
+    }
+
+    fn end(&self, failure: &Failure) -> JobEnd {
         let packet = u32::try_from(self.index).unwrap_or(u32::MAX);
-        let Failure { errno, addr, access } = failure;
-        Halt::End(JobEnd { errno, packet, addr: GpuAddr(addr), access })
+        let Failure { errno, addr, access } = *failure;
+        JobEnd { errno, packet, addr: GpuAddr(addr), access }
     }
 }
 
@@ -215,7 +227,7 @@ impl Slice<'_> {
             OP_SEM_SIGNAL => {
                 let word = self.memory.target(ops.dst, WORD, Access::Write)?;
                 word.store(ops.value);
-                self.signalled = Some(word.key());
+                self.signalled = word.key();
                 self.budget = 0;
                 Ok(())
             }

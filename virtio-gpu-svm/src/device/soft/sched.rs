@@ -7,6 +7,9 @@
 //!   VM is over when every engine in a slice of that VM began at its ticket or later.
 //! * A VM retires when it is dying, no engine is in a slice of it, and none is still reporting about it: so nothing is
 //!   reported of a VM after [`crate::device::Events::retired`].
+//! * Where there are no faults, a slice that lacked a translation ends its job, unless its VM was frozen after it began
+//!   (`freezes` rose), be it thawed again since: what it missed may have been unbound under that freeze, and the access
+//!   is repeated.
 //!
 //! Nothing here calls out, touches guest memory, or takes another lock.
 
@@ -44,6 +47,8 @@ pub struct Turn {
     pub job: Box<ActiveJob>,
     /// Signals of the device and writing slices of the VM, so far: with more at its end, a wait is tried again.
     seen: (u64, u64),
+    /// Freezes of the VM so far.
+    freezes: u64,
 }
 
 /// What an engine does next.
@@ -111,6 +116,8 @@ struct VmState {
     /// Whether it is in [`Sched::ready`].
     queued: bool,
     frozen: bool,
+    /// How often it was frozen.
+    freezes: u64,
     dying: bool,
     /// Engines in a slice of it.
     running: u32,
@@ -133,6 +140,8 @@ struct Engine {
 
 /// The state of all GPU VMs and engines of a device.
 pub struct Sched {
+    /// Whether a job that lacks a translation is parked at a fault; else it ends.
+    parks: bool,
     vms: HashMap<Asid, VmState>,
     ready: VecDeque<Asid>,
     retiring: VecDeque<Asid>,
@@ -155,9 +164,10 @@ pub struct Sched {
 }
 
 impl Sched {
-    /// No VMs; engines sleep until [`Sched::start`].
-    pub fn new(engines: u8) -> Self {
+    /// No VMs; engines sleep until [`Sched::start`]. `parks` says whether there are faults.
+    pub fn new(engines: u8, parks: bool) -> Self {
         Self {
+            parks,
             vms: HashMap::new(),
             ready: VecDeque::new(),
             retiring: VecDeque::new(),
@@ -276,6 +286,7 @@ impl Sched {
         let Some(state) = self.vms.get_mut(&asid) else { return Flush::Done };
         state.frozen = frozen;
         if frozen {
+            state.freezes = state.freezes.wrapping_add(1);
             // Nobody polls a frozen VM; its waiters look again after it is thawed.
             self.wake_vm(asid);
             return self.flush(asid);
@@ -371,8 +382,8 @@ impl Sched {
 
     /// Puts the job where it belongs after its slice.
     fn settle(&mut self, engine: u8, turn: Turn, halt: Halt) -> (Report, Option<Box<ActiveJob>>) {
-        let Turn { vm, ring, mut job, seen } = turn;
-        let (asid, signals) = (vm.asid, self.signals);
+        let Turn { vm, ring, mut job, seen, freezes } = turn;
+        let (asid, signals, parks) = (vm.asid, self.signals, self.parks);
         let mut report = Report { vm, ring, fault: None, done: None, flushed: None };
         let state = self.state_mut(asid);
         if state.dying {
@@ -390,7 +401,12 @@ impl Sched {
                 state.set_front(ring, Front::Waiting(key, job));
                 self.waiters.insert((key, asid, ring));
             }
-            Halt::Fault(missing) => {
+            Halt::Fault(..) if !parks && state.freezes != freezes => state.make_ready(ring, job),
+            Halt::Fault(missing, _) if !parks => {
+                report.done = Some((job.id, job.refused(&missing)));
+                return (report, Some(job));
+            }
+            Halt::Fault(missing, pages) => {
                 self.last_stop = self.last_stop.saturating_add(1);
                 let stop = StopId(self.last_stop);
                 report.fault = Some(Fault {
@@ -398,7 +414,7 @@ impl Sched {
                     stop,
                     job: job.id,
                     addr: GpuAddr(missing.addr),
-                    pages: 1,
+                    pages,
                     length_hint: missing.len,
                     access: missing.access,
                     engine,
@@ -537,6 +553,7 @@ impl VmState {
             ready: VecDeque::new(),
             queued: false,
             frozen: false,
+            freezes: 0,
             dying: false,
             running: 0,
             reporting: 0,
@@ -564,7 +581,8 @@ impl VmState {
         let ring = self.ready.pop_front()?;
         let Some(Front::Ready(job)) = self.take_front(ring) else { panic!("ring {ring} is not ready") };
         self.running = self.running.saturating_add(1);
-        Some(Turn { vm: Arc::clone(&self.vm), ring, job, seen: (signals, self.writes) })
+        let seen = (signals, self.writes);
+        Some(Turn { vm: Arc::clone(&self.vm), ring, job, seen, freezes: self.freezes })
     }
 
     /// Takes the front job; its ring counts as running until another front is set.

@@ -6,9 +6,11 @@
 )]
 
 mod faults;
+mod models;
 mod packets;
 mod schedule;
 
+use super::packet::Halt;
 use super::packet::test_ops::{OP_HOLD, OP_PANIC};
 use super::*;
 use crate::device::{Access, Fault, JobEnd, JobId, Ticket};
@@ -86,8 +88,26 @@ impl Rig {
 
     /// The same, with a limit of jobs' time.
     fn limited(engines: u8, job_limit: Option<Duration>) -> Self {
-        let (name, ledger) = ("soft3".into(), Some(1 << 20));
-        let config = SoftConfig { index: 3, name, engines, va_bits: 48, ledger, job_limit };
+        Self::with(SoftConfig { job_limit, ..config(engines) })
+    }
+
+    /// A running rig without faults.
+    fn without_faults(engines: u8) -> Self {
+        let rig = Self::with(SoftConfig { fault_model: FaultModel::None, ..config(engines) });
+        rig.go();
+        rig
+    }
+
+    /// A running rig that asks for pages in groups.
+    fn identity(engines: u8) -> Self {
+        let rig = Self::with(SoftConfig { address_model: AddressModel::Identity, ..config(engines) });
+        rig.go();
+        rig
+    }
+
+    /// A paused rig of this configuration.
+    fn with(config: SoftConfig) -> Self {
+        let engines = config.engines;
         let device = SoftDevice::new(config);
         let events = Arc::new(Recorder {
             device: Arc::downgrade(&device),
@@ -214,6 +234,19 @@ impl Drop for Rig {
         for engine in self.engines.drain(..) {
             assert!(engine.join().is_ok(), "an engine panicked");
         }
+    }
+}
+
+fn config(engines: u8) -> SoftConfig {
+    SoftConfig {
+        index: 3,
+        name: "soft3".into(),
+        engines,
+        va_bits: 48,
+        fault_model: FaultModel::Replayable,
+        address_model: AddressModel::Any,
+        ledger: Some(1 << 20),
+        job_limit: None,
     }
 }
 

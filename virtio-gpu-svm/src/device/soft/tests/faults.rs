@@ -163,15 +163,7 @@ fn unbound_page_faults_again() {
 
 #[test]
 fn ledger_keeps_the_newest() {
-    let config = SoftConfig {
-        index: 3,
-        name: "small".into(),
-        engines: 1,
-        va_bits: 48,
-        ledger: Some(2),
-        job_limit: None,
-    };
-    let device = SoftDevice::new(config);
+    let device = SoftDevice::new(SoftConfig { ledger: Some(2), ..config(1) });
     let push = |page| {
         let entry = LedgerEntry { label: label(1), asid: Asid(1), page, access: Access::Read };
         device.ledger.as_ref().unwrap().lock().unwrap().push(entry);
