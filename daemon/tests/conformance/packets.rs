@@ -138,7 +138,7 @@ fn bad_packets_are_refused_before_they_run() {
         for bad in [
             packet(99, |_| ()),
             fill(C + 4, 8, 0),
-            fill(1 << 46, 8, 0),
+            fill(rig.end(), 8, 0),
             copy(C, C, 0),
             packet(OP_NOP, |p| p.flags = 1.into()),
         ] {

@@ -1,4 +1,4 @@
-//! A device of either kind, guest memory in a file as VMMs have it, and an `Events` that records and may answer.
+//! A device of any kind, guest memory in a file as VMMs have it, and an `Events` that records and may answer.
 
 use daemon::hostmmu::{HostMmuConfig, HostMmuDevice};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -7,17 +7,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use virtio_gpu_svm::addr::GpuAddr;
+use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::*;
 use virtio_gpu_svm::memory::{Region, RegionIdentity};
-use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::{PAGE_SIZE, errno};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory};
 
 /// C: where tests map memory.
-pub const C: u64 = 0x10_0000_0000;
+pub const C: u64 = 0x4000_0000;
 /// A test that waits longer for an event has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Its index, as events name it.
@@ -27,6 +27,9 @@ const INDEX: usize = 3;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Soft,
+    SoftNoFaults,
+    SoftIdentity,
+    SoftNarrow { va_bits: u32 },
     HostMmu { budget: usize },
 }
 
@@ -86,19 +89,22 @@ pub struct Rig {
 impl Rig {
     pub fn new(kind: Kind) -> Self {
         match kind {
-            Kind::Soft => Self::soft(),
+            Kind::Soft => Self::soft(46, FaultModel::Replayable, AddressModel::Any),
+            Kind::SoftNoFaults => Self::soft(46, FaultModel::None, AddressModel::Any),
+            Kind::SoftIdentity => Self::soft(46, FaultModel::Replayable, AddressModel::Identity),
+            Kind::SoftNarrow { va_bits } => Self::soft(va_bits, FaultModel::Replayable, AddressModel::Any),
             Kind::HostMmu { budget } => Self::hostmmu(46, budget),
         }
     }
 
-    fn soft() -> Self {
+    fn soft(va_bits: u32, fault_model: FaultModel, address_model: AddressModel) -> Self {
         let config = SoftConfig {
             index: INDEX,
             name: "soft3".into(),
             engines: 2,
-            va_bits: 46,
-            fault_model: FaultModel::Replayable,
-            address_model: AddressModel::Any,
+            va_bits,
+            fault_model,
+            address_model,
             ledger: Some(1 << 20),
             job_limit: None,
         };
@@ -159,8 +165,37 @@ impl Rig {
 
     /// Submits to ring 0 and waits for the end.
     pub fn run(&self, asid: Asid, packets: &[Packet]) -> JobEnd {
-        let job = self.submit(asid, 0, packets);
+        self.run_on(asid, 0, packets)
+    }
+
+    /// Submits and waits for the end.
+    pub fn run_on(&self, asid: Asid, ring_idx: u32, packets: &[Packet]) -> JobEnd {
+        let job = self.submit(asid, ring_idx, packets);
         self.end_of(job)
+    }
+
+    /// Runs a job that misses one translation and gets none: it ends with -EFAULT there, told by a fault or not.
+    pub fn run_missing(&self, asid: Asid, packets: &[Packet]) -> JobEnd {
+        let job = self.submit(asid, 0, packets);
+        if self.device.info().fault_model == FaultModel::Replayable {
+            let fault = self.wait(|log| faults(log).into_iter().find(|fault| fault.job == job));
+            self.device.resume(fault.stop, Verdict::Fail(errno::EFAULT));
+            let end = self.end_of(job);
+            assert_eq!((end.addr, end.access), (fault.addr, fault.access));
+        }
+        let end = self.end_of(job);
+        assert_eq!(end.errno, errno::EFAULT);
+        end
+    }
+
+    /// The first address beyond the space.
+    pub fn end(&self) -> u64 {
+        1 << self.device.info().va_bits
+    }
+
+    /// Every page of the space.
+    pub fn all(&self) -> PageRange {
+        PageRange { start: 0, end: self.end() / PAGE_SIZE }
     }
 
     pub fn bind(&self, asid: Asid, addr: u64, memory: &Memory, page: u64, pages: u64) {
@@ -192,6 +227,15 @@ impl Rig {
     /// The n-th fault, from 0.
     pub fn fault(&self, n: usize) -> Fault {
         self.wait(|log| faults(log).get(n).copied())
+    }
+
+    /// The n-th fault, or none if the job ended before.
+    pub fn fault_or_end(&self, n: usize, job: JobId) -> Option<Fault> {
+        let ended = |e: &Event| matches!(e, Event::Done(id, _) if *id == job);
+        self.wait(|log| match faults(log).get(n) {
+            Some(fault) => Some(Some(*fault)),
+            None => log.iter().any(ended).then_some(None),
+        })
     }
 
     pub fn faults(&self) -> Vec<Fault> {
@@ -242,6 +286,24 @@ fn faults(log: &[Event]) -> Vec<Fault> {
     log.iter().filter_map(fault).collect()
 }
 
+/// Pages of the space from an address on.
+pub fn pages(addr: u64, count: u64) -> PageRange {
+    let start = addr / PAGE_SIZE;
+    PageRange { start, end: start + count }
+}
+
+/// xorshift64*; enough to choose cases.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % end
+    }
+}
+
 /// Guest memory.
 #[derive(Clone)]
 pub struct Memory(pub Arc<Region>);
@@ -271,5 +333,15 @@ impl Memory {
 
     pub fn set(&self, offset: u64, value: u64) {
         self.word(offset).store(value, Ordering::Release);
+    }
+
+    /// Every word.
+    pub fn words(&self) -> impl Iterator<Item = u64> + '_ {
+        (0..self.0.size()).step_by(8).map(|offset| self.get(offset))
+    }
+
+    /// Sets every word.
+    pub fn fill(&self, value: u64) {
+        (0..self.0.size()).step_by(8).for_each(|offset| self.set(offset, value));
     }
 }
