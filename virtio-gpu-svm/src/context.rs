@@ -119,7 +119,8 @@ impl Bind {
         match self {
             Self::MapImmediate(va) => Some(va.range),
             Self::Map(va) => all.then_some(va.range),
-            Self::Prefetch(range) => Some(*range),
+            // There, or wanted already.
+            Self::Prefetch(range) => (!all).then_some(*range),
             Self::Unmap(_) | Self::UnmapAll(_) => None,
         }
     }

@@ -188,6 +188,13 @@ impl Context {
                 }
                 Ok(None)
             }
+            // A part of a large leaf that is bound again would drop its rest.
+            Step::Bind(range) | Step::BindNull(range)
+                if !lacks_faults(device.as_ref()) && device.resident_in(vm.asid, range) == range.pages() =>
+            {
+                state.extents.clear();
+                Ok(Some(range))
+            }
             Step::Bind(range) => {
                 let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), &state.extents);
                 state.extents.clear();

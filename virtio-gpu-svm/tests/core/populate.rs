@@ -94,6 +94,31 @@ fn prefetch_binds_what_is_known_and_asks_for_the_rest_in_runs() {
 }
 
 #[test]
+fn prefetch_leaves_what_is_resident_alone() {
+    let w = World::with_limits(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    let leaf = 0x4_0020_0000;
+    assert_eq!(w.supply(1, &[run(A, GPA, 512, 0)]), 0);
+    assert_eq!(w.bind(1, vm, &[immediate(map(leaf, A, 512))]), 0);
+    let calls = w.devices[0].told().fallible;
+    assert_eq!(w.bind(1, vm, &[prefetch(leaf + 5 * PAGE, 100)]), 0);
+    assert_eq!((resident(&w, asid, leaf, 512), w.devices[0].told().fallible), (512, calls));
+}
+
+#[test]
+fn prefetch_without_faults_has_nothing_to_do() {
+    let w = without_faults(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    assert_eq!(w.bind(1, vm, &[map(C, A, 64)]), 0);
+    answer_all(&w, 1, PAGE_RESP_SUCCESS);
+    let calls = w.devices[0].told().fallible;
+    assert_eq!(w.bind(1, vm, &[prefetch(C + PAGE, 9)]), 0);
+    assert_eq!((is_held(&w, asid), w.devices[0].told().fallible), (false, calls));
+}
+
+#[test]
 fn access_joins_the_prefetch_of_its_page() {
     let w = World::with_limits(WIDE);
     w.create_context(1);
