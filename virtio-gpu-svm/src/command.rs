@@ -3,6 +3,7 @@
 //! The only boundary: beyond it ranges are aligned and inside their space, counts are inside their limits, reserved
 //! fields are zero, and objects belong to the context that named them. The bytes are the daemon's own copy.
 
+mod fence;
 pub mod submit;
 
 use crate::addr::{PageRange, RangeError};
@@ -23,6 +24,7 @@ use crate::protocol::{
 };
 use crate::resource::Blob;
 use crate::sync::Arc;
+use crate::timeline;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Why a command was refused.
@@ -127,6 +129,9 @@ impl Error {
             Self::Pages(error) => error.index(),
             Self::Context(context::Error::Device(
                 device::Error::UnknownOpcode { index } | device::Error::BadOperand { index },
+            )) => *index,
+            Self::Context(context::Error::Point(
+                timeline::Error::NoVm { index } | timeline::Error::Future { index },
             )) => *index,
             _ => 0,
         }

@@ -14,7 +14,7 @@ use crate::sync::Arc;
 use std::collections::VecDeque;
 
 /// Most ranges of a GPU VM that are dropped one by one.
-const ONE_BY_ONE: usize = 64;
+pub(crate) const ONE_BY_ONE: usize = 64;
 
 /// What engines still have to pass before an invalidation is done.
 #[derive(Debug)]

@@ -45,3 +45,5 @@ pub mod page_table;
 pub mod resource;
 #[cfg(feature = "device")]
 mod sync;
+#[cfg(feature = "device")]
+pub mod timeline;

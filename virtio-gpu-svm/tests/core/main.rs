@@ -4,6 +4,7 @@
 mod deadlines;
 mod ends;
 mod faults;
+mod fences;
 mod mirrors;
 mod mock;
 mod refusals;
