@@ -368,3 +368,36 @@ impl Timelines {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::GpuAddr;
+    use crate::device::Access;
+
+    const DONE: JobEnd = JobEnd { errno: 0, packet: 0, addr: GpuAddr(0), access: Access::Read };
+
+    fn turn(id: u64, signal: u64) -> Turn {
+        Turn { id: JobId(id), bind: false, user_data: 0, signal }
+    }
+
+    #[test]
+    fn what_has_ended_leaves_nothing_behind() {
+        let (gate, waiter) = (Timeline { vm_id: 1, ring_idx: 0 }, Timeline { vm_id: 2, ring_idx: 0 });
+        let mut lines = Timelines::default();
+        for round in 1..=3 {
+            lines.start(gate, turn(2 * round, round));
+            let waits = vec![Point { timeline: gate, seqno: round }];
+            let item = Item { turn: turn(2 * round + 1, 0), waits, work: Work::Job(Vec::new()) };
+            lines.queue(waiter, item);
+            assert!(lines.take_ready(|_| true).is_none());
+            assert_eq!(lines.waiting.len(), 1);
+            lines.end(JobId(2 * round), DONE, |_, _, _| {});
+            assert!(lines.take_ready(|_| true).is_some());
+            lines.end(JobId(2 * round + 1), DONE, |_, _, _| {});
+            assert!(lines.take_ready(|_| true).is_none());
+            assert!(lines.is_empty() && !lines.has_ready());
+            assert!(lines.waiting.is_empty() && lines.started.is_empty());
+        }
+    }
+}
