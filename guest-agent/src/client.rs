@@ -22,7 +22,8 @@ mod vm;
 
 pub use arena::Arena;
 pub use job::{Job, JobError};
-pub use vm::{Vm, VmState, packet};
+pub use virtio_gpu_svm::protocol::request::FencePoint;
+pub use vm::{Submission, Vm, VmState, packet};
 
 use crate::message::{
     self, ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, DEVICES, DeviceEntry, HELLO, Head,
@@ -36,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use virtio_gpu_svm::protocol::errno;
 use virtio_gpu_svm::protocol::event::{
-    EVENT_CONTEXT_LOST, EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord, NoticeRecord,
+    EVENT_BIND_DONE, EVENT_CONTEXT_LOST, EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord, NoticeRecord,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -383,14 +384,15 @@ impl Inbox {
     fn on_record(&mut self, record: &[u8]) {
         let Ok(notice) = NoticeRecord::read_from_bytes(record) else { return };
         match notice.kind.get() {
-            EVENT_JOB_DONE => {
+            EVENT_JOB_DONE | EVENT_BIND_DONE => {
                 if let Ok(job) = JobRecord::read_from_bytes(record)
                     && !self.forgotten.remove(&job.job_id.get())
                 {
                     self.jobs.insert(job.job_id.get(), job);
                 }
             }
-            EVENT_CONTEXT_LOST => self.lost = Some(notice.status.get()),
+            // Of a GPU VM that became unusable the ends of its work tell, and the others go on.
+            EVENT_CONTEXT_LOST if notice.value.get() == 0 => self.lost = Some(notice.status.get()),
             // Kinds of later versions.
             _ => {}
         }

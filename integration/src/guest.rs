@@ -7,7 +7,7 @@
 
 mod process;
 
-pub use process::{GpuVm, SimulatedProcess};
+pub use process::{GpuVm, SimulatedProcess, Turn};
 
 use crate::frontend::RingAddresses;
 use crate::frontend::ram::GuestRam;

@@ -4,6 +4,7 @@
 //! fields are zero, and objects belong to the context that named them. The bytes are the daemon's own copy.
 
 mod bind;
+mod fence;
 pub mod submit;
 
 use crate::addr::{PageRange, RangeError};
@@ -24,6 +25,7 @@ use crate::protocol::{
 };
 use crate::resource::Blob;
 use crate::sync::Arc;
+use crate::timeline;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Why a command was refused.
@@ -128,6 +130,9 @@ impl Error {
             Self::Pages(error) => error.index(),
             Self::Context(context::Error::Device(
                 device::Error::UnknownOpcode { index } | device::Error::BadOperand { index },
+            )) => *index,
+            Self::Context(context::Error::Point(
+                timeline::Error::NoVm { index } | timeline::Error::Future { index },
             )) => *index,
             _ => 0,
         }

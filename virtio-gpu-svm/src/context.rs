@@ -3,29 +3,32 @@
 //! Owns the process' address space (A side), its GPU VMs (C side, one a device at most), its pending faults, its jobs
 //! in flight and the records that wait for it, **all under one lock**: whatever touches two of them is atomic by that,
 //! and the lock is held by one process' work only. Under it only short calls into [`crate::device::Device`] are made;
-//! resumes, submissions and the announcement of records are collected in [`After`] and done when it is released.
+//! resumes and the announcement of records are collected in [`After`] and done when it is released.
 
+mod jobs;
 mod status;
+
+pub use jobs::Launch;
 
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
-use crate::device::{Asid, Device, Extent, Flush, Job, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
-use crate::event::{DoneJob, Record, Stamp, Waiting, fault_record, job_record, notice_record};
+use crate::device::{Asid, Device, Extent, Flush, StopId, Ticket, Verdict, VmLabel};
+use crate::event::{Record, Stamp, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
 use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::gpu_vm::{Change, GpuVa, GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
 use crate::info::Counters;
-use crate::invalidation::{Invalidations, bounded};
+use crate::invalidation::{Invalidations, ONE_BY_ONE, bounded};
 use crate::memory::MemoryTable;
-use crate::population::{self, Population, hold, lacks_faults, take_away};
-use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
+use crate::population::{self, Populating, Population, hold, lacks_faults, take_away};
+use crate::protocol::errno::{EACCES, EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
-use crate::protocol::job::Packet;
 use crate::sync::atomic::AtomicBool;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use crate::timeline::{self, Timelines};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
 /// Whether a context still lives.
@@ -64,6 +67,15 @@ pub enum Error {
     /// A mirror window would be cut where it has pages.
     #[error("the mirror window has pages there; invalidate them first")]
     MirrorBusy,
+    /// Over the quota of operations that wait for their turn.
+    #[error("more than {0} operations would be queued")]
+    TooManyQueued(u32),
+    /// A blob was detached before the operation's turn came.
+    #[error("the blob resource is not attached any more")]
+    Detached,
+    /// A promise or a wait.
+    #[error(transparent)]
+    Point(timeline::Error),
     /// The device refused.
     #[error("the device refused")]
     Device(#[source] crate::device::Error),
@@ -77,7 +89,14 @@ impl Error {
             Self::VmExists(_) => EEXIST,
             Self::VmUnusable(_) => EPIPE,
             Self::MirrorBusy => EBUSY,
-            Self::NoAsid | Self::TooManyJobs(_) | Self::TooManyMappings(_) | Self::TooManyPages(_) => ENOSPC,
+            Self::NoAsid
+            | Self::TooManyJobs(_)
+            | Self::TooManyMappings(_)
+            | Self::TooManyPages(_)
+            | Self::TooManyQueued(_) => ENOSPC,
+            Self::Detached => EACCES,
+            Self::Point(timeline::Error::NoVm { .. }) => ENOENT,
+            Self::Point(timeline::Error::Backwards { .. } | timeline::Error::Future { .. }) => EINVAL,
             Self::Device(error) => match error {
                 crate::device::Error::NoVm(_) => EPIPE,
                 crate::device::Error::VmExists(_) => EBUSY,
@@ -108,14 +127,8 @@ pub enum Bind {
 }
 
 impl Bind {
-    fn only_unmaps(&self) -> bool {
-        match self {
-            Self::Unmap(_) | Self::UnmapAll(_) => true,
-            Self::Map(_) | Self::MapImmediate(_) | Self::Prefetch(_) => false,
-        }
-    }
     /// What must be made resident; `all` that is mapped where the device has no faults.
-    fn to_populate(&self, all: bool) -> Option<PageRange> {
+    pub(crate) fn to_populate(&self, all: bool) -> Option<PageRange> {
         match self {
             Self::MapImmediate(va) => Some(va.range),
             Self::Map(va) => all.then_some(va.range),
@@ -123,6 +136,52 @@ impl Bind {
             Self::Prefetch(range) => (!all).then_some(*range),
             Self::Unmap(_) | Self::UnmapAll(_) => None,
         }
+    }
+    /// An operation without effect.
+    pub const NOTHING: Self = Self::Unmap(PageRange { start: 0, end: 0 });
+
+    /// Whether it is refused in an unusable GPU VM.
+    pub fn needs_usable(&self) -> bool {
+        match self {
+            Self::Map(_) | Self::MapImmediate(_) | Self::Prefetch(_) => true,
+            Self::Unmap(_) | Self::UnmapAll(_) => false,
+        }
+    }
+    /// The GPU pages that it names.
+    pub(crate) fn range(&self) -> Option<PageRange> {
+        match self {
+            Self::Map(va) | Self::MapImmediate(va) => Some(va.range),
+            Self::Unmap(range) | Self::Prefetch(range) => Some(*range),
+            Self::UnmapAll(_) => None,
+        }
+    }
+}
+
+/// A vector of operations that was refused. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Index of the operation that it is about.
+    pub op: u32,
+    /// The GPU address that it is about, or 0.
+    pub addr: u64,
+    /// Why.
+    pub error: Error,
+}
+
+impl Refused {
+    fn at(binds: &[Bind], op: usize, error: Error) -> Self {
+        let addr = binds.get(op).and_then(Bind::range).map_or(0, PageRange::start_addr);
+        Self { op: u32::try_from(op).unwrap_or(u32::MAX), addr, error }
+    }
+    /// A mirror window has pages in `busy`, which operations would take out of it: names the first that would, as far
+    /// as few questions to the device tell.
+    fn busy(binds: &[Bind], busy: PageRange, is_resident: impl Fn(PageRange) -> bool) -> Self {
+        let touching = |(op, bind): (usize, &Bind)| Some((op, bind.range()?.intersect(busy)?));
+        let mut parts = binds.iter().enumerate().filter_map(touching);
+        let first = parts.clone().next();
+        let found = parts.by_ref().take(ONE_BY_ONE).find(|(_, part)| is_resident(*part)).or(first);
+        let (op, part) = found.unwrap_or((0, busy));
+        Self { addr: part.start_addr(), ..Self::at(binds, op, Error::MirrorBusy) }
     }
 }
 
@@ -132,8 +191,8 @@ pub struct After {
     resumes: Vec<(usize, StopId, Verdict)>,
     /// Records wait for the guest.
     pub announce: bool,
-    /// GPU VMs may want pages ([`crate::population`]).
-    pub populate: bool,
+    /// Something may go on: jobs or binds can start, or GPU VMs want pages ([`crate::population`]).
+    pub more: bool,
 }
 
 impl After {
@@ -141,12 +200,6 @@ impl After {
     pub fn resume(&mut self, device: usize, stop: StopId, verdict: Verdict) {
         self.resumes.push((device, stop, verdict));
     }
-}
-
-struct JobInFlight {
-    vm_id: u32,
-    ring_idx: u32,
-    user_data: u64,
 }
 
 /// Everything about a context that changes. Guarded by the context's lock.
@@ -163,8 +216,11 @@ pub struct State {
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
     retiring: HashSet<(usize, Asid)>,
-    jobs: HashMap<JobId, JobInFlight>,
-    /// Jobs that have ended and whose records wait.
+    /// Jobs and asynchronous binds that have not ended.
+    pub(crate) timelines: Timelines,
+    /// Binds that have started and wait for pages.
+    pub(crate) populating: Vec<Populating>,
+    /// Of those that have, how many records wait.
     undelivered_jobs: usize,
     pub(crate) waiting: VecDeque<Waiting>,
     pub(crate) memory: Arc<MemoryTable>,
@@ -220,7 +276,8 @@ impl Context {
             throttled: VecDeque::new(),
             invalidations: Invalidations::default(),
             retiring: HashSet::new(),
-            jobs: HashMap::new(),
+            timelines: Timelines::default(),
+            populating: Vec::new(),
             undelivered_jobs: 0,
             waiting: VecDeque::new(),
             memory,
@@ -243,7 +300,7 @@ impl Context {
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    /// Does what had to wait for the lock's release, and then, slice by slice, what GPU VMs want.
+    /// Does what had to wait for the lock's release, and then, slice by slice, what may go on.
     pub(crate) fn settle(self: &Arc<Self>, mut after: After) {
         loop {
             for (device, stop, verdict) in after.resumes {
@@ -254,11 +311,13 @@ impl Context {
             {
                 guest.announce(self);
             }
-            if !after.populate {
+            if !after.more {
                 return;
             }
             after = After::default();
-            self.populate(&mut self.lock(), &mut after);
+            let mut state = self.lock();
+            self.populate(&mut state, &mut after);
+            self.advance(&mut state, &mut after);
         }
     }
     /// Invalidations done so far.
@@ -309,20 +368,9 @@ impl Context {
             let Some(vm) = state.vms.get(&vm_id) else { return Err(Error::NoVm(vm_id)) };
             let dev_id = vm.dev_id;
             self.close_vm(&mut state, vm_id, &mut after);
-            let dropped: Vec<JobId> =
-                state.jobs.iter().filter(|(_, job)| job.vm_id == vm_id).map(|(id, _)| *id).collect();
-            for id in dropped {
-                let Some(job) = state.jobs.remove(&id) else { continue };
-                let end = JobEnd {
-                    errno: ECANCELED,
-                    packet: 0,
-                    addr: crate::addr::GpuAddr(0),
-                    access: crate::device::Access::Read,
-                };
-                state.counters.jobs_dropped = state.counters.jobs_dropped.saturating_add(1);
-                state.push_job(id, &job, dev_id, end);
-            }
+            state.cancel_jobs(vm_id, dev_id);
             after.announce = true;
+            after.more = true;
         }
         self.settle(after);
         Ok(())
@@ -343,8 +391,8 @@ impl Context {
     /// Carries out operations, all or none. PROTOCOL 5.3.
     ///
     /// # Errors
-    /// [`Error::NoVm`], [`Error::VmUnusable`] for a MAP, [`Error::TooManyMappings`].
-    pub fn bind(self: &Arc<Self>, vm_id: u32, binds: &[Bind]) -> Result<(), Error> {
+    /// [`Error::NoVm`], [`Error::VmUnusable`] for a MAP, [`Error::TooManyMappings`], [`Error::MirrorBusy`].
+    pub fn bind(self: &Arc<Self>, vm_id: u32, binds: &[Bind]) -> Result<(), Refused> {
         let mut after = After::default();
         let result = self.bind_locked(&mut self.lock(), vm_id, binds, &mut after);
         self.settle(after);
@@ -357,37 +405,45 @@ impl Context {
         vm_id: u32,
         binds: &[Bind],
         after: &mut After,
-    ) -> Result<(), Error> {
+    ) -> Result<(), Refused> {
         let limit = self.limits.mappings;
-        let vm = state.vms.get_mut(&vm_id).ok_or(Error::NoVm(vm_id))?;
-        if vm.state != VmState::Usable && !binds.iter().all(Bind::only_unmaps) {
-            return Err(Error::VmUnusable(vm_id));
+        let most = usize::try_from(limit).unwrap_or(usize::MAX);
+        let refused = |op, error| Refused::at(binds, op, error);
+        let vm = state.vms.get_mut(&vm_id).ok_or(refused(0, Error::NoVm(vm_id)))?;
+        if vm.state != VmState::Usable
+            && let Some(op) = binds.iter().position(Bind::needs_usable)
+        {
+            return Err(refused(op, Error::VmUnusable(vm_id)));
         }
         let (device, asid) = (self.host.device_of(vm.device).as_ref(), vm.asid);
         let all_resident = lacks_faults(device);
         let (mut change, mut wanted) = (Change::default(), Vec::new());
-        for bind in binds {
+        // The operation since which there are too many: a later one may make room again.
+        let mut over = None;
+        for (op, bind) in binds.iter().enumerate() {
             match bind {
                 Bind::Map(va) | Bind::MapImmediate(va) => vm.mappings.map(va.clone(), &mut change),
                 Bind::Unmap(range) => vm.mappings.unmap(*range, &mut change),
                 Bind::UnmapAll(resource_id) => vm.mappings.unmap_blob(*resource_id, &mut change),
                 Bind::Prefetch(_) => {}
             }
+            over = over.or(Some(op)).filter(|_| vm.mappings.len() > most);
             wanted.extend(bind.to_populate(all_resident));
         }
-        if vm.mappings.len() > usize::try_from(limit).unwrap_or(usize::MAX) {
+        if let Some(op) = over {
             vm.mappings.undo(change);
-            return Err(Error::TooManyMappings(limit));
+            return Err(refused(op, Error::TooManyMappings(limit)));
         }
         if all_resident && vm.mappings.pages() > population::MAX_POPULATED_PAGES {
             vm.mappings.undo(change);
-            return Err(Error::TooManyPages(population::MAX_POPULATED_PAGES));
+            return Err(refused(0, Error::TooManyPages(population::MAX_POPULATED_PAGES)));
         }
         let (mut carved, mut zapped) = (Vec::new(), Vec::new());
         change.out_of_mirrors(|range| carved.push(range));
-        if bounded(carved).into_iter().any(|range| device.resident_in(asid, range) > 0) {
+        let is_resident = |range| device.resident_in(asid, range) > 0;
+        if let Some(busy) = bounded(carved).into_iter().find(|range| is_resident(*range)) {
             vm.mappings.undo(change);
-            return Err(Error::MirrorBusy);
+            return Err(Refused::busy(binds, busy, is_resident));
         }
         change.zapped(|range| zapped.push(range));
         let zapped = PageRange::merge(zapped);
@@ -401,56 +457,8 @@ impl Context {
         for cookie in state.faults.cookies_in(vm_id, &zapped) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Retry, after);
         }
-        after.populate = state.wants_population();
+        after.more |= state.has_more();
         Ok(())
-    }
-
-    /// Launches a job. Returns its id. PROTOCOL 5.4.
-    ///
-    /// # Errors
-    /// [`Error::NoVm`], [`Error::VmUnusable`], [`Error::TooManyJobs`], [`Error::Device`].
-    pub fn exec(
-        &self,
-        vm_id: u32,
-        ring_idx: u32,
-        user_data: u64,
-        packets: Vec<Packet>,
-    ) -> Result<JobId, Error> {
-        let mut state = self.lock();
-        let in_flight = state.jobs.len().saturating_add(state.undelivered_jobs);
-        let vm = state.vms.get_mut(&vm_id).ok_or(Error::NoVm(vm_id))?;
-        if vm.state != VmState::Usable {
-            return Err(Error::VmUnusable(vm_id));
-        }
-        if in_flight >= usize::try_from(self.limits.jobs).unwrap_or(usize::MAX) {
-            return Err(Error::TooManyJobs(self.limits.jobs));
-        }
-        let device = self.host.device_of(vm.device);
-        device.check_packets(&packets).map_err(Error::Device)?;
-        let id = self.host.next_job();
-        device.submit(vm.asid, Job { id, ring_idx, packets }).map_err(Error::Device)?;
-        vm.jobs = vm.jobs.saturating_add(1);
-        state.jobs.insert(id, JobInFlight { vm_id, ring_idx, user_data });
-        state.counters.jobs_submitted = state.counters.jobs_submitted.saturating_add(1);
-        Ok(id)
-    }
-
-    /// A device has ended a job.
-    pub(crate) fn on_job_done(self: &Arc<Self>, id: JobId, end: JobEnd) {
-        let mut after = After::default();
-        {
-            let mut state = self.lock();
-            let Some(job) = state.jobs.remove(&id) else { return };
-            let Some(vm) = state.vms.get_mut(&job.vm_id) else { return };
-            vm.jobs = vm.jobs.saturating_sub(1);
-            let dev_id = vm.dev_id;
-            let counters = &mut state.counters;
-            let counter = if end.errno == 0 { &mut counters.jobs_done } else { &mut counters.jobs_failed };
-            *counter = counter.saturating_add(1);
-            state.push_job(id, &job, dev_id, end);
-            after.announce = true;
-        }
-        self.settle(after);
     }
 
     /// Ends the context: pending faults and jobs are dropped, its GPU VMs are destroyed on their devices. Returns
@@ -464,9 +472,10 @@ impl Context {
             for vm_id in vms {
                 self.close_vm(&mut state, vm_id, &mut after);
             }
-            let dropped = u64::try_from(state.jobs.len()).unwrap_or(u64::MAX);
+            let dropped = u64::try_from(state.timelines.len()).unwrap_or(u64::MAX);
             state.counters.jobs_dropped = state.counters.jobs_dropped.saturating_add(dropped);
-            state.jobs.clear();
+            state.timelines = Timelines::default();
+            state.populating.clear();
             state.waiting.clear();
             state.space = AddressSpace::default();
             state.retiring.is_empty()
@@ -537,14 +546,18 @@ impl Context {
         }
     }
 
-    /// Unmaps a blob resource from every GPU VM of the context.
+    /// Unmaps a blob resource from every GPU VM of the context, now and for binds that are queued.
     pub(crate) fn unmap_blob(self: &Arc<Self>, resource_id: u32) {
-        let vms: Vec<u32> = self.lock().vms.keys().copied().collect();
+        let vms: Vec<u32> = {
+            let mut state = self.lock();
+            state.timelines.detach(resource_id);
+            state.vms.keys().copied().collect()
+        };
         for vm_id in vms {
             match self.bind(vm_id, &[Bind::UnmapAll(resource_id)]) {
                 // The session may end meanwhile, and the GPU VM with it.
-                Ok(()) | Err(Error::NoVm(_)) => {}
-                Err(error) => unreachable!("an unmap was refused: {error}"),
+                Ok(()) | Err(Refused { error: Error::NoVm(_), .. }) => {}
+                Err(refused) => unreachable!("an unmap was refused: {}", refused.error),
             }
         }
     }
@@ -591,8 +604,8 @@ impl Context {
                     let value = state.invalidations.done_seq();
                     Some(notice_record(self.notice(EVENT_INVAL_DONE, value, 0), stamp()))
                 }
-                Waiting::Lost(errno) => {
-                    Some(notice_record(self.notice(EVENT_CONTEXT_LOST, 0, errno), stamp()))
+                Waiting::Lost { vm_id, errno } => {
+                    Some(notice_record(self.notice(EVENT_CONTEXT_LOST, vm_id.into(), errno), stamp()))
                 }
             };
         }
@@ -619,19 +632,5 @@ impl Context {
         let state = self.lock();
         let vm = state.vms.get(&vm_id).ok_or(Error::NoVm(vm_id))?;
         Ok(read(vm, self.host.device_of(vm.device).resident_pages(vm.asid)))
-    }
-}
-
-impl State {
-    fn push_job(&mut self, id: JobId, job: &JobInFlight, dev_id: u32, end: JobEnd) {
-        self.undelivered_jobs = self.undelivered_jobs.saturating_add(1);
-        self.waiting.push_back(Waiting::Job(DoneJob {
-            job_id: id.0,
-            user_data: job.user_data,
-            dev_id,
-            vm_id: job.vm_id,
-            ring_idx: job.ring_idx,
-            end,
-        }));
     }
 }

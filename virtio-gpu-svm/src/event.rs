@@ -5,10 +5,11 @@ use crate::device::JobEnd;
 use crate::fault::Pending;
 use crate::protocol::errno::name;
 use crate::protocol::event::{
-    EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, FAULT_LAST_PAGE, FAULT_PASID_VALID, FAULT_PREFETCH,
-    FAULT_REPLAYABLE, FaultRecord, JobRecord, NoticeRecord,
+    EVENT_BIND_DONE, EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, FAULT_LAST_PAGE, FAULT_PASID_VALID,
+    FAULT_PREFETCH, FAULT_REPLAYABLE, FaultRecord, JobRecord, NoticeRecord,
 };
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::timeline::Timeline;
 use zerocopy::{Immutable, IntoBytes};
 
 /// The bytes of one record.
@@ -19,27 +20,34 @@ pub type Record = [u8; EVENT_RECORD_BYTES];
 pub enum Waiting {
     /// A pending fault, by cookie.
     Fault(u64),
-    /// A job's end.
+    /// The end of a job or of an asynchronous bind.
     Job(DoneJob),
     /// Invalidations are done; the sequence is read when the record is written.
     InvalDone,
-    /// The context or one of its GPU VMs was lost.
-    Lost(i32),
+    /// A GPU VM has become unusable.
+    Lost {
+        /// It.
+        vm_id: u32,
+        /// Why: positive errno.
+        errno: i32,
+    },
 }
 
-/// A job that has ended.
+/// A job or an asynchronous bind that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DoneJob {
-    /// From the EXEC reply.
+    /// Whether it was a bind.
+    pub bind: bool,
+    /// From the reply.
     pub job_id: u64,
-    /// From the EXEC request.
+    /// From the request.
     pub user_data: u64,
     /// The guest's number of the device.
     pub dev_id: u32,
-    /// The GPU VM.
-    pub vm_id: u32,
-    /// Its timeline.
-    pub ring_idx: u32,
+    /// Where it had its turn.
+    pub timeline: Timeline,
+    /// The point that it had promised, or 0.
+    pub point: u64,
     /// How it ended.
     pub end: JobEnd,
 }
@@ -105,20 +113,22 @@ pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, nth: u64, stamp: 
 
 /// PROTOCOL 7.3.
 pub fn job_record(ctx_id: u32, job: &DoneJob, stamp: Stamp) -> Record {
+    let accessed = job.end.errno != 0 && !job.bind;
     bytes(&JobRecord {
-        kind: EVENT_JOB_DONE.into(),
+        kind: if job.bind { EVENT_BIND_DONE } else { EVENT_JOB_DONE }.into(),
         ctx_id: ctx_id.into(),
         job_id: job.job_id.into(),
         user_data: job.user_data.into(),
         dev_id: job.dev_id.into(),
-        vm_id: job.vm_id.into(),
+        vm_id: job.timeline.vm_id.into(),
         status: job.end.errno.saturating_neg().into(),
         packet: job.end.packet.into(),
         addr: job.end.addr.0.into(),
-        perm: if job.end.errno == 0 { 0 } else { u32::from(job.end.access.perm()) }.into(),
-        ring_idx: job.ring_idx.into(),
+        perm: if accessed { u32::from(job.end.access.perm()) } else { 0 }.into(),
+        ring_idx: job.timeline.ring_idx.into(),
         timestamp: stamp.timestamp.into(),
         sequence: stamp.sequence.into(),
+        point: job.point.into(),
         ..JobRecord::default()
     })
 }

@@ -450,7 +450,7 @@ impl Context {
                 vm.state == gpu_vm::State::Usable && matches!(outcome, Outcome::Answered | Outcome::Dropped);
             vm.population.answered(hope.then(|| pending.range()));
         }
-        after.populate |= state.wants_population();
+        after.more |= state.has_more();
         let now = self.host.now_ns();
         self.host.traces.push(FaultTrace {
             time_ns: pending.raised_ns,

@@ -340,6 +340,8 @@ pub enum State {
     Unusable {
         /// Positive errno.
         errno: i32,
+        /// The bind operation that it is about, or 0.
+        op: u32,
         /// The GPU address it is about, or 0.
         addr: u64,
     },

@@ -75,7 +75,7 @@ pub struct ContextStatus {
     pub inval_done_seq: u64,
     /// Faults that wait for the guest.
     pub pending_faults: usize,
-    /// Jobs in flight.
+    /// Jobs and asynchronous binds in flight.
     pub jobs: usize,
     /// Its GPU VMs, one a device at most (C side).
     pub vms: Vec<VmStatus>,
@@ -101,7 +101,7 @@ pub struct ContextSummary {
     pub resident_pages: u64,
     /// Faults that wait for the guest.
     pub pending_faults: usize,
-    /// Jobs in flight.
+    /// Jobs and asynchronous binds in flight.
     pub jobs: usize,
     /// Its GPU VMs, one a device at most (C side).
     pub vms: Vec<VmSummary>,
@@ -261,13 +261,13 @@ pub struct Counters {
     pub runs_refused: u64,
     /// Invalidations accepted.
     pub invalidations: u64,
-    /// Jobs accepted.
+    /// Jobs and asynchronous binds accepted.
     pub jobs_submitted: u64,
-    /// Jobs that ended well.
+    /// Of these, those that ended well.
     pub jobs_done: u64,
-    /// Jobs that ended with an error.
+    /// Those that ended with an error.
     pub jobs_failed: u64,
-    /// Jobs dropped with their context or GPU VM.
+    /// Those dropped with their context or GPU VM.
     pub jobs_dropped: u64,
 }
 

@@ -17,7 +17,7 @@ use crate::sync::Arc;
 use std::collections::VecDeque;
 
 /// Most ranges of a GPU VM that are dropped one by one.
-const ONE_BY_ONE: usize = 64;
+pub(crate) const ONE_BY_ONE: usize = 64;
 
 /// What engines still have to pass before an invalidation is done.
 #[derive(Debug)]
@@ -101,7 +101,7 @@ impl Context {
         }
         state.invalidations.begin(seq, flushes);
         state.counters.invalidations = state.counters.invalidations.saturating_add(1);
-        after.populate = state.wants_population();
+        after.more |= state.has_more();
         seq
     }
 

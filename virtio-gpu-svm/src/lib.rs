@@ -47,3 +47,5 @@ pub mod population;
 pub mod resource;
 #[cfg(feature = "device")]
 mod sync;
+#[cfg(feature = "device")]
+pub mod timeline;

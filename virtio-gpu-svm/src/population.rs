@@ -11,10 +11,11 @@
 
 use crate::addr::{GpuAddr, PageRange};
 use crate::address_space::LEAF_PAGES;
-use crate::context::{After, Context, State};
-use crate::device::{Device, FaultModel, Flush};
+use crate::context::{After, Bind, Context, State};
+use crate::device::{Device, FaultModel, Flush, JobId};
 use crate::fault::{self, Prefetch};
 use crate::gpu_vm::{self, Behind, GpuVm};
+use crate::host::Host;
 use crate::invalidation::bounded;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::EFAULT;
@@ -86,6 +87,15 @@ impl Population {
     }
 }
 
+/// An asynchronous bind that has been applied and ends when its GPU VM has all that it wants.
+#[derive(Debug)]
+pub(crate) struct Populating {
+    pub(crate) vm_id: u32,
+    pub(crate) id: JobId,
+    /// Operations with the GPU pages that they name, to say which one failed.
+    pub(crate) operations: Vec<(u32, PageRange)>,
+}
+
 /// Whether jobs of a device must find everything bound.
 pub(crate) fn lacks_faults(device: &dyn Device) -> bool {
     device.info().fault_model == FaultModel::None
@@ -142,15 +152,30 @@ impl Context {
     /// Lets the GPU VMs look for what they want: what was taken away elsewhere may be had again.
     pub(crate) fn refill(self: &Arc<Self>) {
         let mut after = After::default();
-        after.populate = self.lock().wants_population();
+        after.more = self.lock().has_more();
         self.settle(after);
     }
 
-    /// Works off a slice of what the GPU VMs of the context want. `after` says whether there is more.
+    /// Works off a slice of what the GPU VMs of the context want, and ends binds that have all they asked for. `after`
+    /// says whether there is more.
     pub(crate) fn populate(&self, state: &mut State, after: &mut After) {
+        self.populate_slice(state, after);
+        self.end_populated(state, after);
+    }
+
+    /// Ends the binds that wait for pages no more.
+    pub(crate) fn end_populated(&self, state: &mut State, after: &mut After) {
+        while let Some(at) = state.populating.iter().position(|bind| state.is_over(bind)) {
+            let bind = state.populating.swap_remove(at);
+            let dead = state.vms.get(&bind.vm_id).map(|vm| vm.state);
+            self.end_bind(state, bind.id, dead, after);
+        }
+    }
+
+    fn populate_slice(&self, state: &mut State, after: &mut After) {
         let next = state.vms.iter().find(|(_, vm)| vm.population.can_go_on());
         let Some(vm_id) = next.map(|(vm_id, _)| *vm_id) else { return };
-        after.populate = true;
+        after.more = true;
         let mut left = SLICE_PAGES;
         while left > 0 {
             let step = state.next_step(vm_id, left);
@@ -247,9 +272,33 @@ impl Context {
 }
 
 impl State {
-    /// Whether something can be done for a GPU VM that wants pages.
-    pub(crate) fn wants_population(&self) -> bool {
+    /// Whether something can be done for a GPU VM that wants pages, or for a bind that waited for them.
+    pub(crate) fn has_more(&self) -> bool {
         self.vms.values().any(|vm| vm.population.can_go_on())
+            || self.populating.iter().any(|bind| self.is_over(bind))
+    }
+    /// An asynchronous bind has been applied: whether it ends only when its GPU VM has what it wants.
+    pub(crate) fn waits_for_pages(&mut self, host: &Host, vm_id: u32, id: JobId, binds: &[Bind]) -> bool {
+        let Some(vm) = self.vms.get(&vm_id).filter(|vm| !vm.population.is_complete()) else { return false };
+        let all = lacks_faults(host.device_of(vm.device).as_ref());
+        let wanted = |(op, bind): (u32, &Bind)| Some((op, bind.to_populate(all)?));
+        let operations: Vec<_> = (0..).zip(binds).filter_map(wanted).collect();
+        let waits = !operations.is_empty();
+        if waits {
+            self.populating.push(Populating { vm_id, id, operations });
+        }
+        waits
+    }
+    /// The operation that wants a page, of those that are waited for; else 0.
+    pub(crate) fn operation_at(&self, vm_id: u32, page: u64) -> u32 {
+        let binds = self.populating.iter().filter(|bind| bind.vm_id == vm_id);
+        let mut operations = binds.flat_map(|bind| &bind.operations);
+        operations.find(|(_, range)| range.contains(page)).map_or(0, |(op, _)| *op)
+    }
+    /// Whether a bind waits for pages no more: they are there, or will never be.
+    fn is_over(&self, bind: &Populating) -> bool {
+        let vm = self.vms.get(&bind.vm_id);
+        vm.is_none_or(|vm| vm.population.is_complete() || vm.state != gpu_vm::State::Usable)
     }
 
     /// Finds what to do about the beginning of the last wanted range; for a bind, collects at most `most` pages and a

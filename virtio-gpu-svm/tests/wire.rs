@@ -7,7 +7,10 @@ use virtio_gpu_svm::protocol::control::{
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EventHdr, FaultRecord, JobRecord, NoticeRecord};
 use virtio_gpu_svm::protocol::gpu::{CtrlHdr, CtxCreate, MemEntry, ResourceCreateBlob};
 use virtio_gpu_svm::protocol::job::{OP_CHASE, Packet};
-use virtio_gpu_svm::protocol::request::{BIND_OP_MAP_USERPTR, BIND_READONLY, BindOp, Exec, ReqHdr, RspHdr};
+use virtio_gpu_svm::protocol::request::{
+    BIND_OP_MAP_USERPTR, BIND_READONLY, BindOp, Exec, FencePoint, ReqHdr, RspHdr, VM_BIND_ASYNC, VmBind,
+    VmBindRsp, VmProperty,
+};
 use virtio_gpu_svm::protocol::{SVM_MAGIC, SvmConfig};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -148,10 +151,12 @@ fn requests_and_packets() {
             vm_id: 1.into(),
             ring_idx: 2.into(),
             num_packets: 1.into(),
-            flags: 0.into(),
+            num_waits: 3.into(),
             user_data: 0xabcd.into(),
+            signal: 0x1_0000_0005.into(),
         },
-        "03000000 48000000 08000000 10000000 01000000 02000000 01000000 00000000 cdab000000000000",
+        "03000000 48000000 08000000 10000000 01000000 02000000 01000000 03000000 cdab000000000000
+         0500000001000000",
     );
     golden(
         Packet {
@@ -164,6 +169,52 @@ fn requests_and_packets() {
         },
         "05000000 00000000 0001000000000000 0002000000000000 0000000000000000 0a00000000000000 ffffffffffffffff
          0000000000000000 0000000000000000",
+    );
+}
+
+#[test]
+fn fences_and_binds_in_turn() {
+    let hdr = ReqHdr { cmd: 3.into(), len: 120.into(), seqno: 8.into(), rsp_off: 16.into() };
+    golden(
+        VmBind {
+            hdr,
+            vm_id: 1.into(),
+            num_binds: 2.into(),
+            flags: VM_BIND_ASYNC.into(),
+            ring_idx: 4.into(),
+            num_waits: 5.into(),
+            reserved: 0.into(),
+            user_data: 0xabcd.into(),
+            signal: 6.into(),
+        },
+        "03000000 78000000 08000000 10000000 01000000 02000000 01000000 04000000 05000000 00000000
+         cdab000000000000 0600000000000000",
+    );
+    golden(
+        FencePoint { vm_id: 1.into(), ring_idx: 2.into(), seqno: 0x1_0000_0003.into() },
+        "01000000 02000000 0300000001000000",
+    );
+    let rsp = RspHdr { len: 24.into(), seqno: 8.into(), ..RspHdr::default() };
+    golden(
+        VmBindRsp { hdr: rsp, job_id: 0x1122.into() },
+        "18000000 08000000 00000000 00000000 2211000000000000",
+    );
+    golden(
+        VmProperty {
+            hdr: rsp,
+            state: 1.into(),
+            first_errno: (-28).into(),
+            error_addr: 0xc000.into(),
+            resident_pages: 2.into(),
+            num_mappings: 3.into(),
+            num_jobs: 4.into(),
+            pending_faults: 5.into(),
+            asid: 6.into(),
+            dev_id: 7.into(),
+            error_op: 8.into(),
+        },
+        "18000000 08000000 00000000 00000000 01000000 e4ffffff 00c0000000000000 0200000000000000
+         03000000 04000000 05000000 06000000 07000000 08000000",
     );
 }
 
@@ -217,11 +268,12 @@ fn records() {
             ring_idx: 4.into(),
             timestamp: 6.into(),
             sequence: 42.into(),
+            point: 0x1_0000_0007.into(),
             ..JobRecord::default()
         },
         "02000000 01000000 0800000000000000 0900000000000000 01000000 02000000 eaffffff 03000000
          00d0000000000000 01000000 04000000 0600000000000000 2a00000000000000
-         000000000000000000000000000000000000000000000000",
+         0700000001000000 00000000000000000000000000000000",
     );
     let notice =
         NoticeRecord { kind: 3.into(), ctx_id: 1.into(), value: 12.into(), ..NoticeRecord::default() };

@@ -84,6 +84,7 @@ fn daemon_with_context() -> (Server, Arc<Guest>) {
             hdr: req::<VmBind>(SVM_REQ_VM_BIND, size_of::<BindOp>()),
             vm_id: vm_id.into(),
             num_binds: 1.into(),
+            ..VmBind::default()
         };
         let op = BindOp {
             op: BIND_OP_MAP_USERPTR.into(),

@@ -1,27 +1,40 @@
-//! A job that was launched, and how it ended.
+//! A job or an asynchronous bind that was launched, and how it ended.
 
 use super::{Connection, Error, Result};
+use std::fmt;
 use std::sync::{Arc, PoisonError};
 use virtio_gpu_svm::protocol::errno;
-use virtio_gpu_svm::protocol::event::{JobRecord, PERM_ATOMIC, PERM_WRITE};
+use virtio_gpu_svm::protocol::event::{EVENT_BIND_DONE, JobRecord, PERM_ATOMIC, PERM_WRITE};
 
-/// A job that ended with an error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "packet {packet} failed at GPU address {addr:#x} ({}): {}{}",
-    access_name(*.access),
-    errno::name(*.errno),
-    advice(*.errno)
-)]
+/// A job or an asynchronous bind that ended with an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JobError {
+    /// Whether it was a bind.
+    pub bind: bool,
     /// Positive errno.
     pub errno: i32,
-    /// Index of the packet.
+    /// Index of the packet, or of the bind's operation.
     pub packet: u32,
-    /// GPU address of the access.
+    /// GPU address of the access, or of the operation.
     pub addr: u64,
-    /// `PERM_*` of the access.
+    /// `PERM_*` of the access; of a bind 0.
     pub access: u32,
+}
+
+impl std::error::Error for JobError {}
+
+impl fmt::Display for JobError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { errno, packet, addr, .. } = *self;
+        let name = errno::name(errno);
+        if self.bind {
+            let advice = bind_advice(errno);
+            write!(f, "operation {packet} failed at GPU address {addr:#x}: {name}{advice}")
+        } else {
+            let (access, advice) = (access_name(self.access), advice(errno));
+            write!(f, "packet {packet} failed at GPU address {addr:#x} ({access}): {name}{advice}")
+        }
+    }
 }
 
 fn access_name(access: u32) -> &'static str {
@@ -43,7 +56,18 @@ fn advice(errno: i32) -> &'static str {
     }
 }
 
-/// A job that was launched. Dropping it forgets how it ends.
+fn bind_advice(errno: i32) -> &'static str {
+    match errno {
+        errno::ENOSPC => "; the GPU VM would have too many mappings, and is unusable now",
+        errno::EBUSY => "; a mirror window has pages there, and the GPU VM is unusable now",
+        errno::EACCES => "; its blob was detached meanwhile, and the GPU VM is unusable now",
+        errno::EPIPE => "; the GPU VM had become unusable: make a new one",
+        errno::ECANCELED => "; the context or GPU VM was destroyed meanwhile",
+        _ => "",
+    }
+}
+
+/// A job or an asynchronous bind that was launched. Dropping it forgets how it ends.
 pub struct Job {
     connection: Arc<Connection>,
     job_id: u64,
@@ -69,6 +93,7 @@ impl Job {
         match record.status.get() {
             0 => Ok(()),
             status => Err(Error::Job(JobError {
+                bind: record.kind.get() == EVENT_BIND_DONE,
                 errno: -status,
                 packet: record.packet.get(),
                 addr: record.addr.get(),

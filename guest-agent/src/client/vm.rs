@@ -1,12 +1,12 @@
 //! A GPU VM: the context's address space on one device (the C side).
 
-use super::{Connection, Error, Job, Result};
+use super::{Connection, Error, FencePoint, Job, Result};
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::{
     BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
     RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, SVM_REQ_VM_GET_PROPERTY,
-    VmBind, VmCreate, VmCreateRsp, VmProperty, VmRef,
+    VM_BIND_ASYNC, VmBind, VmBindRsp, VmCreate, VmCreateRsp, VmProperty, VmRef,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -141,15 +141,14 @@ impl Vm {
         self.bind(&[op])
     }
 
-    /// Changes mappings; all of `ops` take effect or none.
+    /// Changes mappings at once; all of `ops` take effect or none. [`Submission::bind`] does it in turn with jobs.
     ///
     /// # Errors
     /// What the device says; `detail` is the index of the operation.
     pub fn bind(&self, ops: &[BindOp]) -> Result<()> {
-        let count = u32::try_from(ops.len()).unwrap_or(u32::MAX);
-        let request = VmBind { vm_id: self.created.vm_id, num_binds: count.into(), ..VmBind::default() };
+        let request = VmBind { vm_id: self.created.vm_id, num_binds: count(ops).into(), ..VmBind::default() };
         let (head, ops) = (request.as_bytes(), ops.as_bytes());
-        request_one::<RspHdr>(&self.connection, "VM_BIND", SVM_REQ_VM_BIND, head, ops).map(|_| ())
+        request_one::<VmBindRsp>(&self.connection, "VM_BIND", SVM_REQ_VM_BIND, head, ops).map(|_| ())
     }
 
     /// Launches packets on a timeline. Jobs of one ring run in order, rings run side by side.
@@ -157,17 +156,18 @@ impl Vm {
     /// # Errors
     /// What the device says. What goes wrong while it runs is told by [`Job::wait`].
     pub fn exec(&self, ring_idx: u32, packets: &[Packet], user_data: u64) -> Result<Job> {
-        let count = u32::try_from(packets.len()).unwrap_or(u32::MAX);
-        let request = Exec {
-            vm_id: self.created.vm_id,
-            ring_idx: ring_idx.into(),
-            num_packets: count.into(),
-            user_data: user_data.into(),
-            ..Exec::default()
-        };
-        let (head, packets) = (request.as_bytes(), packets.as_bytes());
-        let reply: ExecRsp = request_one(&self.connection, "EXEC", SVM_REQ_EXEC, head, packets)?;
-        Ok(Job::new(self.connection.clone(), reply.job_id.get()))
+        self.submit(ring_idx).user_data(user_data).exec(packets)
+    }
+
+    /// Begins work that waits for points or promises one:
+    /// `vm.submit(0).wait(other.point(1, 7)).signal(3).exec(&packets)`.
+    pub fn submit(&self, ring_idx: u32) -> Submission<'_> {
+        Submission { vm: self, ring_idx, waits: Vec::new(), signal: 0, user_data: 0 }
+    }
+
+    /// A point of one of its timelines, to be waited for once it has been promised.
+    pub fn point(&self, ring_idx: u32, seqno: u64) -> FencePoint {
+        FencePoint { vm_id: self.created.vm_id, ring_idx: ring_idx.into(), seqno: seqno.into() }
     }
 
     /// Its state.
@@ -188,6 +188,83 @@ impl Vm {
         request_one::<RspHdr>(&self.connection, "VM_DESTROY", SVM_REQ_VM_DESTROY, request.as_bytes(), &[])
             .map(|_| ())
     }
+}
+
+/// Work for a ring of a GPU VM, not yet submitted. What is submitted to a ring takes effect in that order.
+#[must_use = "nothing is submitted before `exec` or `bind`"]
+pub struct Submission<'a> {
+    vm: &'a Vm,
+    ring_idx: u32,
+    waits: Vec<FencePoint>,
+    signal: u64,
+    user_data: u64,
+}
+
+impl Submission<'_> {
+    /// Does not start before a point is reached, which must have been promised already ([`Vm::point`]).
+    pub fn wait(mut self, point: FencePoint) -> Self {
+        self.waits.push(point);
+        self
+    }
+
+    /// Promises a point of the ring, greater than the last one; it is reached when this work has ended.
+    pub fn signal(self, seqno: u64) -> Self {
+        Self { signal: seqno, ..self }
+    }
+
+    /// A value of the program's own, repeated in the record of the end.
+    pub fn user_data(self, user_data: u64) -> Self {
+        Self { user_data, ..self }
+    }
+
+    /// Launches packets.
+    ///
+    /// # Errors
+    /// What the device says; `detail` is the index of the packet or point. What goes wrong while it runs is told by
+    /// [`Job::wait`].
+    pub fn exec(self, packets: &[Packet]) -> Result<Job> {
+        let request = Exec {
+            vm_id: self.vm.created.vm_id,
+            ring_idx: self.ring_idx.into(),
+            num_packets: count(packets).into(),
+            num_waits: count(&self.waits).into(),
+            user_data: self.user_data.into(),
+            signal: self.signal.into(),
+            ..Exec::default()
+        };
+        let lists = [self.waits.as_bytes(), packets.as_bytes()].concat();
+        let connection = &self.vm.connection;
+        let reply: ExecRsp = request_one(connection, "EXEC", SVM_REQ_EXEC, request.as_bytes(), &lists)?;
+        Ok(Job::new(connection.clone(), reply.job_id.get()))
+    }
+
+    /// Changes mappings in turn with what else is submitted to the ring; all of `ops` take effect or none. Where that
+    /// fails, the GPU VM becomes unusable, and [`Job::wait`] tells the operation.
+    ///
+    /// # Errors
+    /// What the device says of the operations and points themselves.
+    pub fn bind(self, ops: &[BindOp]) -> Result<Job> {
+        let request = VmBind {
+            vm_id: self.vm.created.vm_id,
+            num_binds: count(ops).into(),
+            flags: VM_BIND_ASYNC.into(),
+            ring_idx: self.ring_idx.into(),
+            num_waits: count(&self.waits).into(),
+            user_data: self.user_data.into(),
+            signal: self.signal.into(),
+            ..VmBind::default()
+        };
+        let lists = [self.waits.as_bytes(), ops.as_bytes()].concat();
+        let connection = &self.vm.connection;
+        let reply: VmBindRsp =
+            request_one(connection, "VM_BIND", SVM_REQ_VM_BIND, request.as_bytes(), &lists)?;
+        Ok(Job::new(connection.clone(), reply.job_id.get()))
+    }
+}
+
+/// As a request says it; a list that is too long is refused by its length.
+fn count<T>(list: &[T]) -> u32 {
+    u32::try_from(list.len()).unwrap_or(u32::MAX)
 }
 
 /// Sends one request and returns its reply. `request` opens with a header that is filled in here.

@@ -22,8 +22,8 @@ use virtio_gpu_svm::protocol::control::{
     HelloResp, InvalidateResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO, VIRTIO_GPU_CMD_SVM_INVALIDATE,
 };
 use virtio_gpu_svm::protocol::event::{
-    EVENT_FAULT, EVENT_INVAL_DONE, EVENT_JOB_DONE, EVENT_RECORD_BYTES, EventHdr, FaultRecord, JobRecord,
-    NoticeRecord,
+    EVENT_BIND_DONE, EVENT_FAULT, EVENT_INVAL_DONE, EVENT_JOB_DONE, EVENT_RECORD_BYTES, EventHdr,
+    FaultRecord, JobRecord, NoticeRecord,
 };
 use virtio_gpu_svm::protocol::gpu::CtrlHdr;
 use virtio_gpu_svm::protocol::{CONTROLQ, EVENTQ, NUM_QUEUES, SVM_CONFIG_OFFSET, SvmConfig};
@@ -142,7 +142,7 @@ impl Response {
 pub enum Event {
     /// A device fault that waits for an answer.
     Fault(FaultRecord),
-    /// A job's end.
+    /// The end of a job or an asynchronous bind.
     Job(JobRecord),
     /// Anything else; the kind may be unknown.
     Notice(NoticeRecord),
@@ -596,7 +596,7 @@ impl SvmDevice {
             let Ok(notice) = NoticeRecord::read_from_bytes(record) else { continue };
             let event = match notice.kind.get() {
                 EVENT_FAULT => FaultRecord::read_from_bytes(record).ok().map(Event::Fault),
-                EVENT_JOB_DONE => JobRecord::read_from_bytes(record).ok().map(Event::Job),
+                EVENT_JOB_DONE | EVENT_BIND_DONE => JobRecord::read_from_bytes(record).ok().map(Event::Job),
                 _ => Some(Event::Notice(notice)),
             };
             if let Some(event) = event {

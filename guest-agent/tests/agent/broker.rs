@@ -1,7 +1,7 @@
 //! Processes at the broker, over real sockets: the library, and messages that no library would send.
 
 use crate::agent::Bench;
-use crate::mock::eventually;
+use crate::mock::{FULL, eventually};
 use crate::virtqueue::Random;
 use guest_agent::agent::{AgentOptions, AgentStatus, LedgerReport};
 use guest_agent::broker::{AdminRequest, Broker, BrokerOptions, ask_admin};
@@ -11,6 +11,9 @@ use guest_agent::socket::MessageSocket;
 use std::path::PathBuf;
 use virtio_gpu_svm::protocol::event::EVENT_JOB_DONE;
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::request::{
+    BIND_OP_MAP_USERPTR, BindOp, Exec, FencePoint, VM_BIND_ASYNC, VmBind,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 struct Served {
@@ -95,6 +98,49 @@ fn program_runs_a_job_on_its_own_memory() {
     vm.destroy().unwrap();
     arena.free().unwrap();
     eventually("released", || served.bench.memory.released.lock().unwrap().len() == 1);
+}
+
+fn userptr(gpu: u64) -> BindOp {
+    let (addr, range) = (gpu.into(), 4096.into());
+    BindOp { op: BIND_OP_MAP_USERPTR.into(), addr, range, ..BindOp::default() }
+}
+
+#[test]
+fn submission_carries_its_points_before_its_list() {
+    let served = Served::new(AgentOptions::default());
+    let vm = served.client().vm(0).unwrap();
+    let points = [vm.point(1, 7), vm.point(63, u64::MAX)];
+    let waiting = || vm.submit(3).wait(points[0]).wait(points[1]).signal(5).user_data(6);
+    waiting().exec(&[Packet::default()]).unwrap().wait().unwrap();
+    let mut bind = waiting().bind(&[userptr(0x1000), userptr(0x2000)]).unwrap();
+    let end = bind.record().unwrap();
+    assert_eq!((end.job_id.get(), end.point.get(), end.user_data.get()), (bind.id(), 5, 6));
+    let sent = served.bench.mock.script(|script| script.submissions.clone());
+    let (exec, lists) = Exec::read_from_prefix(&sent[1]).unwrap();
+    assert_eq!((exec.ring_idx.get(), exec.num_waits.get(), exec.signal.get()), (3, 2, 5));
+    assert_eq!(lists, [points.as_bytes(), Packet::default().as_bytes()].concat());
+    let (bind, lists) = VmBind::read_from_prefix(&sent[2]).unwrap();
+    assert_eq!((bind.ring_idx.get(), bind.flags.get()), (3, VM_BIND_ASYNC));
+    assert_eq!((bind.num_waits.get(), bind.num_binds.get(), bind.signal.get()), (2, 2, 5));
+    assert_eq!(lists.len(), 2 * size_of::<FencePoint>() + 2 * size_of::<BindOp>());
+}
+
+#[test]
+fn failed_bind_names_its_operation_and_leaves_the_connection() {
+    let served = Served::new(AgentOptions::default());
+    let vm = served.client().vm(0).unwrap();
+    match vm.submit(0).bind(&[userptr(0x1000), userptr(FULL)]).unwrap().wait() {
+        Err(Error::Job(error)) => {
+            assert!(error.bind);
+            assert_eq!((error.errno, error.packet, error.addr), (28, 1, FULL));
+            let text = error.to_string();
+            assert!(text.starts_with("operation 1 failed at GPU address 0xf0000: ENOSPC; "), "{text}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // One GPU VM is dead; jobs of others still end.
+    vm.exec(0, &[Packet::default()], 0).unwrap().wait().unwrap();
+    vm.exec(0, &[Packet::default()], 0).unwrap().wait().unwrap();
 }
 
 #[test]

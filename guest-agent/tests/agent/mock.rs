@@ -262,7 +262,8 @@ impl Script {
                 response.extend_from_slice(rsp.as_bytes());
             }
             SVM_REQ_EXEC => {
-                let (exec, packets) = Exec::read_from_prefix(payload).unwrap();
+                let (exec, lists) = Exec::read_from_prefix(payload).unwrap();
+                let packets = &lists[exec.num_waits.get() as usize * size_of::<FencePoint>()..];
                 let packet = Packet::read_from_prefix(packets).unwrap().0;
                 let status = if packet.opcode.get() == OP_NOP { 0 } else { -14 };
                 let job_id = self.submissions.len() as u64;
@@ -279,9 +280,47 @@ impl Script {
                 self.records.push_back(job.as_bytes().to_vec());
                 response.extend_from_slice(ExecRsp { hdr: hdr(24), job_id: job_id.into() }.as_bytes());
             }
+            SVM_REQ_VM_BIND => {
+                let (bind, lists) = VmBind::read_from_prefix(payload).unwrap();
+                let in_turn = bind.flags.get() & VM_BIND_ASYNC != 0;
+                let job_id = if in_turn { self.submissions.len() as u64 } else { 0 };
+                if in_turn {
+                    let ops = &lists[bind.num_waits.get() as usize * size_of::<FencePoint>()..];
+                    self.end_bind(ctx_id, job_id, &bind, <[BindOp]>::ref_from_bytes(ops).unwrap());
+                }
+                response.extend_from_slice(VmBindRsp { hdr: hdr(24), job_id: job_id.into() }.as_bytes());
+            }
             _ => response.extend_from_slice(hdr(16).as_bytes()),
         }
         response
+    }
+}
+
+/// What cannot be mapped in turn.
+pub const FULL: u64 = 0xf_0000;
+
+impl Script {
+    /// A bind in turn fails at an operation on [`FULL`], and its GPU VM with it.
+    fn end_bind(&mut self, ctx_id: u32, job_id: u64, bind: &VmBind, ops: &[BindOp]) {
+        let failed = ops.iter().position(|op| op.addr.get() == FULL);
+        let status = if failed.is_some() { -28 } else { 0 };
+        let end = JobRecord {
+            kind: EVENT_BIND_DONE.into(),
+            ctx_id: ctx_id.into(),
+            job_id: job_id.into(),
+            user_data: bind.user_data,
+            vm_id: bind.vm_id,
+            status: status.into(),
+            packet: (failed.unwrap_or(0) as u32).into(),
+            addr: failed.map_or(0, |_| FULL).into(),
+            ring_idx: bind.ring_idx,
+            point: bind.signal,
+            ..JobRecord::default()
+        };
+        self.records.push_back(end.as_bytes().to_vec());
+        if failed.is_some() {
+            self.notice(EVENT_CONTEXT_LOST, ctx_id, bind.vm_id.get().into());
+        }
     }
 }
 

@@ -9,11 +9,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::errno;
-use virtio_gpu_svm::protocol::event::{EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord};
+use virtio_gpu_svm::protocol::event::{EVENT_BIND_DONE, EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord};
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::{
-    BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
-    RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, VmBind, VmCreate, VmCreateRsp,
+    BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, FencePoint,
+    ReqHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, VM_BIND_ASYNC, VmBind, VmBindRsp, VmCreate,
+    VmCreateRsp,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -27,6 +28,17 @@ pub struct GpuVm {
     pub vm_id: u32,
     /// Its id in the device's fault reports.
     pub asid: u32,
+}
+
+/// A place on a timeline: of whom it waits, and what it promises.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Turn<'a> {
+    /// The ring.
+    pub ring_idx: u32,
+    /// Points that must be reached before.
+    pub waits: &'a [FencePoint],
+    /// The point that is reached afterwards, or 0.
+    pub signal: u64,
 }
 
 /// A process.
@@ -46,7 +58,7 @@ struct JobSink(Sender<JobRecord>);
 impl EventSink for JobSink {
     fn push(&self, record: &[u8; EVENT_RECORD_BYTES]) {
         if let Ok(job) = JobRecord::read_from_bytes(record)
-            && job.kind.get() == EVENT_JOB_DONE
+            && [EVENT_JOB_DONE, EVENT_BIND_DONE].contains(&job.kind.get())
         {
             // A process that has gone does not wait for its jobs.
             self.0.send(job).ok();
@@ -200,8 +212,9 @@ impl SimulatedProcess {
 
     fn vm_bind(&self, dev_id: u32, op: BindOp) -> Result<()> {
         let hdr = header::<VmBind>(SVM_REQ_VM_BIND, size_of::<BindOp>())?;
-        let request = VmBind { hdr, vm_id: self.vm(dev_id)?.vm_id.into(), num_binds: 1.into() };
-        self.request::<RspHdr>(&request, op.as_bytes()).map(drop)
+        let vm_id = self.vm(dev_id)?.vm_id.into();
+        let request = VmBind { hdr, vm_id, num_binds: 1.into(), ..VmBind::default() };
+        self.request::<VmBindRsp>(&request, op.as_bytes()).map(drop)
     }
 
     /// Launches a job. Returns its id.
@@ -209,18 +222,62 @@ impl SimulatedProcess {
     /// # Errors
     /// The device refused.
     pub fn exec(&self, dev_id: u32, ring_idx: u32, user_data: u64, packets: &[Packet]) -> Result<u64> {
-        let request = Exec {
-            hdr: header::<Exec>(SVM_REQ_EXEC, size_of_val(packets))?,
-            vm_id: self.vm(dev_id)?.vm_id.into(),
-            ring_idx: ring_idx.into(),
-            num_packets: u32::try_from(packets.len())?.into(),
-            flags: 0.into(),
-            user_data: user_data.into(),
-        };
-        Ok(self.request::<ExecRsp>(&request, packets.as_bytes())?.job_id.get())
+        self.exec_in_turn(dev_id, Turn { ring_idx, ..Turn::default() }, user_data, packets)
     }
 
-    /// Waits for the next job of this process to end, well or not.
+    /// Launches a job that waits for points and promises one. Returns its id.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn exec_in_turn(
+        &self,
+        dev_id: u32,
+        turn: Turn<'_>,
+        user_data: u64,
+        packets: &[Packet],
+    ) -> Result<u64> {
+        let lists = [turn.waits.as_bytes(), packets.as_bytes()].concat();
+        let request = Exec {
+            hdr: header::<Exec>(SVM_REQ_EXEC, lists.len())?,
+            vm_id: self.vm(dev_id)?.vm_id.into(),
+            ring_idx: turn.ring_idx.into(),
+            num_packets: u32::try_from(packets.len())?.into(),
+            num_waits: u32::try_from(turn.waits.len())?.into(),
+            user_data: user_data.into(),
+            signal: turn.signal.into(),
+        };
+        Ok(self.request::<ExecRsp>(&request, &lists)?.job_id.get())
+    }
+
+    /// As [`Self::bind`], in turn with what else is on a ring. Returns the id under which it ends.
+    ///
+    /// # Errors
+    /// The device refused.
+    pub fn bind_in_turn(&self, dev_id: u32, turn: Turn<'_>, ops: &[BindOp]) -> Result<u64> {
+        let lists = [turn.waits.as_bytes(), ops.as_bytes()].concat();
+        let request = VmBind {
+            hdr: header::<VmBind>(SVM_REQ_VM_BIND, lists.len())?,
+            vm_id: self.vm(dev_id)?.vm_id.into(),
+            num_binds: u32::try_from(ops.len())?.into(),
+            flags: VM_BIND_ASYNC.into(),
+            ring_idx: turn.ring_idx.into(),
+            num_waits: u32::try_from(turn.waits.len())?.into(),
+            signal: turn.signal.into(),
+            ..VmBind::default()
+        };
+        Ok(self.request::<VmBindRsp>(&request, &lists)?.job_id.get())
+    }
+
+    /// A point of its GPU VM on a device.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn point(&self, dev_id: u32, ring_idx: u32, seqno: u64) -> Result<FencePoint> {
+        let vm_id = self.vm(dev_id)?.vm_id.into();
+        Ok(FencePoint { vm_id, ring_idx: ring_idx.into(), seqno: seqno.into() })
+    }
+
+    /// Waits for the next job or asynchronous bind of this process to end, well or not.
     ///
     /// # Errors
     /// None ends.

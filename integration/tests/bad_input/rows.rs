@@ -11,7 +11,7 @@ use virtio_gpu_svm::protocol::job::{OP_FILL, OP_NOP, Packet};
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::protocol::{
     GUEST_VA_END, MAX_BINDS, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_PACKETS, MAX_REQUESTS, MAX_RINGS,
-    MAX_RUNS, PAGE_SIZE, VERSION_MAJOR,
+    MAX_RUNS, MAX_WAITS, PAGE_SIZE, VERSION_MAJOR,
 };
 use zerocopy::{Immutable, IntoBytes};
 
@@ -366,7 +366,39 @@ fn vm_ref(cmd: u32, vm_id: u32) -> VmRef {
 
 fn vm_bind(vm_id: u32, num_binds: u32, ops: &[BindOp]) -> Vec<u8> {
     let hdr = request_header(SVM_REQ_VM_BIND, size_of::<VmBind>() + size_of_val(ops));
-    bytes(&VmBind { hdr, vm_id: vm_id.into(), num_binds: num_binds.into() }, ops.as_bytes())
+    let bind = VmBind { hdr, vm_id: vm_id.into(), num_binds: num_binds.into(), ..VmBind::default() };
+    bytes(&bind, ops.as_bytes())
+}
+
+/// A bind of one operation behind its points.
+fn waiting_bind(change: impl FnOnce(&mut VmBind), waits: &[FencePoint]) -> Vec<u8> {
+    let rest = [waits.as_bytes(), userptr().as_bytes()].concat();
+    let bind = VmBind {
+        hdr: request_header(SVM_REQ_VM_BIND, size_of::<VmBind>() + rest.len()),
+        vm_id: 1.into(),
+        num_binds: 1.into(),
+        flags: VM_BIND_ASYNC.into(),
+        num_waits: u32::try_from(waits.len()).unwrap().into(),
+        ..VmBind::default()
+    };
+    bytes(&with(bind, change), &rest)
+}
+
+/// A job of one packet behind its points.
+fn waiting_job(waits: &[FencePoint]) -> Vec<u8> {
+    let rest = [waits.as_bytes(), nop().as_bytes()].concat();
+    let exec = Exec {
+        hdr: request_header(SVM_REQ_EXEC, size_of::<Exec>() + rest.len()),
+        vm_id: 1.into(),
+        num_packets: 1.into(),
+        num_waits: u32::try_from(waits.len()).unwrap().into(),
+        ..Exec::default()
+    };
+    bytes(&exec, &rest)
+}
+
+fn point(vm_id: u32, ring_idx: u32, seqno: u64) -> FencePoint {
+    FencePoint { vm_id: vm_id.into(), ring_idx: ring_idx.into(), seqno: seqno.into() }
 }
 
 fn exec(change: impl FnOnce(&mut Exec), packets: &[Packet]) -> Vec<u8> {
@@ -396,6 +428,8 @@ pub fn good_payloads(_scene: &Scene) -> Vec<(&'static str, Vec<u8>)> {
         ("VM_CREATE", bytes(&vm_create(1), &[])),
         ("VM_BIND", vm_bind(1, 2, &[userptr(), userptr()])),
         ("EXEC", exec(|_| {}, &[nop(), nop()])),
+        ("EXEC that waits", waiting_job(&[point(1, 0, 0), point(1, MAX_RINGS - 1, 0)])),
+        ("VM_BIND in turn", waiting_bind(|bind| bind.signal = 1.into(), &[point(1, 0, 0)])),
         ("VM_GET_PROPERTY", bytes(&vm_ref(SVM_REQ_VM_GET_PROPERTY, 1), &[])),
         ("VM_DESTROY", bytes(&vm_ref(SVM_REQ_VM_DESTROY, 2), &[])),
     ]
@@ -424,6 +458,7 @@ pub fn requests(_scene: &Scene) -> Vec<Row> {
     }
     rows.extend(bad_binds());
     rows.extend(bad_jobs());
+    rows.extend(bad_points());
     rows
 }
 
@@ -540,6 +575,56 @@ fn bad_binds() -> Vec<Row> {
     rows
 }
 
+/// Nothing was ever promised here.
+fn bad_points() -> Vec<Row> {
+    let mut rows = vec![];
+    let points = [
+        ("a point that nobody has promised", EINVAL, point(1, 0, 1)),
+        ("the largest point", EINVAL, point(1, MAX_RINGS - 1, u64::MAX)),
+        ("a ring too many", EINVAL, point(1, MAX_RINGS, 0)),
+        ("no GPU VM", ENOENT, point(0, 0, 0)),
+        ("another context's GPU VM", ENOENT, point(2, 0, 0)),
+    ];
+    for (name, errno, bad) in points {
+        let waits = [point(1, 0, 0), bad];
+        rows.push(row(&format!("EXEC that waits for {name}"), errno, submit(1, &waiting_job(&waits))));
+        let bind = waiting_bind(|_| {}, &waits);
+        rows.push(row(&format!("VM_BIND that waits for {name}"), errno, submit(1, &bind)));
+    }
+    let many = vec![point(1, 0, 0); MAX_WAITS as usize + 1];
+    let own = |name: &str, errno, payload: Vec<u8>| row(name, errno, submit(1, &payload));
+    let mut fenced = submit(1, &waiting_bind(|_| {}, &[]));
+    fenced[4..8].copy_from_slice(&VIRTIO_GPU_FLAG_FENCE.to_le_bytes());
+    let more = exec(|e| e.num_waits = 1.into(), &[nop()]);
+    rows.extend([
+        own("EXEC that waits for too many points", EINVAL, waiting_job(&many)),
+        own("VM_BIND that waits for too many points", EINVAL, waiting_bind(|_| {}, &many)),
+        own("EXEC of more points than there are", EINVAL, more),
+        own("EXEC of the most points", EINVAL, exec(|e| e.num_waits = u32::MAX.into(), &[nop()])),
+        own("VM_BIND with an unknown flag", EINVAL, waiting_bind(|b| b.flags = 3.into(), &[])),
+        own("VM_BIND with reserved field", EINVAL, waiting_bind(|b| b.reserved = 1.into(), &[])),
+        own("VM_BIND on a ring too many", EINVAL, waiting_bind(|b| b.ring_idx = MAX_RINGS.into(), &[])),
+        own("VM_BIND at once that waits", EINVAL, waiting_bind(|b| b.flags = 0.into(), &[point(1, 0, 0)])),
+        own(
+            "VM_BIND at once that promises",
+            EINVAL,
+            waiting_bind(|b| (b.flags, b.signal) = (0.into(), 1.into()), &[]),
+        ),
+        own(
+            "VM_BIND at once on a ring",
+            EINVAL,
+            waiting_bind(|b| (b.flags, b.ring_idx) = (0.into(), 1.into()), &[]),
+        ),
+        own(
+            "VM_BIND at once with user data",
+            EINVAL,
+            waiting_bind(|b| (b.flags, b.user_data) = (0.into(), 1.into()), &[]),
+        ),
+        row("fenced bind in turn", EOPNOTSUPP, fenced),
+    ]);
+    rows
+}
+
 fn bad_jobs() -> Vec<Row> {
     let own = |name: &str, errno, payload: Vec<u8>| row(name, errno, submit(1, &payload));
     let packet = |change: fn(&mut Packet)| exec(|_| {}, &[nop(), with(nop(), change)]);
@@ -549,7 +634,6 @@ fn bad_jobs() -> Vec<Row> {
         own("EXEC of more packets than there are", EINVAL, exec(|e| e.num_packets = 2.into(), &[nop()])),
         own("EXEC of the most packets", EINVAL, exec(|e| e.num_packets = u32::MAX.into(), &[nop()])),
         own("EXEC on a ring too many", EINVAL, exec(|e| e.ring_idx = MAX_RINGS.into(), &[nop()])),
-        own("EXEC with a flag", EINVAL, exec(|e| e.flags = 1.into(), &[nop()])),
         own("EXEC in no GPU VM", ENOENT, exec(|e| e.vm_id = 0.into(), &[nop()])),
         own("EXEC in another context's GPU VM", ENOENT, exec(|e| e.vm_id = 2.into(), &[nop()])),
         own("packet of an unknown opcode", EINVAL, packet(|p| p.opcode = 9.into())),

@@ -18,8 +18,8 @@ use virtio_gpu_svm::protocol::gpu::{
 };
 use virtio_gpu_svm::protocol::job::{OP_FILL, Packet};
 use virtio_gpu_svm::protocol::request::{
-    BIND_OP_MAP_USERPTR, BindOp, Exec, ExecRsp, ReqHdr, RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND,
-    SVM_REQ_VM_CREATE, VmBind, VmCreate, VmCreateRsp,
+    BIND_OP_MAP_USERPTR, BindOp, Exec, ExecRsp, ReqHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE,
+    VmBind, VmBindRsp, VmCreate, VmCreateRsp,
 };
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -218,6 +218,7 @@ fn make_vm(guest: &mut RawGuest, ctx_id: u32, dev_id: u32) -> u32 {
         hdr: request_header(SVM_REQ_VM_BIND, size_of::<VmBind>() + size_of::<BindOp>()),
         vm_id,
         num_binds: 1.into(),
+        ..VmBind::default()
     };
     let op = BindOp {
         op: BIND_OP_MAP_USERPTR.into(),
@@ -226,7 +227,7 @@ fn make_vm(guest: &mut RawGuest, ctx_id: u32, dev_id: u32) -> u32 {
         obj_offset: A.into(),
         ..BindOp::default()
     };
-    guest.request::<RspHdr>(ctx_id, &bind, op.as_bytes()).unwrap();
+    guest.request::<VmBindRsp>(ctx_id, &bind, op.as_bytes()).unwrap();
     vm_id.get()
 }
 

@@ -5,13 +5,14 @@
 //! reply area; that the reply fits is checked before the request takes effect.
 
 use super::bind::BindRules;
-use super::{Error, Result, whole, with_list, zero};
+use super::fence::{Waits, launch, with_waits};
+use super::{Error, Result, whole, zero};
 use crate::context::Context;
 use crate::gpu_vm::State;
 use crate::guest::Guest;
 use crate::protocol::job::Packet;
 use crate::protocol::request::*;
-use crate::protocol::{MAX_BINDS, MAX_PACKETS, MAX_REQUESTS, MAX_RESPONSE_BYTES, MAX_RINGS};
+use crate::protocol::{MAX_BINDS, MAX_PACKETS, MAX_REQUESTS, MAX_RESPONSE_BYTES};
 use crate::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -85,39 +86,58 @@ impl Submission<'_> {
     }
 
     fn vm_bind(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
-        let (request, ops) =
-            with_list::<VmBind, BindOp>(bytes, |request| request.num_binds.get(), MAX_BINDS)?;
+        let Waits { request, waits, list: ops } =
+            with_waits::<VmBind, BindOp>(bytes, |request| (request.num_waits, request.num_binds), MAX_BINDS)?;
         if ops.is_empty() {
             return Err(Error::Count);
         }
-        area.reserve::<RspHdr>(hdr)?;
+        let flags = request.flags.get();
+        zero(request.reserved.get() == 0 && flags & !VM_BIND_ASYNC == 0)?;
+        let launch = if flags & VM_BIND_ASYNC == 0 {
+            let VmBind { ring_idx, user_data, signal, .. } = request;
+            zero(ring_idx.get() == 0 && user_data.get() == 0 && signal.get() == 0 && waits.is_empty())?;
+            None
+        } else if self.fenced {
+            return Err(Error::Unsupported);
+        } else {
+            let line = (request.vm_id, request.ring_idx);
+            Some(launch(line, request.user_data, request.signal, waits)?)
+        };
+        area.reserve::<VmBindRsp>(hdr)?;
         let vm_id = request.vm_id.get();
         let device = self.context.vm_property(vm_id, |vm, _| vm.device)?;
         let device = self.guest.host().device_of(device).info();
         let rules = BindRules { guest: self.guest, ctx_id: self.context.ctx_id, device };
         let binds = rules.check(ops)?;
-        self.context.bind(vm_id, &binds)?;
-        area.put(hdr, RspHdr::default());
+        let job_id = match launch {
+            Some(launch) => self.context.bind_async(launch, binds)?.0,
+            None => {
+                let bound = self.context.bind(vm_id, &binds);
+                bound.map_err(|refused| Error::from(refused.error).at(refused.op))?;
+                0
+            }
+        };
+        area.put(hdr, VmBindRsp { job_id: job_id.into(), ..VmBindRsp::default() });
         Ok(())
     }
 
     fn exec(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
-        let (request, packets) =
-            with_list::<Exec, Packet>(bytes, |request| request.num_packets.get(), MAX_PACKETS)?;
-        zero(request.flags.get() == 0)?;
+        let Waits { request, waits, list: packets } = with_waits::<Exec, Packet>(
+            bytes,
+            |request| (request.num_waits, request.num_packets),
+            MAX_PACKETS,
+        )?;
         if packets.is_empty() {
             return Err(Error::Count);
         }
-        if request.ring_idx.get() >= MAX_RINGS {
-            return Err(Error::Value);
-        }
+        let line = (request.vm_id, request.ring_idx);
+        let launch = launch(line, request.user_data, request.signal, waits)?;
         // A response held back until a job is done would break the order of responses; the job's record tells.
         if self.fenced {
             return Err(Error::Unsupported);
         }
         area.reserve::<ExecRsp>(hdr)?;
-        let (vm_id, ring_idx) = (request.vm_id.get(), request.ring_idx.get());
-        let job = self.context.exec(vm_id, ring_idx, request.user_data.get(), packets.to_vec())?;
+        let job = self.context.exec(launch, packets.to_vec())?;
         area.put(hdr, ExecRsp { job_id: job.0.into(), ..ExecRsp::default() });
         Ok(())
     }
@@ -128,9 +148,9 @@ impl Submission<'_> {
         area.reserve::<VmProperty>(hdr)?;
         let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let property = self.context.vm_property(request.vm_id.get(), |vm, resident_pages| {
-            let (state, errno, addr) = match vm.state {
-                State::Usable => (VM_USABLE, 0, 0),
-                State::Unusable { errno, addr } => (VM_UNUSABLE, errno, addr),
+            let (state, errno, op, addr) = match vm.state {
+                State::Usable => (VM_USABLE, 0, 0, 0),
+                State::Unusable { errno, op, addr } => (VM_UNUSABLE, errno, op, addr),
             };
             VmProperty {
                 state: state.into(),
@@ -142,6 +162,7 @@ impl Submission<'_> {
                 pending_faults: count(vm.pending_faults).into(),
                 asid: vm.asid.0.into(),
                 dev_id: vm.dev_id.into(),
+                error_op: op.into(),
                 ..VmProperty::default()
             }
         })?;

@@ -35,7 +35,7 @@ impl Context {
             inval_seq: state.space.seq(),
             inval_done_seq: state.invalidations.done_seq(),
             pending_faults: state.faults.count(),
-            jobs: state.jobs.len(),
+            jobs: state.timelines.len(),
             vms: state
                 .vms
                 .iter()
@@ -59,7 +59,7 @@ impl Context {
             known_pages: state.space.known_pages(),
             resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
             pending_faults: state.faults.count(),
-            jobs: state.jobs.len(),
+            jobs: state.timelines.len(),
             vms,
             counters: state.counters,
         }

@@ -197,17 +197,28 @@ impl Context {
         page: u64,
         after: &mut After,
     ) {
+        let addr = page << crate::protocol::PAGE_SHIFT;
+        let op = state.operation_at(vm_id, page);
+        self.spoil(state, vm_id, gpu_vm::State::Unusable { errno, op, addr }, after);
+    }
+
+    /// The same, for an error that is known to the operation; the first one stays.
+    pub(crate) fn spoil(&self, state: &mut State, vm_id: u32, dead: gpu_vm::State, after: &mut After) {
+        let gpu_vm::State::Unusable { errno, .. } = dead else { return };
         let Some(vm) = state.vms.get_mut(&vm_id).filter(|vm| vm.state == gpu_vm::State::Usable) else {
             return;
         };
-        vm.state = gpu_vm::State::Unusable { errno, addr: page << crate::protocol::PAGE_SHIFT };
+        vm.state = dead;
+        state.timelines.wake_vm(vm_id);
         let others = state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]);
         for cookie in others {
             self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EPIPE), after);
         }
         self.give_up_population(state, vm_id);
-        state.waiting.push_back(crate::event::Waiting::Lost(errno));
+        self.end_populated(state, after);
+        state.waiting.push_back(crate::event::Waiting::Lost { vm_id, errno });
         after.announce = true;
+        after.more = true;
     }
 }
 

@@ -12,12 +12,14 @@ pub const EVENT_FAULT: u32 = 1;
 pub const EVENT_JOB_DONE: u32 = 2;
 /// Record kind: [`NoticeRecord`], invalidations of `ctx_id` are done up to `value`.
 pub const EVENT_INVAL_DONE: u32 = 3;
-/// Record kind: [`NoticeRecord`], the context was lost for `status`; it must be destroyed.
+/// Record kind: [`NoticeRecord`], GPU VM `value` of the context became unusable for `status`; 0 is the whole context.
 pub const EVENT_CONTEXT_LOST: u32 = 4;
 /// Record kind: [`NoticeRecord`], no engine can use anything of the destroyed context `ctx_id` any more.
 pub const EVENT_CONTEXT_RETIRED: u32 = 5;
 /// Record kind: [`NoticeRecord`], no engine can use anything of incarnations before `value` any more.
 pub const EVENT_QUIET: u32 = 6;
+/// Record kind: [`JobRecord`], the end of an asynchronous bind.
+pub const EVENT_BIND_DONE: u32 = 7;
 
 /// [`FaultRecord::flags`]: `asid` and `vm_id` are valid (iommufd's value).
 pub const FAULT_PASID_VALID: u32 = 1 << 0;
@@ -105,15 +107,15 @@ wire! {
     }
 }
 wire! {
-    /// A job's end.
+    /// The end of a job or of an asynchronous bind.
     JobRecord, 96 {
-        /// [`EVENT_JOB_DONE`].
+        /// [`EVENT_JOB_DONE`] or [`EVENT_BIND_DONE`].
         kind: U32,
         /// Its context.
         ctx_id: U32,
-        /// From the EXEC reply.
+        /// From the reply.
         job_id: U64,
-        /// From the EXEC request.
+        /// From the request.
         user_data: U64,
         /// The host device.
         dev_id: U32,
@@ -121,11 +123,11 @@ wire! {
         vm_id: U32,
         /// 0 or a negative errno.
         status: I32,
-        /// The packet that failed.
+        /// The packet or bind operation that failed.
         packet: U32,
         /// The GPU address that failed.
         addr: U64,
-        /// `PERM_*` of the access that failed.
+        /// `PERM_*` of the access that failed; of a bind 0.
         perm: U32,
         /// Its timeline.
         ring_idx: U32,
@@ -133,8 +135,10 @@ wire! {
         timestamp: U64,
         /// Sequence of this record.
         sequence: U64,
+        /// The point that it had promised, reached now; or 0.
+        point: U64,
         /// Zero.
-        reserved: [U64; 3],
+        reserved: [U64; 2],
     }
 }
 wire! {

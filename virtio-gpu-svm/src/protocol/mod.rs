@@ -83,6 +83,8 @@ pub const MAX_REQUESTS: usize = 256;
 pub const MAX_BLOB_ENTRIES: u32 = 65_536;
 /// Most mappings of one GPU VM.
 pub const MAX_MAPPINGS: u32 = 65_536;
+/// Most points that one job or asynchronous bind waits for.
+pub const MAX_WAITS: u32 = 64;
 /// Timelines (rings) of a GPU VM: `ring_idx` is below this.
 pub const MAX_RINGS: u32 = 64;
 

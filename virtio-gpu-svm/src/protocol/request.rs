@@ -38,6 +38,9 @@ pub const BIND_CPU_ADDR_MIRROR: u32 = 1 << 5;
 /// [`BindOp::flags`] of a MAP or MAP_USERPTR: the GPU may execute.
 pub const BIND_EXEC: u32 = 1 << 16;
 
+/// [`VmBind::flags`]: takes its turn on a ring, and ends with a record.
+pub const VM_BIND_ASYNC: u32 = 1 << 0;
+
 /// [`VmProperty::state`]: works.
 pub const VM_USABLE: u32 = 0;
 /// [`VmProperty::state`]: only UNMAP, DESTROY and GET_PROPERTY work.
@@ -109,14 +112,46 @@ wire! {
     }
 }
 wire! {
-    /// `VM_BIND`; [`BindOp`] follow. All of them take effect or none.
-    VmBind, 24 {
+    /// A point of a timeline: reached when the job or bind that promised it has ended. PROTOCOL 5.6.
+    FencePoint, 16 {
+        /// The GPU VM.
+        vm_id: U32,
+        /// Its ring, below [`super::MAX_RINGS`].
+        ring_idx: U32,
+        /// The point; every timeline begins at 0, which is reached.
+        seqno: U64,
+    }
+}
+wire! {
+    /// `VM_BIND`; `num_waits` [`FencePoint`], then `num_binds` [`BindOp`] follow. All operations take effect or none.
+    VmBind, 56 {
         /// Header.
         hdr: ReqHdr,
         /// The GPU VM.
         vm_id: U32,
-        /// Operations that follow.
+        /// Operations that follow the points.
         num_binds: U32,
+        /// `VM_BIND_*`. Without [`VM_BIND_ASYNC`] all that follows here is zero.
+        flags: U32,
+        /// Timeline, below [`super::MAX_RINGS`].
+        ring_idx: U32,
+        /// Points that it waits for, at most [`super::MAX_WAITS`].
+        num_waits: U32,
+        /// Zero.
+        reserved: U32,
+        /// The process' own value, echoed in the record.
+        user_data: U64,
+        /// The point of its timeline that it promises, or 0.
+        signal: U64,
+    }
+}
+wire! {
+    /// The reply to [`VmBind`].
+    VmBindRsp, 24 {
+        /// Header.
+        hdr: RspHdr,
+        /// Names the asynchronous bind within the context; 0: it has taken effect.
+        job_id: U64,
     }
 }
 wire! {
@@ -142,20 +177,23 @@ wire! {
     }
 }
 wire! {
-    /// `EXEC`; [`super::job::Packet`] follow. Jobs of one ring run in order, rings run side by side.
-    Exec, 40 {
+    /// `EXEC`; `num_waits` [`FencePoint`], then `num_packets` [`super::job::Packet`] follow. Jobs and asynchronous binds
+    /// of one ring take effect in order, rings run side by side.
+    Exec, 48 {
         /// Header.
         hdr: ReqHdr,
         /// The GPU VM.
         vm_id: U32,
         /// Timeline, below [`super::MAX_RINGS`].
         ring_idx: U32,
-        /// Packets that follow, at least 1.
+        /// Packets that follow the points, at least 1.
         num_packets: U32,
-        /// Zero.
-        flags: U32,
+        /// Points that it waits for, at most [`super::MAX_WAITS`].
+        num_waits: U32,
         /// The process' own value, echoed in the job's record.
         user_data: U64,
+        /// The point of its timeline that it promises, or 0.
+        signal: U64,
     }
 }
 wire! {
@@ -182,7 +220,7 @@ wire! {
         resident_pages: U64,
         /// Mappings.
         num_mappings: U32,
-        /// Jobs in flight.
+        /// Jobs and asynchronous binds in flight.
         num_jobs: U32,
         /// Faults that wait for the guest.
         pending_faults: U32,
@@ -190,7 +228,7 @@ wire! {
         asid: U32,
         /// The host device.
         dev_id: U32,
-        /// Zero.
-        reserved: U32,
+        /// Index of the bind operation that made it unusable, else 0.
+        error_op: U32,
     }
 }

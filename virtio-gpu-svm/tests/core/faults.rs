@@ -210,7 +210,7 @@ fn failure_makes_only_that_gpu_vm_unusable() {
     let cookie = faults(&w)[0].cookie.get();
     assert_eq!(w.respond(1, cookie, PAGE_RESP_FAILURE, &[]), 0);
     assert!(matches!(w.devices[0].verdict(stop), Some(Verdict::Fail(_))));
-    assert_eq!(notices(&w), [(EVENT_CONTEXT_LOST, 1, 0)]);
+    assert_eq!(notices(&w), [(EVENT_CONTEXT_LOST, 1, vm.into())]);
     assert_eq!(w.bind(1, vm, &[map(C, A, 1)]), -EPIPE);
     assert_eq!(w.bind(1, vm, &[unmap(C, 64)]), 0);
     assert_eq!(w.exec(1, vm), -EPIPE);

@@ -4,6 +4,7 @@
 mod deadlines;
 mod ends;
 mod faults;
+mod fences;
 mod kinds;
 mod mirrors;
 mod mock;

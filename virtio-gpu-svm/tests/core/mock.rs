@@ -135,7 +135,20 @@ impl MockDevice {
         }
     }
     pub fn end_job(&self, host: &Host, errno: i32) {
-        let (asid, job) = self.told().jobs.remove(0);
+        let first = self.told().jobs[0].1;
+        self.end(host, first.0, errno);
+    }
+    /// Jobs that it was given and has not ended, in the order in which they came.
+    pub fn jobs(&self) -> Vec<u64> {
+        self.told().jobs.iter().map(|(_, job)| job.0).collect()
+    }
+    /// A job that it was given ends.
+    pub fn end(&self, host: &Host, job: u64, errno: i32) {
+        let (asid, job) = {
+            let mut told = self.told();
+            let at = told.jobs.iter().position(|(_, id)| id.0 == job).unwrap();
+            told.jobs.remove(at)
+        };
         host.job_done(
             self.index,
             asid,

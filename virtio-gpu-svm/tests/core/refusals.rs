@@ -12,7 +12,7 @@ use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::protocol::{
     CAPSET_SVM, GUEST_VA_END, MAX_BINDS, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_PACKETS, MAX_REQUESTS,
-    MAX_RINGS, MAX_RUNS,
+    MAX_RINGS, MAX_RUNS, MAX_WAITS,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -460,12 +460,35 @@ fn property(vm_id: u32) -> Vec<u8> {
     request(SVM_REQ_VM_GET_PROPERTY, body.as_bytes(), &[])
 }
 fn vm_bind(ops: &[BindOp]) -> Vec<u8> {
-    let body = VmBind { vm_id: VM.into(), num_binds: (ops.len() as u32).into(), ..VmBind::default() };
-    request(SVM_REQ_VM_BIND, body.as_bytes(), ops.as_bytes())
+    vm_bind_with(0, &[], ops)
+}
+fn vm_bind_with(flags: u32, waits: &[FencePoint], ops: &[BindOp]) -> Vec<u8> {
+    let body = VmBind {
+        vm_id: VM.into(),
+        num_binds: (ops.len() as u32).into(),
+        flags: flags.into(),
+        num_waits: (waits.len() as u32).into(),
+        ..VmBind::default()
+    };
+    request(SVM_REQ_VM_BIND, body.as_bytes(), &[waits.as_bytes(), ops.as_bytes()].concat())
 }
 fn exec(packets: usize) -> Vec<u8> {
-    let body = Exec { vm_id: VM.into(), num_packets: (packets as u32).into(), ..Exec::default() };
-    request(SVM_REQ_EXEC, body.as_bytes(), vec![Packet::default(); packets].as_bytes())
+    exec_with(0, 0, &[], packets)
+}
+fn exec_with(ring_idx: u32, signal: u64, waits: &[FencePoint], packets: usize) -> Vec<u8> {
+    let body = Exec {
+        vm_id: VM.into(),
+        ring_idx: ring_idx.into(),
+        num_packets: (packets as u32).into(),
+        num_waits: (waits.len() as u32).into(),
+        signal: signal.into(),
+        ..Exec::default()
+    };
+    let packets = vec![Packet::default(); packets];
+    request(SVM_REQ_EXEC, body.as_bytes(), &[waits.as_bytes(), packets.as_bytes()].concat())
+}
+fn point(vm_id: u32, ring_idx: u32, seqno: u64) -> FencePoint {
+    FencePoint { vm_id: vm_id.into(), ring_idx: ring_idx.into(), seqno: seqno.into() }
 }
 fn map_blob(resource_id: u32) -> BindOp {
     let op = map(C + 0x10_0000, PAGE, 2);
@@ -535,10 +558,22 @@ fn bind_requests() {
     let (first, second) = (map(C + 0x20_0000, A, 1), map(C + 0x30_0000, A, 2));
     let good = vm_bind(&[first, second]);
     each_request_shape(w, "VM_BIND", &good);
-    let op = AT + 24 + 48;
+    let op = AT + size_of::<VmBind>() + 48;
     let whole = submit_of(MINE, &good);
-    let count = U32("num_binds", AT + 20, vec![0, 1, 3, MAX_BINDS, MAX_BINDS + 1, u32::MAX], EINVAL);
-    each_field(w, "VM_BIND", &whole, &[no_vm(), count]);
+    let fields = [
+        no_vm(),
+        U32("num_binds", AT + 20, vec![0, 1, 3, MAX_BINDS, MAX_BINDS + 1, u32::MAX], EINVAL),
+        U32("flags", AT + 24, vec![2, 1 << 31, u32::MAX], EINVAL),
+        // Without ASYNC there is neither a ring nor a point.
+        U32("ring_idx", AT + 28, vec![1, MAX_RINGS, u32::MAX], EINVAL),
+        U32("num_waits", AT + 32, vec![1, MAX_WAITS, MAX_WAITS + 1, u32::MAX], EINVAL),
+        U32("reserved", AT + 36, vec![1], EINVAL),
+        U64("user_data", AT + 40, vec![1, u64::MAX], EINVAL),
+        U64("signal", AT + 48, vec![1, u64::MAX], EINVAL),
+    ];
+    each_field(w, "VM_BIND", &whole, &fields);
+    let waiting = vm_bind_with(0, &[point(VM, 0, 0)], &[first, second]);
+    refused(w, "VM_BIND that waits", &submit_of(MINE, &waiting), EINVAL);
     // Each is wrong in its second operation: the first must not stand.
     let fields = [
         U32("op", op, vec![3, 4, u32::MAX], EINVAL),
@@ -571,6 +606,26 @@ fn bind_requests() {
     ];
     each_field(w, "UNMAP", &unmapping, &fields);
 
+    let many: Vec<_> = (0..LIMITS.mappings.into()).map(|n| map(C + (n + 1) * 0x10_0000, A, 1)).collect();
+    refused(w, "one mapping too many", &submit_of(MINE, &vm_bind(&many)), ENOSPC);
+    let most = vec![first; MAX_BINDS as usize + 1];
+    refused(w, "too many binds", &submit_of(MINE, &vm_bind(&most)), EINVAL);
+    let nothing = vm_bind(&[]);
+    refused(w, "no binds", &submit_of(MINE, &nothing), EINVAL);
+
+    let bad = BindOp { op: 9.into(), ..second };
+    let response = w.send(&submit_of(MINE, &[property(VM), vm_bind(&[first, bad])].concat()));
+    let (resp, rest) = SvmResp::read_from_prefix(&response).unwrap();
+    assert_eq!((resp.status.get(), resp.detail.get()), (-EINVAL, 1), "the request");
+    let (reply, _) = RspHdr::read_from_prefix(rest).unwrap();
+    assert_eq!((reply.ret.get(), reply.detail.get()), (-EINVAL, 1), "the operation");
+}
+
+#[test]
+fn bind_requests_for_pages_before_their_first_touch() {
+    let w = &scene().w;
+    let (first, second) = (map(C + 0x20_0000, A, 1), map(C + 0x30_0000, A, 2));
+    let op = AT + size_of::<VmBind>() + 48;
     let prefetch = submit_of(MINE, &vm_bind(&[first, BindOp { op: BIND_OP_PREFETCH.into(), ..unmap(C, 2) }]));
     let too_many = (MAX_PREFETCH_PAGES + 1) * PAGE;
     let fields = [
@@ -594,20 +649,6 @@ fn bind_requests() {
         U32("resource_id", op + 32, vec![ATTACHED], EINVAL),
     ];
     each_field(w, "NULL", &null, &fields);
-
-    let many: Vec<_> = (0..LIMITS.mappings.into()).map(|n| map(C + (n + 1) * 0x10_0000, A, 1)).collect();
-    refused(w, "one mapping too many", &submit_of(MINE, &vm_bind(&many)), ENOSPC);
-    let most = vec![first; MAX_BINDS as usize + 1];
-    refused(w, "too many binds", &submit_of(MINE, &vm_bind(&most)), EINVAL);
-    let nothing = vm_bind(&[]);
-    refused(w, "no binds", &submit_of(MINE, &nothing), EINVAL);
-
-    let bad = BindOp { op: 9.into(), ..second };
-    let response = w.send(&submit_of(MINE, &[property(VM), vm_bind(&[first, bad])].concat()));
-    let (resp, rest) = SvmResp::read_from_prefix(&response).unwrap();
-    assert_eq!((resp.status.get(), resp.detail.get()), (-EINVAL, 1), "the request");
-    let (reply, _) = RspHdr::read_from_prefix(rest).unwrap();
-    assert_eq!((reply.ret.get(), reply.detail.get()), (-EINVAL, 1), "the operation");
 }
 
 #[test]
@@ -619,7 +660,7 @@ fn exec_requests() {
         no_vm(),
         U32("ring_idx", AT + 20, vec![MAX_RINGS, u32::MAX], EINVAL),
         U32("num_packets", AT + 24, vec![0, 1, 3, MAX_PACKETS, MAX_PACKETS + 1, u32::MAX], EINVAL),
-        U32("flags", AT + 28, vec![1], EINVAL),
+        U32("num_waits", AT + 28, vec![1, MAX_WAITS, MAX_WAITS + 1, u32::MAX], EINVAL),
     ];
     each_field(w, "EXEC", &whole, &fields);
     refused(w, "EXEC of nothing", &submit_of(MINE, &exec(0)), EINVAL);
@@ -629,6 +670,68 @@ fn exec_requests() {
         assert_eq!(w.status(&whole), 0);
     }
     refused(w, "one job too many", &whole, ENOSPC);
+}
+
+/// Fields of a point that stands at `at` in a command, of a GPU VM on whose ring 3 point 7 was promised last.
+fn point_fields(at: usize) -> Vec<Field> {
+    vec![
+        U32("wait's vm_id", at, vec![0, FOREIGN, 99, u32::MAX], ENOENT),
+        U32("wait's ring_idx", at + 4, vec![0, 2, MAX_RINGS - 1, MAX_RINGS, u32::MAX], EINVAL),
+        U64("wait's seqno", at + 8, vec![8, 1 << 32, u64::MAX], EINVAL),
+    ]
+}
+
+#[test]
+fn points() {
+    let w = &scene().w;
+    let with_points = |signal: u64, waits: &[FencePoint]| exec_with(3, signal, waits, 1);
+    assert_eq!(w.status(&submit_of(MINE, &with_points(7, &[]))), 0);
+    // The second wait is wrong: what is behind it would be good.
+    let waits = [point(VM, 3, 7), point(VM, 3, 6), point(VM, 3, 0)];
+    let exec = with_points(9, &waits);
+    let second = AT + size_of::<Exec>() + size_of::<FencePoint>();
+    each_request_shape(w, "EXEC that waits", &exec);
+    let whole = submit_of(MINE, &exec);
+    each_field(w, "EXEC that waits", &whole, &point_fields(second));
+    let backwards = || U64("signal", AT + 40, vec![1, 6, 7], EINVAL);
+    each_field(w, "EXEC that waits", &whole, &[backwards()]);
+
+    let ops = [map(C + 0x20_0000, A, 1), map(C + 0x30_0000, A, 2)];
+    let bind = with(&vm_bind_with(VM_BIND_ASYNC, &waits, &ops), 28, &3_u32.to_le_bytes());
+    let second = AT + size_of::<VmBind>() + size_of::<FencePoint>();
+    each_request_shape(w, "VM_BIND in turn", &bind);
+    let whole = submit_of(MINE, &bind);
+    each_field(w, "VM_BIND in turn", &whole, &point_fields(second));
+    let fields = [
+        no_vm(),
+        U32("num_binds", AT + 20, vec![0, 1, 3, MAX_BINDS, MAX_BINDS + 1, u32::MAX], EINVAL),
+        U32("flags", AT + 24, vec![0, 2, 3, 1 << 31, u32::MAX], EINVAL),
+        U32("ring_idx", AT + 28, vec![MAX_RINGS, u32::MAX], EINVAL),
+        U32("num_waits", AT + 32, vec![0, 2, 4, MAX_WAITS, MAX_WAITS + 1, u32::MAX], EINVAL),
+        U32("reserved", AT + 36, vec![1], EINVAL),
+        U64("signal", AT + 48, vec![1, 6, 7], EINVAL),
+    ];
+    each_field(w, "VM_BIND in turn", &whole, &fields);
+    refused(w, "VM_BIND in turn, fenced", &with(&whole, 4, &VIRTIO_GPU_FLAG_FENCE.to_le_bytes()), EOPNOTSUPP);
+    // Its operations are looked at when it is submitted.
+    let op = second + 2 * size_of::<FencePoint>() + size_of::<BindOp>();
+    let fields = [
+        U32("op", op, vec![9, u32::MAX], EINVAL),
+        U64("addr", op + 8, vec![C + 1, SPACE_END, MAX_PAGE], EINVAL),
+        U32("reserved", op + 36, vec![1], EINVAL),
+    ];
+    each_field(w, "VM_BIND in turn", &whole, &fields);
+
+    let most = vec![point(VM, 3, 7); MAX_WAITS as usize];
+    let more = [&most[..], &most[..1]].concat();
+    refused(w, "EXEC that waits for too many", &submit_of(MINE, &with_points(0, &more)), EINVAL);
+    let bad = [point(VM, 3, 7), point(VM, 3, 8)];
+    let response = w.send(&submit_of(MINE, &with_points(0, &bad)));
+    let (_, reply) = SvmResp::read_from_prefix(&response).unwrap();
+    let (reply, _) = RspHdr::read_from_prefix(reply).unwrap();
+    assert_eq!((reply.ret.get(), reply.detail.get()), (-EINVAL, 1), "the wait");
+    assert_eq!(w.status(&submit_of(MINE, &with_points(0, &most))), 0);
+    assert_eq!(w.status(&whole), 0);
 }
 
 #[test]
@@ -654,7 +757,10 @@ fn dead_gpu_vm() {
     refused(w, "MAP_USERPTR", &submit_of(MINE, &vm_bind(&[map(C, A, 1)])), EPIPE);
     refused(w, "MAP", &submit_of(MINE, &vm_bind(&[map_blob(ATTACHED)])), EPIPE);
     refused(w, "EXEC", &submit_of(MINE, &exec(1)), EPIPE);
+    let mapping = vm_bind_with(VM_BIND_ASYNC, &[], &[unmap(C, 1), map(C, A, 1)]);
+    refused(w, "MAP_USERPTR in turn", &submit_of(MINE, &mapping), EPIPE);
     assert_eq!(w.status(&submit_of(MINE, &vm_bind(&[unmap(C, 1)]))), 0);
+    assert_eq!(w.status(&submit_of(MINE, &vm_bind_with(VM_BIND_ASYNC, &[], &[unmap(C, 1)]))), 0);
     assert_eq!(w.status(&submit_of(MINE, &property(VM))), 0);
     assert_eq!(w.status(&submit_of(MINE, &vm_destroy(VM))), 0);
 }
@@ -697,6 +803,8 @@ fn good_commands_are_carried_out() {
         submit_of(MINE, &vm_bind(&[map_blob(ATTACHED)])),
         submit_of(MINE, &vm_bind(&vec![unmap(C, 2); MAX_BINDS as usize])),
         submit_of(MINE, &exec(2)),
+        submit_of(MINE, &exec_with(MAX_RINGS - 1, u64::MAX, &[point(VM, MAX_RINGS - 1, 0)], 1)),
+        submit_of(MINE, &vm_bind_with(VM_BIND_ASYNC, &[], &[map(C + 0x20_0000, A, 1)])),
         submit_of(MINE, &exec(MAX_PACKETS as usize)),
         submit_of(MINE, &vec![property(VM); MAX_REQUESTS].concat()),
     ];

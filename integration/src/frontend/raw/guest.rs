@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::control::{Hello, HelloResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO};
 use virtio_gpu_svm::protocol::event::{
-    EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, EventHdr, FaultRecord, JobRecord, NoticeRecord,
+    EVENT_BIND_DONE, EVENT_FAULT, EVENT_JOB_DONE, EVENT_RECORD_BYTES, EventHdr, FaultRecord, JobRecord,
+    NoticeRecord,
 };
 use virtio_gpu_svm::protocol::gpu::{CmdSubmit, CtrlHdr, VIRTIO_GPU_CMD_SUBMIT_3D};
 use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, VERSION_MAJOR, VERSION_MINOR};
@@ -29,7 +30,7 @@ const RING_SIZE: u16 = 64;
 pub enum Record {
     /// A fault.
     Fault(FaultRecord),
-    /// A job's end.
+    /// The end of a job or an asynchronous bind.
     Job(JobRecord),
     /// Anything else.
     Notice(NoticeRecord),
@@ -253,7 +254,9 @@ impl RawGuest {
             let read = |_| anyhow::anyhow!("a short record");
             self.records.push(match kind.get() {
                 EVENT_FAULT => Record::Fault(FaultRecord::read_from_bytes(record).map_err(|_| read(()))?),
-                EVENT_JOB_DONE => Record::Job(JobRecord::read_from_bytes(record).map_err(|_| read(()))?),
+                EVENT_JOB_DONE | EVENT_BIND_DONE => {
+                    Record::Job(JobRecord::read_from_bytes(record).map_err(|_| read(()))?)
+                }
                 _ => Record::Notice(NoticeRecord::read_from_bytes(record).map_err(|_| read(()))?),
             });
         }

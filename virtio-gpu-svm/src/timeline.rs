@@ -1,0 +1,407 @@
+//! Timelines: what may start when. One for each ring of each GPU VM of a context.
+//!
+//! Owned by [`crate::context::Context`], under its lock; knows neither devices nor mappings. An *item* is a job or an
+//! asynchronous bind. It is *queued* until its turn has come and the points it waits for are reached, then *started*
+//! (on the device, or applied) until it has ended, and ends are told in the order of the ring, whatever the order in
+//! which a device reports them. A job starts behind started jobs, because devices keep a ring's order; a bind starts
+//! when nothing before it is left, and nothing starts behind a bind that has not ended.
+//!
+//! A *point* is promised by an item and reached by its end. Only points that are promised can be waited for, so waits
+//! lead from later submissions to earlier ones, and no loop can be built.
+//!
+//! Only the front of a ring's queue waits, and for one point at a time. So a point that is reached wakes at most one
+//! queue a ring, found by the timeline it waits for; who is awake is *ready*, and is looked at by whoever next has the
+//! lock, a slice at a time ([`Timelines::take_ready`]).
+
+use crate::context::Bind;
+use crate::device::{JobEnd, JobId};
+use crate::gpu_vm::Backing;
+use crate::protocol::job::Packet;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+/// A ring of a GPU VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Timeline {
+    /// The GPU VM in the context.
+    pub vm_id: u32,
+    /// The ring in it.
+    pub ring_idx: u32,
+}
+
+/// A point of a timeline. Timelines begin at 0, which is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Point {
+    /// Whose.
+    pub timeline: Timeline,
+    /// How far.
+    pub seqno: u64,
+}
+
+/// Why points were refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A promise that is not beyond the last one.
+    #[error("point {signal} is promised after {promised}: timelines do not go backwards")]
+    Backwards {
+        /// Promised now.
+        signal: u64,
+        /// Promised last.
+        promised: u64,
+    },
+    /// A point of a GPU VM that is not this context's.
+    #[error("wait {index} names a GPU VM that is not this context's")]
+    NoVm {
+        /// Which wait.
+        index: u32,
+    },
+    /// A point that nobody has promised.
+    #[error("wait {index} names a point that nobody has promised")]
+    Future {
+        /// Which wait.
+        index: u32,
+    },
+}
+
+/// What names an item, and what its end is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Its id.
+    pub id: JobId,
+    /// Whether it is a bind.
+    pub bind: bool,
+    /// The process' own value.
+    pub user_data: u64,
+    /// The point that it promises, or 0.
+    pub signal: u64,
+}
+
+/// What an item does.
+#[derive(Debug)]
+pub enum Work {
+    /// Packets for the device.
+    Job(Vec<Packet>),
+    /// Changes of mappings, all or none.
+    Bind {
+        /// They.
+        binds: Vec<Bind>,
+        /// The first that maps a blob which has been detached meanwhile.
+        detached: Option<usize>,
+    },
+}
+
+impl Work {
+    /// How much is done at once when it starts: calls of a device, operations.
+    pub fn cost(&self) -> usize {
+        self.operations().max(1)
+    }
+    /// Whether it fails in an unusable GPU VM, come what may.
+    fn needs_usable(&self) -> bool {
+        match self {
+            Self::Job(_) => true,
+            Self::Bind { binds, .. } => binds.iter().any(Bind::needs_usable),
+        }
+    }
+    fn operations(&self) -> usize {
+        match self {
+            Self::Job(_) => 0,
+            Self::Bind { binds, .. } => binds.len(),
+        }
+    }
+    /// A blob is detached: what would map it fails, and what would unmap it has nothing left to do. The next blob of
+    /// that id is another one.
+    fn detach(&mut self, resource_id: u32) {
+        let Self::Bind { binds, detached } = self else { return };
+        for (op, bind) in binds.iter_mut().enumerate() {
+            match bind {
+                Bind::Map(va) | Bind::MapImmediate(va) if matches!(&va.backing, Backing::Blob(blob, _) if blob.resource_id == resource_id) =>
+                {
+                    *detached = Some(detached.map_or(op, |first| first.min(op)));
+                }
+                Bind::UnmapAll(id) if *id == resource_id => *bind = Bind::NOTHING,
+                Bind::Map(_)
+                | Bind::MapImmediate(_)
+                | Bind::Unmap(_)
+                | Bind::UnmapAll(_)
+                | Bind::Prefetch(_) => {}
+            }
+        }
+    }
+}
+
+/// A job or an asynchronous bind that has not started.
+#[derive(Debug)]
+pub struct Item {
+    /// Its name.
+    pub turn: Turn,
+    /// Points that it waits for; those that were seen to be reached are gone.
+    pub waits: Vec<Point>,
+    /// What it does.
+    pub work: Work,
+}
+
+/// An item that has started. It stands here until it and all before it have ended.
+struct Started {
+    turn: Turn,
+    end: Option<JobEnd>,
+}
+
+#[derive(Default)]
+struct Ring {
+    promised: u64,
+    reached: u64,
+    started: VecDeque<Started>,
+    queued: VecDeque<Item>,
+    /// The point that the front of the queue waits for, as in [`Timelines::waiting`].
+    waits_for: Option<Point>,
+    /// Whether it stands in [`Timelines::ready`].
+    listed: bool,
+}
+
+impl Ring {
+    /// Whether work of a kind has its turn.
+    fn has_turn(&self, bind: bool) -> bool {
+        if bind { self.started.is_empty() } else { self.started.back().is_none_or(|last| !last.turn.bind) }
+    }
+}
+
+/// The timelines of one context.
+#[derive(Default)]
+pub struct Timelines {
+    /// Those that were ever used.
+    rings: BTreeMap<Timeline, Ring>,
+    /// Where a started item stands.
+    started: HashMap<JobId, Timeline>,
+    /// (timeline waited for, its point, timeline that waits); each timeline waits at most once.
+    waiting: BTreeSet<(Timeline, u64, Timeline)>,
+    /// Timelines whose queue may have something to start.
+    ready: VecDeque<Timeline>,
+    items: usize,
+    queued_operations: usize,
+}
+
+impl Timelines {
+    /// Jobs and asynchronous binds that have not ended.
+    pub fn len(&self) -> usize {
+        self.items
+    }
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.items == 0
+    }
+    /// Operations of the binds that are queued.
+    pub fn queued_operations(&self) -> usize {
+        self.queued_operations
+    }
+    /// Whether a queue may have something to start.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Checks what an item promises and waits for; `is_alive` tells GPU VMs of the context.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn check(
+        &self,
+        timeline: Timeline,
+        signal: u64,
+        waits: &[Point],
+        is_alive: impl Fn(u32) -> bool,
+    ) -> Result<(), Error> {
+        let promised = |timeline: &Timeline| self.rings.get(timeline).map_or(0, |ring| ring.promised);
+        let last = promised(&timeline);
+        if signal != 0 && signal <= last {
+            return Err(Error::Backwards { signal, promised: last });
+        }
+        for (index, point) in (0..).zip(waits) {
+            if !is_alive(point.timeline.vm_id) {
+                return Err(Error::NoVm { index });
+            }
+            if point.seqno > promised(&point.timeline) {
+                return Err(Error::Future { index });
+            }
+        }
+        Ok(())
+    }
+    /// Whether a job need not be queued.
+    pub fn starts_at_once(&self, timeline: Timeline, waits: &[Point]) -> bool {
+        let free = |ring: &Ring| ring.queued.is_empty() && ring.has_turn(false);
+        self.rings.get(&timeline).is_none_or(free) && waits.iter().all(|point| self.is_reached(*point))
+    }
+    /// Puts an item at the end of its ring's queue.
+    pub fn queue(&mut self, timeline: Timeline, item: Item) {
+        self.items = self.items.saturating_add(1);
+        self.queued_operations = self.queued_operations.saturating_add(item.work.operations());
+        let ring = self.rings.entry(timeline).or_default();
+        ring.promised = ring.promised.max(item.turn.signal);
+        ring.queued.push_back(item);
+        self.list(timeline);
+    }
+    /// A job has started without having been queued.
+    pub fn start(&mut self, timeline: Timeline, turn: Turn) {
+        self.items = self.items.saturating_add(1);
+        let ring = self.rings.entry(timeline).or_default();
+        ring.promised = ring.promised.max(turn.signal);
+        ring.started.push_back(Started { turn, end: None });
+        self.started.insert(turn.id, timeline);
+    }
+    /// Takes what may start now, one item a call, rings in turn; it counts as started. In GPU VMs that are not usable
+    /// that includes what can only fail, wherever it stands: it waits for nothing any more, but its end has its place.
+    pub fn take_ready(&mut self, is_usable: impl Fn(u32) -> bool) -> Option<(Timeline, Turn, Work)> {
+        while let Some(timeline) = self.ready.pop_front() {
+            if let Some(Item { turn, work, .. }) = self.take_front(timeline, is_usable(timeline.vm_id)) {
+                self.ready.push_back(timeline);
+                return Some((timeline, turn, work));
+            }
+            if let Some(ring) = self.rings.get_mut(&timeline) {
+                ring.listed = false;
+            }
+        }
+        None
+    }
+    fn take_front(&mut self, timeline: Timeline, usable: bool) -> Option<Item> {
+        let ring = self.rings.get_mut(&timeline)?;
+        if let Some(point) = ring.waits_for.take() {
+            self.waiting.remove(&(point.timeline, point.seqno, timeline));
+        }
+        let mut item = ring.queued.pop_front()?;
+        let doomed = !usable && item.work.needs_usable();
+        let has_turn = ring.has_turn(item.turn.bind);
+        while let Some(point) = item.waits.last()
+            && self.is_reached(*point)
+        {
+            item.waits.pop();
+        }
+        let ring = self.rings.get_mut(&timeline)?;
+        if doomed || (has_turn && item.waits.is_empty()) {
+            ring.started.push_back(Started { turn: item.turn, end: None });
+            self.started.insert(item.turn.id, timeline);
+            self.queued_operations = self.queued_operations.saturating_sub(item.work.operations());
+            return Some(item);
+        }
+        // Without its turn it is looked at again when something before it ends.
+        if let Some(point) = item.waits.last().filter(|_| has_turn) {
+            ring.waits_for = Some(*point);
+            self.waiting.insert((point.timeline, point.seqno, timeline));
+        }
+        ring.queued.push_front(item);
+        None
+    }
+    /// A started item has ended. Tells every end whose turn it is now, in the order of the ring, and wakes who waited.
+    pub fn end(&mut self, id: JobId, end: JobEnd, mut tell: impl FnMut(Timeline, Turn, JobEnd)) {
+        let Some(timeline) = self.started.remove(&id) else { return };
+        let Some(ring) = self.rings.get_mut(&timeline) else { return };
+        // Ids rise along a ring.
+        let at = ring.started.partition_point(|started| started.turn.id < id);
+        if let Some(started) = ring.started.get_mut(at) {
+            started.end = Some(end);
+        }
+        let before = ring.reached;
+        while let Some(Started { turn, end: Some(end) }) = ring.started.front() {
+            tell(timeline, *turn, *end);
+            ring.reached = ring.reached.max(turn.signal);
+            self.items = self.items.saturating_sub(1);
+            ring.started.pop_front();
+        }
+        let reached = ring.reached;
+        self.list(timeline);
+        if reached > before {
+            self.wake(timeline, reached);
+        }
+    }
+    /// A GPU VM goes: takes its timelines out, and reaches all their points. Returns what had not ended, in the order of
+    /// the rings.
+    pub fn remove_vm(&mut self, vm_id: u32) -> Vec<(Timeline, Turn)> {
+        let mut dropped = Vec::new();
+        for timeline in self.of_vm(vm_id) {
+            let Some(ring) = self.rings.remove(&timeline) else { continue };
+            if let Some(point) = ring.waits_for {
+                self.waiting.remove(&(point.timeline, point.seqno, timeline));
+            }
+            for started in ring.started {
+                self.started.remove(&started.turn.id);
+                dropped.push((timeline, started.turn));
+            }
+            for item in ring.queued {
+                self.queued_operations = self.queued_operations.saturating_sub(item.work.operations());
+                dropped.push((timeline, item.turn));
+            }
+            self.wake(timeline, u64::MAX);
+        }
+        self.ready.retain(|timeline| timeline.vm_id != vm_id);
+        self.items = self.items.saturating_sub(dropped.len());
+        dropped
+    }
+    /// A GPU VM has become unusable: what can only fail there waits no longer.
+    pub fn wake_vm(&mut self, vm_id: u32) {
+        self.of_vm(vm_id).into_iter().for_each(|timeline| self.list(timeline));
+    }
+    /// A blob is detached from the context: no queued bind may map it any more.
+    pub fn detach(&mut self, resource_id: u32) {
+        let queued = self.rings.values_mut().flat_map(|ring| &mut ring.queued);
+        queued.for_each(|item| item.work.detach(resource_id));
+    }
+
+    /// Timelines that are gone, or were never used, have reached every point that was promised.
+    fn is_reached(&self, point: Point) -> bool {
+        self.rings.get(&point.timeline).is_none_or(|ring| ring.reached >= point.seqno)
+    }
+    fn of_vm(&self, vm_id: u32) -> Vec<Timeline> {
+        let end = Timeline { vm_id, ring_idx: u32::MAX };
+        self.rings.range(Timeline { vm_id, ring_idx: 0 }..=end).map(|(timeline, _)| *timeline).collect()
+    }
+    fn wake(&mut self, timeline: Timeline, reached: u64) {
+        let first = Timeline { vm_id: 0, ring_idx: 0 };
+        let last = Timeline { vm_id: u32::MAX, ring_idx: u32::MAX };
+        let woken: Vec<_> =
+            self.waiting.range((timeline, 0, first)..=(timeline, reached, last)).copied().collect();
+        for entry in woken {
+            self.waiting.remove(&entry);
+            if let Some(ring) = self.rings.get_mut(&entry.2) {
+                ring.waits_for = None;
+            }
+            self.list(entry.2);
+        }
+    }
+    /// Has the queue of a timeline looked at.
+    fn list(&mut self, timeline: Timeline) {
+        let Some(ring) = self.rings.get_mut(&timeline) else { return };
+        if !ring.listed && !ring.queued.is_empty() {
+            ring.listed = true;
+            self.ready.push_back(timeline);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::GpuAddr;
+    use crate::device::Access;
+
+    const DONE: JobEnd = JobEnd { errno: 0, packet: 0, addr: GpuAddr(0), access: Access::Read };
+
+    fn turn(id: u64, signal: u64) -> Turn {
+        Turn { id: JobId(id), bind: false, user_data: 0, signal }
+    }
+
+    #[test]
+    fn what_has_ended_leaves_nothing_behind() {
+        let (gate, waiter) = (Timeline { vm_id: 1, ring_idx: 0 }, Timeline { vm_id: 2, ring_idx: 0 });
+        let mut lines = Timelines::default();
+        for round in 1..=3 {
+            lines.start(gate, turn(2 * round, round));
+            let waits = vec![Point { timeline: gate, seqno: round }];
+            let item = Item { turn: turn(2 * round + 1, 0), waits, work: Work::Job(Vec::new()) };
+            lines.queue(waiter, item);
+            assert!(lines.take_ready(|_| true).is_none());
+            assert_eq!(lines.waiting.len(), 1);
+            lines.end(JobId(2 * round), DONE, |_, _, _| {});
+            assert!(lines.take_ready(|_| true).is_some());
+            lines.end(JobId(2 * round + 1), DONE, |_, _, _| {});
+            assert!(lines.take_ready(|_| true).is_none());
+            assert!(lines.is_empty() && !lines.has_ready());
+            assert!(lines.waiting.is_empty() && lines.started.is_empty());
+        }
+    }
+}
