@@ -9,6 +9,7 @@
 //! * [`ledger`]: whose fault was it, told three times and compared.
 //! * [`story`]: the case that the project exists for, on any kind of guest; [`demo`] is its command.
 //! * [`storm`]: many processes of many guests, all at the same addresses, fault at once.
+//! * [`instructions`]: what the parts of a fault cost, in instructions.
 //! * [`random`]: repeatable randomness.
 
 pub mod binaries;
@@ -16,6 +17,7 @@ pub mod demo;
 pub mod frontend;
 pub mod guest;
 pub mod initramfs;
+pub mod instructions;
 pub mod ledger;
 pub mod provision;
 pub mod qemu;

@@ -1,4 +1,5 @@
-//! Gets QEMU and guest kernels from Debian's own package mirrors, without root, and keeps them below `target/vm`.
+//! Gets QEMU, guest kernels and valgrind from Debian's own package mirrors, without root, and keeps them below
+//! `target/vm`.
 //!
 //! Each piece is a folder that appears by one rename when it is complete, with a stamp that names the recipe it was made
 //! by; another recipe, or no stamp, makes it anew. Downloads happen in a staging folder that is emptied first, so nothing
@@ -10,6 +11,7 @@ pub mod mirror;
 
 mod apt;
 mod modules;
+mod valgrind;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::binaries;
 use apt::Apt;
+pub use valgrind::Valgrind;
 
 /// Names a `qemu-system-x86_64` to be used instead of the provisioned one.
 pub const QEMU_VARIABLE: &str = "SVM_QEMU";
