@@ -129,7 +129,7 @@ pub struct State {
     pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    retiring: HashSet<(usize, Asid)>,
+    pub(crate) retiring: HashSet<(usize, Asid)>,
     jobs: HashMap<JobId, JobInFlight>,
     /// Jobs that have ended and whose records wait.
     undelivered_jobs: usize,
@@ -417,12 +417,13 @@ impl Context {
 
     /// A device has retired one of our GPU VMs.
     pub(crate) fn on_retired(self: &Arc<Self>, device: usize, asid: Asid) {
-        self.on_flushed(device, asid, None);
         let gone = {
             let mut state = self.lock();
             state.retiring.remove(&(device, asid));
             state.life == Life::Destroyed && state.retiring.is_empty()
         };
+        // Only now: an invalidation that still found it retiring would wait for a flush that has been.
+        self.on_flushed(device, asid, None);
         if let Some(guest) = self.guest.upgrade() {
             if gone {
                 guest.on_context_retired(self);

@@ -92,10 +92,15 @@ impl Context {
         for cpu_page in state.faults.cpu_pages().filter(|page| range.contains(*page)) {
             state.space.keep_leaf(cpu_page);
         }
-        let mut flushes = Vec::new();
+        // Engines may be in a slice of a GPU VM that was destroyed: nothing of it is sure before it has retired.
+        let mut flushes: Vec<_> =
+            state.retiring.iter().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
         for vm in state.vms.values() {
-            let shown = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
-            if let Flush::Pending(ticket) = zap(self.host.device_of(vm.device).as_ref(), vm.asid, shown) {
+            let device = self.host.device_of(vm.device).as_ref();
+            let shown: Vec<_> = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
+            // What shows nothing of the range may have shown it before an UNMAP that engines have not passed.
+            let flush = if shown.is_empty() { device.flush(vm.asid) } else { zap(device, vm.asid, shown) };
+            if let Flush::Pending(ticket) = flush {
                 flushes.push((vm.device, vm.asid, ticket));
             }
         }
