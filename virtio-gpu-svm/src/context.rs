@@ -21,6 +21,7 @@ use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
 use crate::protocol::job::Packet;
+use crate::seeded::{self, Bug};
 use crate::sync::atomic::AtomicBool;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -283,7 +284,8 @@ impl Context {
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
         // Its device drops their jobs; here they would only keep others waiting.
         state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
-        for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]) {
+        let end = if seeded::on(Bug::ResumeAfterTeardown) { 0 } else { u64::MAX };
+        for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };

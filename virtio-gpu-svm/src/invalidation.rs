@@ -10,6 +10,7 @@ use crate::device::{Asid, Device, Flush, Ticket};
 use crate::event::Waiting;
 use crate::memory::{MemoryTable, Region};
 use crate::protocol::PAGE_SHIFT;
+use crate::seeded::{self, Bug};
 use crate::sync::Arc;
 use std::collections::VecDeque;
 
@@ -36,6 +37,7 @@ impl Invalidations {
         self.done
     }
     fn begin(&mut self, seq: u64, flushes: Vec<(usize, Asid, Ticket)>) {
+        let flushes = if seeded::on(Bug::DoneBeforeFlush) { Vec::new() } else { flushes };
         self.unfinished.push_back(Unfinished { seq, flushes });
         self.advance();
     }
@@ -95,7 +97,7 @@ impl Context {
         // Engines may be in a slice of a GPU VM that was destroyed: nothing of it is sure before it has retired.
         let mut flushes: Vec<_> =
             state.retiring.iter().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
-        for vm in state.vms.values() {
+        for vm in state.vms.values().take(if seeded::on(Bug::ZapOneVm) { 1 } else { usize::MAX }) {
             let device = self.host.device_of(vm.device).as_ref();
             let shown: Vec<_> = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
             // What shows nothing of the range may have shown it before an UNMAP that engines have not passed.

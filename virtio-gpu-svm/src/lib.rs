@@ -44,4 +44,6 @@ pub mod page_table;
 #[cfg(feature = "device")]
 pub mod resource;
 #[cfg(feature = "device")]
+mod seeded;
+#[cfg(feature = "device")]
 mod sync;

@@ -20,8 +20,9 @@ use crate::device::{Access, Extent};
 use crate::memory::Region;
 use crate::page_table::{OutOfMemory, PageTable, Run, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::seeded;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, preempt};
 use std::collections::HashMap;
 use std::marker::PhantomData;
 
@@ -248,7 +249,9 @@ impl<'v> Memory<'v> {
 
     fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Span<'v>, Missing> {
         let missing = |level| Missing { addr, len, access, level };
-        let found = self.walk.lookup(addr >> PAGE_SHIFT).map_err(|miss| missing(miss.level))?;
+        let page = addr >> PAGE_SHIFT;
+        let found = seeded::kept(page, || self.walk.lookup(page)).map_err(|miss| missing(miss.level))?;
+        preempt();
         if access != Access::Read && !found.writable {
             return Err(missing(found.level));
         }
