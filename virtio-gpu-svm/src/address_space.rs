@@ -7,6 +7,7 @@
 
 use crate::addr::PageRange;
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
+use crate::seeded::{self, Bug};
 use std::collections::BTreeMap;
 
 /// log2 of the pages of a leaf.
@@ -126,14 +127,15 @@ impl AddressSpace {
         let leaves = leaves_of(run.va);
         let mut missing = 0_usize;
         for index in leaves.clone() {
-            let invalidated = match self.leaves.get(&index) {
+            let compared = if seeded::on(Bug::WrongLeaf) { index ^ 1 } else { index };
+            let invalidated = match self.leaves.get(&compared) {
                 Some(leaf) => leaf.invalidated,
                 None => {
                     missing = missing.saturating_add(1);
                     self.absent_invalidated
                 }
             };
-            if invalidated > run.as_of {
+            if invalidated > run.as_of && !seeded::on(Bug::InstallStale) {
                 return Install::Raced;
             }
         }

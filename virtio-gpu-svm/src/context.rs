@@ -25,6 +25,7 @@ use crate::memory::MemoryTable;
 use crate::population::{self, Populating, Population, hold, lacks_faults, take_away};
 use crate::protocol::errno::{EACCES, EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
+use crate::seeded::{self, Bug};
 use crate::sync::atomic::AtomicBool;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::timeline::{self, Timelines};
@@ -215,7 +216,7 @@ pub struct State {
     pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    retiring: HashSet<(usize, Asid)>,
+    pub(crate) retiring: HashSet<(usize, Asid)>,
     /// Jobs and asynchronous binds that have not ended.
     pub(crate) timelines: Timelines,
     /// Binds that have started and wait for pages.
@@ -380,7 +381,8 @@ impl Context {
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
         // Its device drops their jobs; here they would only keep others waiting.
         state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
-        for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end: u64::MAX }]) {
+        let end = if seeded::on(Bug::ResumeAfterTeardown) { 0 } else { u64::MAX };
+        for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
@@ -487,12 +489,13 @@ impl Context {
 
     /// A device has retired one of our GPU VMs.
     pub(crate) fn on_retired(self: &Arc<Self>, device: usize, asid: Asid) {
-        self.on_flushed(device, asid, None);
         let gone = {
             let mut state = self.lock();
             state.retiring.remove(&(device, asid));
             state.life == Life::Destroyed && state.retiring.is_empty()
         };
+        // Only now: an invalidation that still found it retiring would wait for a flush that has been.
+        self.on_flushed(device, asid, None);
         if let Some(guest) = self.guest.upgrade() {
             if gone {
                 guest.on_context_retired(self);

@@ -28,6 +28,7 @@ use crate::protocol::event::{
     FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
 };
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
+use crate::seeded::{self, Bug};
 use crate::sync::Arc;
 use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
 use std::collections::{BTreeMap, HashMap};
@@ -441,7 +442,9 @@ impl Context {
             after.resume(pending.device, *stop, verdict);
         }
         state.count(outcome, count);
-        self.let_throttled_in(state, after);
+        if !seeded::on(Bug::LoseWakeUp) {
+            self.let_throttled_in(state, after);
+        }
         state.vms.values_mut().for_each(|vm| vm.population.go_on());
         if pending.prefetch
             && let Some(vm) = state.vms.get_mut(&pending.vm_id)

@@ -13,6 +13,7 @@ use crate::gpu_vm;
 use crate::memory::{MemoryTable, Region};
 use crate::population::{hold, lacks_faults, take_away};
 use crate::protocol::PAGE_SHIFT;
+use crate::seeded::{self, Bug};
 use crate::sync::Arc;
 use std::collections::VecDeque;
 
@@ -39,6 +40,7 @@ impl Invalidations {
         self.done
     }
     fn begin(&mut self, seq: u64, flushes: Vec<(usize, Asid, Ticket)>) {
+        let flushes = if seeded::on(Bug::DoneBeforeFlush) { Vec::new() } else { flushes };
         self.unfinished.push_back(Unfinished { seq, flushes });
         self.advance();
     }
@@ -92,10 +94,15 @@ impl Context {
         for cpu_page in state.faults.cpu_pages().filter(|page| leaf(page).intersect(range).is_some()) {
             state.space.keep_leaf(cpu_page);
         }
-        let mut flushes = Vec::new();
-        for vm in state.vms.values_mut() {
-            let shown = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
-            if let Flush::Pending(ticket) = take_away(self.host.device_of(vm.device).as_ref(), vm, shown) {
+        // Engines may be in a slice of a GPU VM that was destroyed: nothing of it is sure before it has retired.
+        let mut flushes: Vec<_> =
+            state.retiring.iter().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
+        for vm in state.vms.values_mut().take(if seeded::on(Bug::ZapOneVm) { 1 } else { usize::MAX }) {
+            let device = self.host.device_of(vm.device).as_ref();
+            let shown: Vec<_> = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
+            // What shows nothing of the range may have shown it before an UNMAP that engines have not passed.
+            let flush = if shown.is_empty() { device.flush(vm.asid) } else { take_away(device, vm, shown) };
+            if let Flush::Pending(ticket) = flush {
                 flushes.push((vm.device, vm.asid, ticket));
             }
         }

@@ -46,6 +46,8 @@ pub mod population;
 #[cfg(feature = "device")]
 pub mod resource;
 #[cfg(feature = "device")]
+mod seeded;
+#[cfg(feature = "device")]
 mod sync;
 #[cfg(feature = "device")]
 pub mod timeline;

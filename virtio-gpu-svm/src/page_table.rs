@@ -17,6 +17,7 @@
 
 use crate::addr::PageRange;
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -352,7 +353,8 @@ impl<'a> Edit<'a> {
     /// Drops the translations of a range; a large leaf that is cut goes whole.
     pub fn clear(&mut self, range: PageRange) {
         self.visit(range, |edit, part, block| {
-            if block.is_large() {
+            let half = part.start & (BLOCK_PAGES - 1) >= BLOCK_PAGES / 2;
+            if block.is_large() && !(half && seeded::on(Bug::LeaveHalf)) {
                 edit.drop_large(part.start >> FANOUT_BITS, block);
             } else {
                 edit.clear_small(part, block, |_| true);

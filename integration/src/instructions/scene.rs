@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use virtio_gpu_svm::addr::GpuAddr;
 use virtio_gpu_svm::context::Context;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{Access, Asid, Device, Events, Fault, JobId, StopId};
+use virtio_gpu_svm::device::{Access, AddressModel, Asid, Device, Events, Fault, FaultModel, JobId, StopId};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits};
 use virtio_gpu_svm::info::Counters;
@@ -59,6 +59,8 @@ impl Scene {
             name: "soft0".into(),
             engines: 1,
             va_bits: 48,
+            fault_model: FaultModel::Replayable,
+            address_model: AddressModel::Any,
             ledger: None,
             job_limit: None,
         };
@@ -155,6 +157,7 @@ impl Scene {
             stop: StopId(window),
             job: JobId(1),
             addr: GpuAddr(C + window * WINDOW_BYTES),
+            pages: 1,
             length_hint: 8,
             access: Access::Read,
             engine: 0,

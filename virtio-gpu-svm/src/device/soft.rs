@@ -33,8 +33,9 @@ use super::{
 };
 use crate::addr::{GpuAddr, PageRange};
 use crate::protocol::job::{OPCODES, Packet};
+use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, preempt};
 use mem::VmMemory;
 use packet::{ActiveJob, SliceEnd};
 use sched::{Nap, Next, Report, Sched, Turn, Vm};
@@ -183,6 +184,7 @@ impl SoftDevice {
         if let Some(report) = report {
             self.deliver(report);
         }
+        preempt();
         let mut sched = self.sched();
         if let Some(told) = told {
             sched.end_report(told);
@@ -308,7 +310,18 @@ impl Device for SoftDevice {
 
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
         let Some(vm) = self.sched().vm(asid) else { return Flush::Done };
+        if seeded::on(Bug::SkipFlush) {
+            vm.memory.unbind(range);
+            return Flush::Done;
+        }
+        if seeded::on(Bug::FlushBeforeZap) {
+            let flush = self.sched().flush(asid);
+            preempt();
+            vm.memory.unbind(range);
+            return flush;
+        }
         vm.memory.unbind(range);
+        preempt();
         // Slices that begin from here on find the range empty; those that run may have translated before.
         self.sched().flush(asid)
     }

@@ -5,6 +5,7 @@
 
 use crate::context::Context;
 use crate::device::{ASID_END, Asid};
+use crate::seeded::{self, Bug};
 use crate::sync::{Arc, PoisonError, RwLock};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -38,6 +39,10 @@ impl Router {
     /// Takes the next free asid for an owner; none when all are taken.
     pub fn take_asid(&self, owner: Owner) -> Option<Asid> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        if seeded::on(Bug::ReuseAsid) {
+            table.last = 0;
+            table.owners.retain(|_, owner| !owner.context.is_retiring());
+        }
         for _ in 1..ASID_END {
             let next = table.last.saturating_add(1);
             table.last = if next < ASID_END { next } else { 1 };

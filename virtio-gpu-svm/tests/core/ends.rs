@@ -35,6 +35,34 @@ fn assert_balanced(world: &World, waiting: u64) {
 }
 
 #[test]
+fn invalidation_is_not_done_while_engines_may_use_a_destroyed_gpu_vm() {
+    let w = World::new();
+    let (vm, _) = w.mapped(1);
+    assert_eq!(w.supply(1, &[run(A, GPA, 16, 0)]), 0);
+    destroy_vm(&w, 1, vm);
+    let (seq, done) = w.invalidate(1, A, 4096);
+    assert!(done < seq, "done, and the GPU VM has not retired");
+    w.devices[0].pass(&w.host);
+    assert_eq!(notices(&w), [], "a ticket of the GPU VM says nothing of its end");
+    w.devices[0].retire_all(&w.host);
+    assert_eq!(notices(&w), [(EVENT_INVAL_DONE, 1, seq)]);
+}
+
+#[test]
+fn invalidation_is_not_done_while_engines_may_use_what_was_unmapped() {
+    let w = World::new();
+    let (vm, asid) = w.mapped(1);
+    assert_eq!(w.supply(1, &[run(A, GPA, 16, 0)]), 0);
+    w.devices[0].raise(&w.host, asid, C, Access::Read);
+    w.devices[0].told().busy = true;
+    assert_eq!(w.bind(1, vm, &[unmap(C, 64)]), 0);
+    let (seq, done) = w.invalidate(1, A, 4096);
+    assert!(done < seq, "done, and no engine has passed a checkpoint since the UNMAP");
+    w.devices[0].pass(&w.host);
+    assert_eq!(notices(&w), [(EVENT_INVAL_DONE, 1, seq)]);
+}
+
+#[test]
 fn throttled_accesses_all_go_on_though_one_answer_serves_them() {
     let w = World::new();
     let (_, asid) = w.mapped(1);

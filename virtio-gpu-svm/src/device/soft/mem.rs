@@ -23,8 +23,9 @@ use crate::device::{Access, Extent};
 use crate::memory::Region;
 use crate::page_table::{OutOfMemory, PageTable, Run, Translation, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::seeded;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, preempt};
 use std::collections::HashMap;
 use std::marker::PhantomData;
 
@@ -296,7 +297,10 @@ impl<'v> Memory<'v> {
     #[inline]
     fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Translation, Missing> {
         let missing = |level, denied| Missing { addr, len, access, level, denied };
-        match self.walk.lookup(addr >> PAGE_SHIFT) {
+        let page = addr >> PAGE_SHIFT;
+        let found = seeded::kept(page, || self.walk.lookup(page));
+        preempt();
+        match found {
             Ok(found) if allows(&found, access) => Ok(found),
             Ok(found) => Err(missing(found.level, true)),
             Err(miss) => Err(missing(miss.level, false)),

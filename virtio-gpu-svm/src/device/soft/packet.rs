@@ -19,6 +19,7 @@ use crate::protocol::errno::{EFAULT, EINVAL, EPERM, ETIMEDOUT};
 use crate::protocol::job::{
     OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_NOP, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
 };
+use crate::seeded;
 use std::time::{Duration, Instant};
 
 /// Work of one slice, in bytes moved: about 30 us.
@@ -137,6 +138,7 @@ impl ActiveJob {
             }
             None => self.run_packets(&mut slice),
         };
+        seeded::end_slice(matches!(halt, Halt::Fault(..)));
         SliceEnd { halt, written: slice.memory.written(), signalled: slice.signalled }
     }
 
