@@ -2,12 +2,14 @@
 //! the product's own code; what stands here is what a VMM does between a guest and the daemon.
 //!
 //! * [`ram`]: guest memory, a sealed memfd that the daemon maps too.
+//! * [`hotplug`]: memory modules that come and go while the guest runs.
 //! * [`vhost_user`]: the frontend's half of vhost-user, behaving as one VMM or another ([`Profile`]).
 //! * [`vmm`]: both together, with one of two wirings of doorbells and interrupts.
 //! * [`inproc`]: the wiring of a guest without a CPU: this process is the guest.
 //! * [`kvm`]: the wiring with a real vCPU between driver and doorbell, and between interrupt and driver.
 //! * [`raw`]: rings written by hand, for inputs that no driver makes.
 
+pub mod hotplug;
 pub mod inproc;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use vhost::VhostUserMemoryRegionInfo;
@@ -158,6 +159,21 @@ impl GuestRam {
         Ok(self.mapping.as_volatile_slice().read_slice(bytes, usize::try_from(offset)?)?)
     }
 
+    /// First guest-physical address that is no driver's: of processes, as far as there is memory.
+    pub fn drivers_end(&self) -> u64 {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).dma.1
+    }
+
+    /// Everything, as it lies in the file.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn contents(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.mapping.size()];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+
     /// Stores an aligned integer, visible to other threads and processes in order.
     ///
     /// # Errors
@@ -216,7 +232,8 @@ impl GuestRam {
     }
 }
 
-fn sealed_memfd(bytes: u64) -> Result<Arc<File>> {
+/// A file of zeros in memory that can neither shrink nor grow.
+pub(super) fn sealed_memfd(bytes: u64) -> Result<Arc<File>> {
     let fd: OwnedFd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
         .context("cannot create guest memory")?;
     rustix::fs::ftruncate(&fd, bytes).context("cannot size guest memory")?;

@@ -2,11 +2,13 @@
 //! written here goes to guest memory as it is; nothing is checked, because that is the daemon's part.
 //!
 //! [`RawRing`] owns one ring and two buffers in guest memory; ringing the doorbell is the VMM's. [`RawGuest`] is a guest
-//! that talks to the device through three of them, one command at a time.
+//! that talks to the device through three of them, one command at a time; [`RawVm`] a GPU VM that it made so.
 
+mod context;
 mod guest;
 
-pub use guest::{RawGuest, Record};
+pub use context::{RawVm, mirror, unmap, userptr};
+pub use guest::{RECORDS_PER_BUFFER, RawGuest, Record};
 
 use super::RingAddresses;
 use super::ram::GuestRam;
@@ -64,6 +66,20 @@ impl RawRing {
         };
         let (request, response) = (ram.take_dma(REQUEST_BYTES)?, ram.take_dma(RESPONSE_BYTES)?);
         Ok(Self { ram: ram.clone(), addresses, request, response, avail_idx: 0, used_seen: 0 })
+    }
+
+    /// As it was made: all zero, nothing available.
+    ///
+    /// # Errors
+    /// The ring is not in guest memory.
+    pub fn clear(&mut self) -> Result<()> {
+        let entries = u64::from(self.addresses.size);
+        let RingAddresses { desc, avail, used, .. } = self.addresses;
+        for (at, bytes) in [(desc, 16 * entries), (avail, 6 + 2 * entries), (used, 6 + 8 * entries)] {
+            self.ram.write(at, &vec![0; usize::try_from(bytes)?])?;
+        }
+        (self.avail_idx, self.used_seen) = (0, 0);
+        Ok(())
     }
 
     /// Where it is.

@@ -2,6 +2,7 @@
 //!
 //! Owns the connection. Used by the two VMMs beside it, and by hostile tests that stop half way.
 
+use super::hotplug::Plugged;
 use super::ram::GuestRam;
 use super::{Profile, RingAddresses};
 use anyhow::{Context, Result, ensure};
@@ -46,7 +47,8 @@ impl Connection {
         let wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE;
         let offered = frontend.get_protocol_features().context("GET_PROTOCOL_FEATURES")?;
         ensure!(offered.contains(wanted), "the daemon offers only {offered:?}");
         frontend.set_protocol_features(wanted).context("SET_PROTOCOL_FEATURES")?;
@@ -83,8 +85,36 @@ impl Connection {
     /// # Errors
     /// The daemon refused.
     pub fn announce_memory(&mut self) -> Result<()> {
-        self.frontend.set_mem_table(&self.ram.vhost_regions()).context("SET_MEM_TABLE")?;
+        self.announce_memory_with(&[])
+    }
+
+    /// Announces guest memory as one table, with modules besides.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn announce_memory_with(&mut self, plugged: &[Plugged<'_>]) -> Result<()> {
+        let mut table = self.ram.vhost_regions();
+        table.extend(plugged.iter().map(Plugged::vhost_region));
+        table.sort_by_key(|region| region.guest_phys_addr);
+        self.frontend.set_mem_table(&table).context("SET_MEM_TABLE")?;
         Ok(())
+    }
+
+    /// Adds a module to guest memory. On return the daemon knows it.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn add_memory(&mut self, plugged: &Plugged<'_>) -> Result<()> {
+        self.frontend.add_mem_region(&plugged.vhost_region()).context("ADD_MEM_REG")?;
+        Ok(())
+    }
+
+    /// Takes a module away. On return the daemon touches none of it.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn remove_memory(&mut self, plugged: &Plugged<'_>) -> Result<()> {
+        self.frontend.remove_mem_region(&plugged.vhost_region()).context("REM_MEM_REG")
     }
 
     /// Reads config space as the profile's VMM does it.
@@ -125,8 +155,8 @@ impl Connection {
             .with_context(|| format!("SET_CONFIG {offset}+{}", data.len()))
     }
 
-    /// Hands a ring over to the daemon. `kick` is written when the guest rings its doorbell, the daemon writes `call`
-    /// to interrupt the guest.
+    /// Hands a ring over to the daemon, which goes on at index `base`. `kick` is written when the guest rings its
+    /// doorbell, the daemon writes `call` to interrupt the guest.
     ///
     /// # Errors
     /// A ring that is not in guest memory, or the daemon refused.
@@ -134,6 +164,7 @@ impl Connection {
         &mut self,
         index: usize,
         ring: RingAddresses,
+        base: u16,
         kick: &EventFd,
         call: &EventFd,
     ) -> Result<()> {
@@ -150,7 +181,7 @@ impl Connection {
         };
         self.frontend.set_vring_num(index, ring.size).context("SET_VRING_NUM")?;
         self.frontend.set_vring_addr(index, &config).context("SET_VRING_ADDR")?;
-        self.frontend.set_vring_base(index, 0).context("SET_VRING_BASE")?;
+        self.frontend.set_vring_base(index, base).context("SET_VRING_BASE")?;
         self.frontend.set_vring_call(index, call).context("SET_VRING_CALL")?;
         self.frontend.set_vring_kick(index, kick).context("SET_VRING_KICK")?;
         self.frontend.set_vring_enable(index, true).context("SET_VRING_ENABLE")?;
@@ -158,18 +189,39 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes every ring back. On return the daemon touches none of them.
+    /// Takes every ring back. On return the daemon touches none of them. Returns the index at which each would go on.
     ///
     /// # Errors
     /// The daemon refused.
-    pub fn stop_queues(&mut self) -> Result<()> {
-        for index in 0..NUM_QUEUES {
+    pub fn stop_queues(&mut self) -> Result<[u16; NUM_QUEUES]> {
+        let mut bases = [0; NUM_QUEUES];
+        for (index, base) in bases.iter_mut().enumerate() {
             if std::mem::take(&mut self.running[index]) {
                 self.frontend.set_vring_enable(index, false).context("SET_VRING_ENABLE 0")?;
-                self.frontend.get_vring_base(index).context("GET_VRING_BASE")?;
+                *base = self.stop_queue(index)?;
             }
         }
-        Ok(())
+        Ok(bases)
+    }
+
+    fn stop_queue(&mut self, index: usize) -> Result<u16> {
+        Ok(u16::try_from(self.frontend.get_vring_base(index).context("GET_VRING_BASE")?)?)
+    }
+
+    /// Resets the device, and negotiates features anew.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn reset_device(&mut self, accepted: u64) -> Result<()> {
+        self.frontend.reset_device().context("RESET_DEVICE")?;
+        for index in 0..NUM_QUEUES {
+            // Disabled by the reset.
+            if std::mem::take(&mut self.running[index]) {
+                self.stop_queue(index)?;
+            }
+        }
+        let acked = accepted | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend.set_features(acked).context("SET_FEATURES")
     }
 
     /// The connection itself, for messages that no well-behaved VMM sends.

@@ -154,20 +154,36 @@ impl Vmm {
     /// # Errors
     /// A ring outside guest memory, or the daemon refused.
     pub fn start_queues(&self, rings: &[RingAddresses; NUM_QUEUES]) -> Result<()> {
+        self.resume_queues(rings, [0; NUM_QUEUES])
+    }
+
+    /// The same, of rings that go on where [`Self::stop_queues`] left them.
+    ///
+    /// # Errors
+    /// As [`Self::start_queues`].
+    pub fn resume_queues(&self, rings: &[RingAddresses; NUM_QUEUES], bases: [u16; NUM_QUEUES]) -> Result<()> {
         let mut connection = self.connection();
-        for (index, ring) in rings.iter().enumerate() {
+        for (index, (ring, base)) in rings.iter().zip(bases).enumerate() {
             let (kick, call) = (&self.wiring.kicks()[index], &self.wiring.calls()[index]);
-            connection.start_queue(index, *ring, kick, call)?;
+            connection.start_queue(index, *ring, base, kick, call)?;
         }
         Ok(())
     }
 
-    /// Takes the rings back.
+    /// Takes the rings back. Returns the index at which each would go on.
     ///
     /// # Errors
     /// The daemon refused.
-    pub fn stop_queues(&self) -> Result<()> {
+    pub fn stop_queues(&self) -> Result<[u16; NUM_QUEUES]> {
         self.connection().stop_queues()
+    }
+
+    /// Resets the device: its rings are stopped, features as they were.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn reset_device(&self) -> Result<()> {
+        self.connection().reset_device(self.features)
     }
 
     /// The connection, for what no driver asks for.

@@ -514,9 +514,9 @@ fn bad_binds() -> Vec<Row> {
         })
     };
     let ops: Vec<(&str, i32, BindOp)> = vec![
-        ("unknown op 3", EINVAL, op(|o| o.op = 3.into())),
+        ("unknown op 5", EINVAL, op(|o| o.op = 5.into())),
         ("unknown op of the largest number", EINVAL, op(|o| o.op = u32::MAX.into())),
-        ("unknown flag", EINVAL, op(|o| o.flags = 2.into())),
+        ("unknown flag", EINVAL, op(|o| o.flags = 8.into())),
         ("reserved field", EINVAL, op(|o| o.reserved = 1.into())),
         ("second reserved field", EINVAL, op(|o| o.reserved2 = 1.into())),
         ("unaligned address", EINVAL, op(|o| o.addr = (C + 8).into())),

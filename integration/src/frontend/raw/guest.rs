@@ -1,9 +1,9 @@
 //! A guest that sends commands byte by byte and waits for each answer. Its event buffers are few and small, and it
 //! reads them when it is asked to.
 
-use super::super::Profile;
 use super::super::ram::GuestRam;
 use super::super::vmm::Vmm;
+use super::super::{Profile, RingAddresses};
 use super::{DESC_F_WRITE, Descriptor, RawRing};
 use anyhow::{Context, Result, bail, ensure};
 use guest_agent::driver::Transport;
@@ -16,13 +16,15 @@ use virtio_gpu_svm::protocol::event::{
     NoticeRecord,
 };
 use virtio_gpu_svm::protocol::gpu::{CmdSubmit, CtrlHdr, VIRTIO_GPU_CMD_SUBMIT_3D};
-use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, VERSION_MAJOR, VERSION_MINOR};
+use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES, VERSION_MAJOR, VERSION_MINOR};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// How long an answer or record may take. Nothing here depends on how long it really takes.
 const PATIENCE: Duration = Duration::from_secs(20);
 const EVENT_BUFFERS: u16 = 16;
-const EVENT_BUFFER_BYTES: u64 = 1024;
+/// Records that an event buffer has room for.
+pub const RECORDS_PER_BUFFER: usize = 10;
+const EVENT_BUFFER_BYTES: u64 = (size_of::<EventHdr>() + RECORDS_PER_BUFFER * EVENT_RECORD_BYTES) as u64;
 const RING_SIZE: u16 = 64;
 
 /// A record of the event queue.
@@ -44,6 +46,12 @@ pub struct RawGuest {
     events: RawRing,
     /// Guest-physical address of the event buffers.
     buffers: u64,
+    /// Event buffers that the device does not have.
+    spare: Vec<u16>,
+    /// Whether it gets them back as soon as they are read.
+    recycle: bool,
+    /// Where paused rings go on.
+    bases: [u16; NUM_QUEUES],
     records: Vec<Record>,
 }
 
@@ -61,19 +69,77 @@ impl RawGuest {
     /// # Errors
     /// No guest memory is left, or the daemon refused.
     pub fn over(vmm: Vmm) -> Result<Self> {
+        let mut guest = Self::without_event_buffers(vmm)?;
+        guest.recycle = true;
+        guest.post_event_buffers(usize::from(EVENT_BUFFERS))?;
+        Ok(guest)
+    }
+
+    /// The same without buffers for events: none comes but into those that are posted, and each is used once.
+    ///
+    /// # Errors
+    /// As [`Self::over`].
+    pub fn without_event_buffers(vmm: Vmm) -> Result<Self> {
         let ram = vmm.ram().clone();
         let ring = || RawRing::new(&ram, RING_SIZE);
-        let (control, cursor, mut events) = (ring()?, ring()?, ring()?);
+        let (control, cursor, events) = (ring()?, ring()?, ring()?);
         let buffers = ram.take_dma(u64::from(EVENT_BUFFERS) * EVENT_BUFFER_BYTES)?;
-        for index in 0..EVENT_BUFFERS {
-            let addr = buffers + u64::from(index) * EVENT_BUFFER_BYTES;
+        let spare = (0..EVENT_BUFFERS).collect();
+        let (recycle, bases, records) = (false, [0; NUM_QUEUES], vec![]);
+        let guest = Self { vmm, control, cursor, events, buffers, spare, recycle, bases, records };
+        guest.vmm.start_queues(&guest.rings())?;
+        Ok(guest)
+    }
+
+    /// Gives the device `count` buffers for events, of [`RECORDS_PER_BUFFER`] records each.
+    ///
+    /// # Errors
+    /// It has that many already.
+    pub fn post_event_buffers(&mut self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            let index = self.spare.pop().context("the device has all event buffers")?;
+            let addr = self.buffers + u64::from(index) * EVENT_BUFFER_BYTES;
             let len = u32::try_from(EVENT_BUFFER_BYTES)?;
-            events.write_descriptor(index, Descriptor { addr, len, flags: DESC_F_WRITE, next: 0 })?;
-            events.publish(index)?;
+            self.events.write_descriptor(index, Descriptor { addr, len, flags: DESC_F_WRITE, next: 0 })?;
+            self.events.publish(index)?;
         }
-        vmm.start_queues(&[control.addresses(), cursor.addresses(), events.addresses()])?;
-        vmm.notify(EVENTQ)?;
-        Ok(Self { vmm, control, cursor, events, buffers, records: vec![] })
+        Ok(self.vmm.notify(EVENTQ)?)
+    }
+
+    fn rings(&self) -> [RingAddresses; NUM_QUEUES] {
+        [self.control.addresses(), self.cursor.addresses(), self.events.addresses()]
+    }
+
+    /// Stops the rings, as a VMM does that pauses its guest.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn pause(&mut self) -> Result<()> {
+        self.bases = self.vmm.stop_queues()?;
+        Ok(())
+    }
+
+    /// Lets paused rings go on where they were.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn resume(&mut self) -> Result<()> {
+        self.vmm.resume_queues(&self.rings(), self.bases)
+    }
+
+    /// Starts the rings, which were stopped, from nothing, as a driver does that begins anew. What the old one had not
+    /// read is forgotten.
+    ///
+    /// # Errors
+    /// The daemon refused.
+    pub fn begin_anew(&mut self) -> Result<()> {
+        for ring in [&mut self.control, &mut self.cursor, &mut self.events] {
+            ring.clear()?;
+        }
+        self.records.clear();
+        self.spare = (0..EVENT_BUFFERS).collect();
+        self.vmm.start_queues(&self.rings())?;
+        if self.recycle { self.post_event_buffers(usize::from(EVENT_BUFFERS)) } else { Ok(()) }
     }
 
     /// The VMM.
@@ -215,6 +281,15 @@ impl RawGuest {
         })
     }
 
+    /// Takes all records that nobody has waited for so far, in the order in which they came.
+    ///
+    /// # Errors
+    /// The device wrote what is no event buffer.
+    pub fn take_records(&mut self) -> Result<Vec<Record>> {
+        self.collect_records()?;
+        Ok(std::mem::take(&mut self.records))
+    }
+
     /// Records that nobody has waited for so far.
     ///
     /// # Errors
@@ -225,7 +300,7 @@ impl RawGuest {
     }
 
     fn collect_records(&mut self) -> Result<()> {
-        let mut taken = false;
+        let mut taken = 0;
         while let Some((head, len)) = self.events.take_used()? {
             let head =
                 u16::try_from(head).ok().filter(|head| *head < EVENT_BUFFERS).context("event buffer")?;
@@ -233,13 +308,10 @@ impl RawGuest {
             let mut bytes = vec![0; len as usize];
             self.vmm.ram().read(self.buffers + u64::from(head) * EVENT_BUFFER_BYTES, &mut bytes)?;
             self.parse_records(&bytes)?;
-            self.events.publish(head)?;
-            taken = true;
+            self.spare.push(head);
+            taken += 1;
         }
-        if taken {
-            self.vmm.notify(EVENTQ)?;
-        }
-        Ok(())
+        if self.recycle && taken > 0 { self.post_event_buffers(taken) } else { Ok(()) }
     }
 
     fn parse_records(&mut self, bytes: &[u8]) -> Result<()> {
