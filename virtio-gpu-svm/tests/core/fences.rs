@@ -1,12 +1,12 @@
 //! Fences and asynchronous binds: what starts when, how it ends, and that nothing is lost. The property test compares
 //! the core with a scheduler that looks at everything again after each step.
 
-use crate::mock::{A, C, GPA, LIMITS, World, hdr, map, run, unmap};
+use crate::mock::{A, C, GPA, LIMITS, World, device_info, faults, hdr, map, run, unmap};
 use std::collections::BTreeSet;
-use virtio_gpu_svm::device::Access;
+use virtio_gpu_svm::device::{Access, DeviceInfo, FaultModel};
 use virtio_gpu_svm::host::Limits;
 use virtio_gpu_svm::protocol::MAX_RINGS;
-use virtio_gpu_svm::protocol::control::PAGE_RESP_FAILURE;
+use virtio_gpu_svm::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
 use virtio_gpu_svm::protocol::errno::*;
 use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::gpu::*;
@@ -649,4 +649,76 @@ fn launch(w: &World, vms: [u32; 2], items: &mut Vec<Item>, next: &mut impl FnMut
     };
     let id = id.unwrap();
     items.push(Item { id, vm, ring, signal, bind, after, started: false, ended: false });
+}
+
+/// Context 1 with a GPU VM on a device without faults, and on one with.
+fn without_and_with_faults() -> (World, u32, u32) {
+    let rigid = DeviceInfo { fault_model: FaultModel::None, ..device_info() };
+    let w = World::on_devices(Limits { pending_faults: 64, ..ROOM }, [rigid, device_info()]);
+    w.create_context(1);
+    let (rigid, _) = w.create_vm(1, 0);
+    let (other, _) = w.create_vm(1, 1);
+    (w, rigid, other)
+}
+
+#[test]
+fn bind_that_asks_for_pages_ends_when_they_are_there() {
+    let (w, rigid, other) = without_and_with_faults();
+    let mapped = on(rigid, 0).signal(1).bind(&w, &[map(C, A, 8)]).unwrap();
+    let behind = on(rigid, 0).exec(&w).unwrap();
+    let elsewhere = on(other, 0).waits(&[(rigid, 0, 1)]).exec(&w).unwrap();
+    let asked = faults(&w);
+    assert_eq!((asked.len(), w.devices[0].told().jobs.len(), w.devices[1].told().jobs.len()), (1, 0, 0));
+    assert_eq!(w.respond(1, asked[0].cookie.get(), PAGE_RESP_SUCCESS, &[run(A, GPA, 8, 0)]), 0);
+    assert_eq!(statuses(&w), [(mapped, 0)]);
+    assert_eq!((w.devices[0].told().jobs.len(), w.devices[1].told().jobs.len()), (1, 1));
+    w.devices[0].end_job(&w.host, 0);
+    w.devices[1].end_job(&w.host, 0);
+    assert_eq!(statuses(&w), [(behind, 0), (elsewhere, 0)]);
+}
+
+#[test]
+fn prefetch_in_turn_ends_whether_its_pages_come_or_not() {
+    let (w, _, vm) = without_and_with_faults();
+    assert_eq!(w.bind(1, vm, &[map(C, A, 8)]), 0);
+    let prefetch = BindOp { op: BIND_OP_PREFETCH.into(), ..unmap(C, 8) };
+    for (code, runs) in [(PAGE_RESP_INVALID, vec![]), (PAGE_RESP_SUCCESS, vec![run(A, GPA, 8, 0)])] {
+        let id = on(vm, 3).bind(&w, &[prefetch]).unwrap();
+        let asked = faults(&w);
+        assert_eq!(asked.len(), 1);
+        assert_eq!(w.respond(1, asked[0].cookie.get(), code, &runs), 0);
+        assert_eq!(statuses(&w), [(id, 0)], "it is advice");
+    }
+    assert_eq!(w.guest.contexts()[0].vms[1].resident_pages, 8);
+}
+
+#[test]
+fn pages_that_are_refused_name_the_operation_that_wants_them() {
+    let (w, rigid, _) = without_and_with_faults();
+    assert_eq!(w.supply(1, &[run(A, GPA, 8, 0)]), 0);
+    let ops = [map(C, A, 8), map(C + (1 << 20), A + (1 << 20), 4), map(C + (2 << 20), A, 8)];
+    let bind = on(rigid, 0).bind(&w, &ops).unwrap();
+    let job = on(rigid, 0).exec(&w).unwrap();
+    let asked = faults(&w);
+    assert_eq!((asked.len(), asked[0].addr.get()), (1, C + (1 << 20)));
+    assert_eq!(w.respond(1, asked[0].cookie.get(), PAGE_RESP_INVALID, &[]), 0);
+    let told = ends(&w);
+    let shape: Vec<_> = told
+        .iter()
+        .map(|end| (end.job_id.get(), end.status.get(), end.packet.get(), end.addr.get()))
+        .collect();
+    assert_eq!(shape, [(bind, -EFAULT, 1, C + (1 << 20)), (job, -EPIPE, 0, 0)]);
+    let property = property(&w, rigid);
+    let error = (property.first_errno.get(), property.error_op.get(), property.error_addr.get());
+    assert_eq!(error, (-EFAULT, 1, C + (1 << 20)));
+}
+
+#[test]
+fn bind_that_waits_for_pages_ends_with_its_gpu_vm() {
+    let (w, rigid, _) = without_and_with_faults();
+    let bind = on(rigid, 0).signal(1).bind(&w, &[map(C, A, 8)]).unwrap();
+    assert_eq!(faults(&w).len(), 1);
+    destroy_vm(&w, rigid);
+    assert_eq!(statuses(&w), [(bind, -ECANCELED)]);
+    assert_eq!(w.guest.contexts()[0].jobs, 0);
 }
