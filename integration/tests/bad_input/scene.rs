@@ -109,6 +109,9 @@ impl Scene {
             let mut context =
                 self.daemon.call("context.get", json!({ "guest": "vm0", "ctx_id": ctx_id })).unwrap();
             context.as_object_mut().unwrap().remove("counters");
+            let vms = context["vms"].as_array_mut().unwrap();
+            let faults = vms.iter_mut().flat_map(|vm| vm["faults"].as_array_mut().unwrap());
+            faults.for_each(|fault| drop(fault["wait_ns"].take()));
             contexts.push(context);
         }
         let guest = self.daemon.guest("vm0").unwrap()["status"].take();

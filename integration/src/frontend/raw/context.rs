@@ -14,8 +14,8 @@ use virtio_gpu_svm::protocol::gpu::{
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::{
     BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
-    RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, VmBind, VmCreate,
-    VmCreateRsp, VmRef,
+    RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, VmBind, VmBindRsp,
+    VmCreate, VmCreateRsp, VmRef,
 };
 use zerocopy::IntoBytes;
 
@@ -107,7 +107,7 @@ impl RawGuest {
         bind.vm_id = vm.vm_id.into();
         bind.num_binds = u32::try_from(ops.len())?.into();
         let payload = [bind.as_bytes(), ops.as_bytes()].concat();
-        let (head, _) = self.submit(vm.ctx_id, &payload, size_of::<RspHdr>())?;
+        let (head, _) = self.submit(vm.ctx_id, &payload, size_of::<VmBindRsp>())?;
         Ok(head.status.get())
     }
 
