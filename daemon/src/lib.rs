@@ -4,12 +4,11 @@
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
-//! [`devices`] are what it is all about, `hostmmu` one kind of them; [`deadlines`] ends faults that nobody answers;
+//! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there for;
 //! [`control`] is the door for whoever operates all this.
 
 mod attendant;
 pub mod control;
-pub mod deadlines;
 pub mod devices;
 pub mod eventq;
 pub mod exit;
@@ -17,6 +16,7 @@ pub mod fuse;
 pub mod guest_memory;
 #[cfg(target_arch = "x86_64")]
 pub mod hostmmu;
+pub mod housekeeper;
 pub mod queue;
 pub mod registry;
 mod relay;

@@ -10,8 +10,8 @@ use args::Args;
 use clap::Parser;
 use config::{Config, LogLevel};
 use daemon::control::{self, ControlState};
-use daemon::deadlines::Deadlines;
 use daemon::devices::Devices;
+use daemon::housekeeper::Housekeeper;
 use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use daemon::socket::ListeningSocket;
 use std::process::ExitCode;
@@ -74,7 +74,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     if args.sabotage == Some(args::Sabotage::SwapAsid) {
         host.sabotage_swap_asids();
     }
-    let deadlines = Deadlines::start(Arc::clone(&host)).map_err(|e| Failure::Runtime(e.into()))?;
+    let housekeeper = Housekeeper::start(Arc::clone(&host)).map_err(|e| Failure::Runtime(e.into()))?;
     let registry = Registry::new(
         host,
         Options {
@@ -91,7 +91,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     // Sessions first: closing a guest waits for the engines. For the same reason a `guest.remove` that was under way is
     // waited for: with the end of the runtime above, which joins it.
     registry.shutdown();
-    deadlines.stop();
+    housekeeper.stop();
     devices.stop();
     served
 }

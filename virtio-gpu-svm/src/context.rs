@@ -34,6 +34,9 @@ use crate::timeline::{self, Timelines};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
+/// Slices of what may go on that a thread does which serves other guests too.
+const SHARED_SLICES: usize = 4;
+
 /// Whether a context still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
@@ -230,7 +233,20 @@ impl Context {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// Does what had to wait for the lock's release, and then, slice by slice, what may go on.
-    pub(crate) fn settle(self: &Arc<Self>, mut after: After) {
+    pub(crate) fn settle(self: &Arc<Self>, after: After) {
+        self.settle_slices(after, usize::MAX);
+    }
+    /// The same on a thread that serves other guests too: after a few slices the host's worker goes on.
+    pub(crate) fn settle_shared(self: &Arc<Self>, after: After) {
+        if self.settle_slices(after, SHARED_SLICES) {
+            self.host.leave_work(self);
+        }
+    }
+    /// One slice of what may go on. Returns whether there is more.
+    pub(crate) fn work(self: &Arc<Self>) -> bool {
+        self.settle_slices(After { more: true, ..After::default() }, 1)
+    }
+    fn settle_slices(self: &Arc<Self>, mut after: After, mut slices: usize) -> bool {
         loop {
             for (device, stop, verdict) in after.resumes {
                 self.host.device_of(device).resume(stop, verdict);
@@ -240,9 +256,10 @@ impl Context {
             {
                 guest.announce(self);
             }
-            if !after.more {
-                return;
+            if !after.more || slices == 0 {
+                return after.more;
             }
+            slices = slices.saturating_sub(1);
             after = After::default();
             let mut state = self.lock();
             self.populate(&mut state, &mut after);

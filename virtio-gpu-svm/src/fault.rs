@@ -329,14 +329,14 @@ impl Context {
                     self.ask(&mut state, &raised, fault_type, cpu_page, &mut after);
                     self.let_throttled_in(&mut state, &mut after);
                     drop(state);
-                    return self.settle(after);
+                    return self.settle_shared(after);
                 }
             };
             after.resume(device, fault.stop, verdict);
             self.trace(&mut state, &raised, outcome);
             self.let_throttled_in(&mut state, &mut after);
         }
-        self.settle(after);
+        self.settle_shared(after);
     }
 
     /// Makes the fault pending, or joins it to the one that is pending for its page.

@@ -1,14 +1,15 @@
 //! All guests and all devices of one daemon. Here a device's events find the context that owns them.
 
+use crate::context::Context;
 use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
 use crate::fault::router::Router;
 use crate::guest::{EventPort, Guest};
 use crate::info::{Counters, DeviceStatus, FaultTrace, HostStats};
 use crate::protocol::errno::ECANCELED;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Faults that are remembered for people.
 pub const RECENT_FAULTS: usize = 1024;
@@ -79,6 +80,9 @@ pub struct Host {
     past: Mutex<Counters>,
     pub(crate) pending_vms: Gauge,
     pub(crate) traces: Traces,
+    /// Contexts whose work engines have left to the worker; guards the list only.
+    backlog: Mutex<VecDeque<Weak<Context>>>,
+    work: Condvar,
     started: Instant,
     next_epoch: AtomicU64,
     next_generation: AtomicU64,
@@ -98,6 +102,8 @@ impl Host {
             past: Mutex::new(Counters::default()),
             pending_vms: Gauge::default(),
             traces: Traces::default(),
+            backlog: Mutex::default(),
+            work: Condvar::new(),
             started: Instant::now(),
             next_epoch: AtomicU64::new(epoch),
             next_generation: AtomicU64::new(1),
@@ -185,6 +191,35 @@ impl Host {
         if self.pending_vms.now.load(Ordering::Relaxed) > 0 {
             self.guests().iter().for_each(|guest| guest.expire_faults());
         }
+    }
+    /// Leaves what may go on in a context to the worker.
+    pub(crate) fn leave_work(&self, context: &Arc<Context>) {
+        self.lock_backlog().push_back(Arc::downgrade(context));
+        self.work.notify_one();
+    }
+    /// Waits until there is work, or [`Host::wake_worker`], or this time is over.
+    pub fn wait_for_work(&self, timeout: Duration) {
+        let backlog = self.lock_backlog();
+        if backlog.is_empty() {
+            drop(self.work.wait_timeout(backlog, timeout).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+    /// Ends a [`Host::wait_for_work`].
+    pub fn wake_worker(&self) {
+        self.work.notify_all();
+    }
+    /// Does what engines have left, a slice of each context in turn, until nothing is left. To be called by one thread
+    /// of the daemon whenever there is work.
+    pub fn work_off(&self) {
+        while let Some(context) = { self.lock_backlog().pop_front() } {
+            let Some(context) = context.upgrade() else { continue };
+            if context.work() {
+                self.lock_backlog().push_back(Arc::downgrade(&context));
+            }
+        }
+    }
+    fn lock_backlog(&self) -> MutexGuard<'_, VecDeque<Weak<Context>>> {
+        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// Adds counts that no guest keeps.
     fn remember(&self, counters: &Counters) {

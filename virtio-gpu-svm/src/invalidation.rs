@@ -126,7 +126,7 @@ impl Context {
                 after.announce = true;
             }
         }
-        self.settle(after);
+        self.settle_shared(after);
     }
 
     /// Guest memory has changed: forgets what stood on regions that are gone, and returns the GPU VMs whose

@@ -24,7 +24,7 @@ use vmm::{PATIENCE, Vmm, connect, negotiate};
 /// Looks again this often at what has no event to wait for.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Threads of a daemon with one guest and no session: its own, two engines, the deadlines', the guest's.
+/// Threads of a daemon with one guest and no session: its own, two engines, the housekeeper, the guest's.
 const IDLE_THREADS: usize = 5;
 
 fn svmd() -> Command {

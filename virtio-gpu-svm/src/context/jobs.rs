@@ -187,7 +187,7 @@ impl Context {
             self.end(&mut state, id, end, &mut after);
             self.advance(&mut state, &mut after);
         }
-        self.settle(after);
+        self.settle_shared(after);
     }
 
     /// A bind that waited for pages has them, or its GPU VM will never have them.

@@ -185,7 +185,7 @@ impl Context {
                 self.make_unusable(&mut state, vm_id, ETIMEDOUT, page, &mut after);
             }
         }
-        self.settle(after);
+        self.settle_shared(after);
     }
 
     /// Makes a GPU VM unusable for good: nothing more is mapped or run in it. Semantics of panthor.

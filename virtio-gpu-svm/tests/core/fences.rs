@@ -478,6 +478,8 @@ fn one_end_may_set_very_many_free() {
     }
     assert!(w.devices[1].jobs().is_empty());
     w.devices[0].end(&w.host, gate, 0);
+    assert!(w.devices[1].jobs().len() < expected.len(), "an engine leaves most of it to the host");
+    w.host.work_off();
     let started = w.devices[1].jobs();
     assert_eq!(started.len(), expected.len(), "each once");
     assert_eq!(started.into_iter().collect::<BTreeSet<_>>(), expected);

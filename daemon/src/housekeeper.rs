@@ -1,0 +1,51 @@
+//! What no guest's thread is there for: the clock of faults that nobody answers, and work that engines leave because they
+//! serve others too. A thread of its own, because both are written into guests' event queues, which the control socket's
+//! runtime must never touch.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use virtio_gpu_svm::host::Host;
+
+/// How often deadlines are looked at; a fault expires so much later at most.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// The thread.
+pub struct Housekeeper {
+    host: Arc<Host>,
+    ending: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Housekeeper {
+    /// Begins to look after a host.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn start(host: Arc<Host>) -> std::io::Result<Self> {
+        let ending = Arc::new(AtomicBool::new(false));
+        let (stop, kept) = (Arc::clone(&ending), Arc::clone(&host));
+        let run = move || {
+            let mut looked = Instant::now();
+            while !stop.load(Ordering::Relaxed) {
+                kept.wait_for_work(INTERVAL.saturating_sub(looked.elapsed()));
+                kept.work_off();
+                if looked.elapsed() >= INTERVAL {
+                    looked = Instant::now();
+                    kept.expire_faults();
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("housekeeper".into()).spawn(run)?;
+        Ok(Self { host, ending, thread })
+    }
+    /// Ends the thread.
+    pub fn stop(self) {
+        self.ending.store(true, Ordering::Relaxed);
+        self.host.wake_worker();
+        if self.thread.join().is_err() {
+            tracing::error!("the housekeeper had panicked");
+        }
+    }
+}
