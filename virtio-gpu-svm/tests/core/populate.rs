@@ -133,6 +133,23 @@ fn access_joins_the_prefetch_of_its_page() {
 }
 
 #[test]
+fn access_that_joined_a_refused_prefetch_asks_for_its_own_page() {
+    let w = World::with_limits(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    assert_eq!(w.bind(1, vm, &[map(C, A, 64), prefetch(C, 64)]), 0);
+    let record = faults(&w)[0];
+    let stop = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_INVALID, &[]), 0, "its first page is not there");
+    assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
+    let again = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
+    let record = faults(&w)[0];
+    assert_eq!((record.cpu_addr.get(), record.flags.get() & FAULT_PREFETCH), (A + 9 * PAGE, 0));
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_INVALID, &[]), 0);
+    assert_eq!(w.devices[0].verdict(again), Some(Verdict::Fail(EFAULT)), "it is asked once more, as a fault");
+}
+
+#[test]
 fn immediate_map_is_resident_at_once_as_far_as_it_is_known() {
     let w = World::with_limits(WIDE);
     w.create_context(1);
