@@ -297,7 +297,7 @@ impl Context {
             mappings: Mappings::of_new_vm(self.host.device_of(device).info()),
             jobs: 0,
             pending_faults: 0,
-            population: Population::default(),
+            population: Population::of_new_vm(self.host.device_of(device).as_ref()),
         };
         state.vms.insert(vm_id, vm);
         Ok((vm_id, asid))

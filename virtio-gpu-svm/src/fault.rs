@@ -7,7 +7,7 @@
 //!            +-- owner gone -------------------------------------> dropped
 //!            +-- too many pending -------------------------------> throttled (raised again later)
 //!            +-- pending --+-- answer SUCCESS -------------------> answered
-//!                          +-- answer INVALID, FAILURE ----------> refused
+//!                          +-- answer INVALID, FAILURE ----------> refused (who joined a prefetch: raised again)
 //!                          +-- mapping, GPU VM or context gone --> dropped
 //! ```
 //! The table of pending faults lives in the context, under its lock, together with the address space: so an answer
@@ -50,7 +50,7 @@ pub enum Outcome {
     ServedLocally,
     /// By the guest's answer.
     Answered,
-    /// As an error of the job.
+    /// As an error of the job; of a prefetch that was only advice, as nobody's.
     Refused,
     /// Its owner, GPU VM or mapping was gone.
     Dropped,

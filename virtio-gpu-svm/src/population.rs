@@ -43,9 +43,15 @@ pub struct Population {
     /// Nothing can be done before a fault of the context has ended.
     stalled: bool,
     held: bool,
+    /// Whether large leaves are wanted as a whole: to bind a part of one drops its rest, which only a fault brings back.
+    whole_leaves: bool,
 }
 
 impl Population {
+    /// Of a new GPU VM on a device.
+    pub fn of_new_vm(device: &dyn Device) -> Self {
+        Self { whole_leaves: lacks_faults(device), ..Self::default() }
+    }
     /// Pages of the ranges that are still wanted; those that the guest was asked for are not among them.
     pub fn wanted_pages(&self) -> u64 {
         self.wanted.iter().map(|range| range.pages()).fold(0, u64::saturating_add)
@@ -61,7 +67,12 @@ impl Population {
     /// Wants ranges; what of them is mapped when their turn comes counts.
     pub fn want(&mut self, ranges: impl IntoIterator<Item = PageRange>) {
         let mut wanted = std::mem::take(&mut self.wanted);
-        wanted.extend(ranges);
+        let leaves = |range: PageRange| PageRange {
+            start: range.start & !(LEAF_PAGES.saturating_sub(1)),
+            end: range.end.checked_next_multiple_of(LEAF_PAGES).unwrap_or(range.end),
+        };
+        let whole = self.whole_leaves;
+        wanted.extend(ranges.into_iter().map(|range| if whole { leaves(range) } else { range }));
         self.wanted = PageRange::merge(wanted);
     }
     /// A prefetch fault has ended; its range is wanted again if there is hope.
@@ -104,18 +115,14 @@ pub(crate) fn lacks_faults(device: &dyn Device) -> bool {
 /// Drops the translations of ranges, [`bounded`]; what was between them goes too.
 ///
 /// With faults, it is faulted in again. Without, the queues are stopped first, and whatever of it is mapped is wanted
-/// again, up to the edges of large leaves, which go whole.
+/// again.
 pub(crate) fn take_away(device: &dyn Device, vm: &mut GpuVm, ranges: Vec<PageRange>) -> Flush {
     let ranges = bounded(ranges);
     let refill = lacks_faults(device) && vm.state == gpu_vm::State::Usable && !ranges.is_empty();
     let mut flush = Flush::Done;
     if refill {
         flush = hold(device, vm);
-        let leaf = |range: &PageRange| PageRange {
-            start: range.start & !(LEAF_PAGES.saturating_sub(1)),
-            end: range.end.checked_next_multiple_of(LEAF_PAGES).unwrap_or(range.end),
-        };
-        vm.population.want(ranges.iter().map(leaf));
+        vm.population.want(ranges.iter().copied());
     }
     for range in ranges {
         // A later ticket says all that an earlier one of this GPU VM says.

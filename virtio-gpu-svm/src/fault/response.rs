@@ -139,7 +139,9 @@ impl Context {
             }
             // Without faults no job could be told: what cannot be had ends the GPU VM.
             let fatal = code == Code::Failure || (prefetch && self.lacks_faults(state, vm_id));
-            self.end_pending(state, cookie, Outcome::Refused, Verdict::Fail(EFAULT), after);
+            // A prefetch was refused for its first page: who joined it may want another, and asks for itself.
+            let verdict = if prefetch && !fatal { Verdict::Retry } else { Verdict::Fail(EFAULT) };
+            self.end_pending(state, cookie, Outcome::Refused, verdict, after);
             if fatal {
                 self.make_unusable(state, vm_id, EFAULT, range.start, after);
             }

@@ -133,6 +133,23 @@ fn access_joins_the_prefetch_of_its_page() {
 }
 
 #[test]
+fn access_that_joined_a_refused_prefetch_asks_for_its_own_page() {
+    let w = World::with_limits(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    assert_eq!(w.bind(1, vm, &[map(C, A, 64), prefetch(C, 64)]), 0);
+    let record = faults(&w)[0];
+    let stop = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_INVALID, &[]), 0, "its first page is not there");
+    assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
+    let again = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
+    let record = faults(&w)[0];
+    assert_eq!((record.cpu_addr.get(), record.flags.get() & FAULT_PREFETCH), (A + 9 * PAGE, 0));
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_INVALID, &[]), 0);
+    assert_eq!(w.devices[0].verdict(again), Some(Verdict::Fail(EFAULT)), "it is asked once more, as a fault");
+}
+
+#[test]
 fn immediate_map_is_resident_at_once_as_far_as_it_is_known() {
     let w = World::with_limits(WIDE);
     w.create_context(1);
@@ -219,6 +236,57 @@ fn rest_of_a_large_leaf_is_bound_again_without_faults() {
     assert_eq!(w.bind(1, vm, &[unmap(leaf + 101 * PAGE, 1)]), 0);
     assert_eq!(resident(&w, asid, leaf, 512), 510);
     assert!(!is_held(&w, asid), "known pages need no guest");
+}
+
+#[test]
+fn answer_that_finds_its_page_in_a_large_leaf_binds_all_of_it() {
+    let w = without_faults(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    let leaf = 0x4_0020_0000;
+    let known = [run(A, GPA, 100, 0), run(A + 101 * PAGE, GPA + 101 * PAGE, 411, 0)];
+    assert_eq!(w.supply(1, &known), 0);
+    assert_eq!(w.bind(1, vm, &[map(leaf, A, 512)]), 0);
+    let asked = faults(&w)[0];
+    assert_eq!(w.supply(1, &[run(A + 100 * PAGE, GPA + 100 * PAGE, 1, 0)]), 0);
+    w.guest.evict(1, None).unwrap();
+    assert_eq!(resident(&w, asid, leaf, 512), 512, "as one leaf, on a device that has them");
+    // Such a device drops the rest of a leaf of which a part is bound.
+    w.devices[0].told().bound.clear();
+    assert_eq!(w.respond(1, asked.cookie.get(), PAGE_RESP_SUCCESS, &[]), 0);
+    assert_eq!((resident(&w, asid, leaf, 512), is_held(&w, asid)), (512, false));
+}
+
+#[test]
+fn part_of_a_blob_that_is_mapped_again_in_place_brings_back_its_leaf() {
+    let w = without_faults(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    let (leaf, pages) = (0x4_0020_0000, 512 * 4096);
+    let create = ResourceCreateBlob {
+        hdr: hdr(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, 0),
+        resource_id: 5.into(),
+        blob_mem: VIRTIO_GPU_BLOB_MEM_GUEST.into(),
+        nr_entries: 1.into(),
+        size: u64::from(pages).into(),
+        ..ResourceCreateBlob::default()
+    };
+    let entry = MemEntry { addr: GPA.into(), length: pages.into(), padding: 0.into() };
+    assert_eq!(w.status(&[create.as_bytes(), entry.as_bytes()].concat()), 0);
+    let hdr = hdr(VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE, 1);
+    let attach = CtxResource { hdr, resource_id: 5.into(), padding: 0.into() };
+    assert_eq!(w.status(attach.as_bytes()), 0);
+    let blob = |gpu: u64, offset: u64, pages| BindOp {
+        op: BIND_OP_MAP.into(),
+        resource_id: 5.into(),
+        obj_offset: offset.into(),
+        ..unmap(gpu, pages)
+    };
+    assert_eq!(w.bind(1, vm, &[blob(leaf, 0, 512)]), 0);
+    // A device drops the rest of a leaf of which a part is bound.
+    w.devices[0].told().bound.clear();
+    assert_eq!(w.bind(1, vm, &[blob(leaf + 9 * PAGE, 9 * PAGE, 3)]), 0);
+    assert_eq!((resident(&w, asid, leaf, 512), is_held(&w, asid)), (512, false));
 }
 
 #[test]
