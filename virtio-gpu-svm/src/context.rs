@@ -326,6 +326,10 @@ impl Context {
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
         // Its device drops their jobs; here they would only keep others waiting.
         state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
+        // Who destroys it need not be told that it was lost.
+        state
+            .waiting
+            .retain(|waiting| !matches!(waiting, Waiting::Lost { vm_id: lost, .. } if *lost == vm_id));
         let end = if seeded::on(Bug::ResumeAfterTeardown) { 0 } else { u64::MAX };
         for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);

@@ -54,7 +54,7 @@ pub enum Outcome {
     Refused,
     /// Its owner, GPU VM or mapping was gone.
     Dropped,
-    /// To be raised again.
+    /// To be raised again: too many were pending, or it had joined a group that was refused for another page.
     Throttled,
 }
 
@@ -344,7 +344,10 @@ impl Context {
         let (fault, vm_id) = (raised.fault, raised.vm_id);
         if let Some(pending) = state.faults.joined(vm_id, raised.page()) {
             pending.waiters.push(fault.stop);
-            pending.perm |= fault.access.perm();
+            // Of several pages the answer must grant what the first one needs, and this may be another: it asks again.
+            if pending.pages == 1 && !pending.prefetch {
+                pending.perm |= fault.access.perm();
+            }
             state.counters.faults_coalesced = state.counters.faults_coalesced.saturating_add(1);
             return;
         }

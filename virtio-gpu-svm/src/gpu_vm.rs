@@ -42,7 +42,7 @@ use crate::population::Population;
 use crate::protocol::{GUEST_VA_END, PAGE_SHIFT};
 use crate::resource::Blob;
 use crate::sync::Arc;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What stands behind a mapping.
 #[derive(Clone, Debug)]
@@ -209,6 +209,9 @@ impl Change {
 #[derive(Debug, Default)]
 pub struct Mappings {
     by_start: BTreeMap<u64, GpuVa>,
+    /// (resource, first page) of those that show a blob.
+    of_blobs: BTreeSet<(u32, u64)>,
+    pages: u64,
 }
 
 impl Mappings {
@@ -246,7 +249,7 @@ impl Mappings {
     }
     /// Pages of all mappings.
     pub fn pages(&self) -> u64 {
-        self.iter().map(|va| va.range.pages()).fold(0, u64::saturating_add)
+        self.pages
     }
     /// Maps over whatever is there.
     pub fn map(&mut self, request: GpuVa, change: &mut Change) {
@@ -260,10 +263,16 @@ impl Mappings {
     }
     /// Unmaps every mapping of a blob resource.
     pub fn unmap_blob(&mut self, resource_id: u32, change: &mut Change) {
-        let shows =
-            |va: &&GpuVa| matches!(&va.backing, Backing::Blob(blob, _) if blob.resource_id == resource_id);
-        let ranges: Vec<PageRange> = self.iter().filter(shows).map(|va| va.range).collect();
-        ranges.into_iter().for_each(|range| self.unmap(range, change));
+        let starts: Vec<u64> = self
+            .of_blobs
+            .range((resource_id, 0)..=(resource_id, u64::MAX))
+            .map(|(_, start)| *start)
+            .collect();
+        for start in starts {
+            if let Some(range) = self.by_start.get(&start).map(|va| va.range) {
+                self.unmap(range, change);
+            }
+        }
     }
     /// Splits object-less mappings at the edges of a range, so that advice about the range has mappings of its own.
     /// Nothing is unmapped or merged, and translations stay.
@@ -322,12 +331,20 @@ impl Mappings {
         parts.for_each(|part| self.insert(part.clone()));
     }
     fn insert(&mut self, va: GpuVa) {
+        if let Backing::Blob(blob, _) = &va.backing {
+            self.of_blobs.insert((blob.resource_id, va.range.start));
+        }
+        self.pages = self.pages.saturating_add(va.range.pages());
         let replaced = self.by_start.insert(va.range.start, va);
         assert!(replaced.is_none(), "mappings overlap: {replaced:?}");
     }
     fn remove(&mut self, va: &GpuVa) {
         let removed = self.by_start.remove(&va.range.start);
-        assert!(removed.is_some(), "no mapping at {:#x}", va.range.start);
+        let Some(removed) = removed else { panic!("no mapping at {:#x}", va.range.start) };
+        if let Backing::Blob(blob, _) = &removed.backing {
+            self.of_blobs.remove(&(blob.resource_id, removed.range.start));
+        }
+        self.pages = self.pages.saturating_sub(removed.range.pages());
     }
 }
 

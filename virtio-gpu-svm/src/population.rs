@@ -18,7 +18,7 @@ use crate::gpu_vm::{self, Behind, GpuVm};
 use crate::host::Host;
 use crate::invalidation::bounded;
 use crate::protocol::PAGE_SHIFT;
-use crate::protocol::errno::EFAULT;
+use crate::protocol::errno::{EFAULT, EPIPE};
 use crate::protocol::event::{PERM_READ, PERM_WRITE};
 use crate::sync::Arc;
 
@@ -26,8 +26,12 @@ use crate::sync::Arc;
 pub const MAX_POPULATED_PAGES: u64 = 1 << 20;
 /// Pages that one VM_BIND may ask to be made resident: 256 MiB.
 pub const MAX_PREFETCH_PAGES: u64 = 1 << 16;
-/// Pages that are bound while the context's lock is held once.
+/// Pages that are looked at while the context's lock is held once.
 const SLICE_PAGES: u64 = 8 * LEAF_PAGES;
+/// What a step costs at least, in pages: it may call the device.
+const STEP_PAGES: u64 = 64;
+/// Ranges that are wanted one by one.
+const MAX_WANTED: usize = 1 << 14;
 /// Pages that one prefetch fault asks for.
 const ASK_PAGES: u64 = LEAF_PAGES;
 /// Prefetch faults of one GPU VM that wait for the guest at once.
@@ -43,14 +47,15 @@ pub struct Population {
     /// Nothing can be done before a fault of the context has ended.
     stalled: bool,
     held: bool,
-    /// Whether large leaves are wanted as a whole: to bind a part of one drops its rest, which only a fault brings back.
-    whole_leaves: bool,
+    /// Whether the device has no faults: every page that is mapped is wanted, with the right to write if its mapping has
+    /// it, and large leaves as a whole, since to bind a part of one drops its rest.
+    all: bool,
 }
 
 impl Population {
     /// Of a new GPU VM on a device.
     pub fn of_new_vm(device: &dyn Device) -> Self {
-        Self { whole_leaves: lacks_faults(device), ..Self::default() }
+        Self { all: lacks_faults(device), ..Self::default() }
     }
     /// Pages of the ranges that are still wanted; those that the guest was asked for are not among them.
     pub fn wanted_pages(&self) -> u64 {
@@ -71,9 +76,23 @@ impl Population {
             start: range.start & !(LEAF_PAGES.saturating_sub(1)),
             end: range.end.checked_next_multiple_of(LEAF_PAGES).unwrap_or(range.end),
         };
-        let whole = self.whole_leaves;
-        wanted.extend(ranges.into_iter().map(|range| if whole { leaves(range) } else { range }));
+        let ranges = ranges.into_iter().filter(|range| range.pages() > 0);
+        wanted.extend(ranges.map(|range| if self.all { leaves(range) } else { range }));
         self.wanted = PageRange::merge(wanted);
+        if self.wanted.len() > MAX_WANTED {
+            self.coarsen();
+        }
+    }
+    /// There are too many ranges. Where all that is mapped is wanted, what lies between them may be as well; else it is
+    /// advice, and some of it is dropped.
+    fn coarsen(&mut self) {
+        let whole = self.wanted.first().zip(self.wanted.last());
+        let whole = whole.map(|(first, last)| PageRange { start: first.start, end: last.end });
+        if self.all {
+            self.wanted = whole.into_iter().collect();
+        } else {
+            self.wanted.truncate(MAX_WANTED);
+        }
     }
     /// A prefetch fault has ended; its range is wanted again if there is hope.
     pub(crate) fn answered(&mut self, again: Option<PageRange>) {
@@ -105,6 +124,12 @@ pub(crate) struct Populating {
     pub(crate) id: JobId,
     /// Operations with the GPU pages that they name, to say which one failed.
     pub(crate) operations: Vec<(u32, PageRange)>,
+}
+
+impl Populating {
+    fn operation_at(&self, page: u64) -> Option<u32> {
+        self.operations.iter().find(|(_, range)| range.contains(page)).map(|(op, _)| *op)
+    }
 }
 
 /// Whether jobs of a device must find everything bound.
@@ -151,6 +176,8 @@ enum Step {
     Ask(Prefetch),
     /// Somebody waits for these pages already.
     Skip(PageRange),
+    /// Nothing is mapped there: done with.
+    Hole,
     /// Nobody can say where this page is.
     Lost(PageRange),
 }
@@ -174,8 +201,16 @@ impl Context {
     pub(crate) fn end_populated(&self, state: &mut State, after: &mut After) {
         while let Some(at) = state.populating.iter().position(|bind| state.is_over(bind)) {
             let bind = state.populating.swap_remove(at);
-            let dead = state.vms.get(&bind.vm_id).map(|vm| vm.state);
-            self.end_bind(state, bind.id, dead, after);
+            let end = match state.vms.get(&bind.vm_id).map(|vm| vm.state) {
+                Some(gpu_vm::State::Unusable { errno, addr, .. }) => {
+                    match bind.operation_at(addr >> PAGE_SHIFT) {
+                        Some(op) => (errno, op, addr),
+                        None => (EPIPE, 0, 0),
+                    }
+                }
+                Some(gpu_vm::State::Usable) | None => (0, 0, 0),
+            };
+            self.end_bind(state, bind.id, end, after);
         }
     }
 
@@ -188,17 +223,16 @@ impl Context {
             let step = state.next_step(vm_id, left);
             let result = self.take_step(state, vm_id, step, after);
             let Some(vm) = state.vms.get_mut(&vm_id) else { return };
-            match result {
-                Ok(done) => {
-                    let Some(done) = done else { return };
-                    vm.population.advance(done.end);
-                    left = left.saturating_sub(done.pages());
-                }
-                Err((range, _)) if !lacks_faults(self.host.device_of(vm.device).as_ref()) => {
-                    vm.population.advance(range.end);
-                }
+            let done = match result {
+                Ok(Some(done)) => done,
+                Ok(None) => return,
+                Err((range, _)) if !vm.population.all => range,
                 Err((range, errno)) => return self.make_unusable(state, vm_id, errno, range.start, after),
+            };
+            if done.pages() > 0 {
+                vm.population.advance(done.end);
             }
+            left = left.saturating_sub(done.pages().max(STEP_PAGES));
         }
     }
 
@@ -222,7 +256,7 @@ impl Context {
             }
             // A part of a large leaf that is bound again would drop its rest.
             Step::Bind(range) | Step::BindNull(range)
-                if !lacks_faults(device.as_ref()) && device.resident_in(vm.asid, range) == range.pages() =>
+                if !vm.population.all && device.resident_in(vm.asid, range) == range.pages() =>
             {
                 state.extents.clear();
                 Ok(Some(range))
@@ -237,9 +271,12 @@ impl Context {
                 bound.map(|()| Some(range)).map_err(|error| failed(range, error))
             }
             Step::Skip(range) => Ok(Some(range)),
+            Step::Hole => Ok(Some(PageRange { start: 0, end: 0 })),
             Step::Lost(range) => Err((range, EFAULT)),
             Step::Ask(prefetch) => {
-                let room = state.faults.count() < usize::try_from(self.limits.pending_faults).unwrap_or(0);
+                // Accesses that wait for their turn come first.
+                let room = state.faults.count() < usize::try_from(self.limits.pending_faults).unwrap_or(0)
+                    && state.throttled.is_empty();
                 if !room || vm.population.asked >= MAX_ASKED {
                     vm.population.stalled = true;
                     return Ok(None);
@@ -298,9 +335,8 @@ impl State {
     }
     /// The operation that wants a page, of those that are waited for; else 0.
     pub(crate) fn operation_at(&self, vm_id: u32, page: u64) -> u32 {
-        let binds = self.populating.iter().filter(|bind| bind.vm_id == vm_id);
-        let mut operations = binds.flat_map(|bind| &bind.operations);
-        operations.find(|(_, range)| range.contains(page)).map_or(0, |(op, _)| *op)
+        let mut binds = self.populating.iter().filter(|bind| bind.vm_id == vm_id);
+        binds.find_map(|bind| bind.operation_at(page)).unwrap_or(0)
     }
     /// Whether a bind waits for pages no more: they are there, or will never be.
     fn is_over(&self, bind: &Populating) -> bool {
@@ -313,23 +349,27 @@ impl State {
     fn next_step(&mut self, vm_id: u32, most: u64) -> Step {
         let Self { vms, space, memory, faults, extents, .. } = self;
         let Some(GpuVm { mappings, population, .. }) = vms.get_mut(&vm_id) else { return Step::Nothing };
-        let part = loop {
-            let Some(range) = population.wanted.last().copied() else { return Step::Nothing };
-            match mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?))) {
-                Some(found) => break found,
-                None => drop(population.wanted.pop()),
-            }
+        let Some(range) = population.wanted.last().copied() else { return Step::Nothing };
+        let found = mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?)));
+        let Some((va, part)) = found else {
+            population.wanted.pop();
+            return Step::Hole;
         };
-        let (va, part) = part;
         population.advance(part.start);
         let slice_end = part.start.saturating_add(most).checked_next_multiple_of(LEAF_PAGES);
         let slice = PageRange { start: part.start, end: part.end.min(slice_end.unwrap_or(part.end)) };
         if matches!(va.behind(slice.start), Behind::Null) {
             return Step::BindNull(slice);
         }
+        // Without faults a write must find its right: a page that is known without it is asked for.
+        let all = population.all;
+        let known = |page: u64| {
+            let extent = fault::known_extent(va, page, space, memory)?;
+            (!all || va.readonly || extent.writable).then_some(extent)
+        };
         let mut at = slice.start;
         while at < slice.end
-            && let Some(page) = fault::known_extent(va, at, space, memory)
+            && let Some(page) = known(at)
         {
             fault::push_page(extents, page);
             at = at.saturating_add(1);
@@ -344,10 +384,10 @@ impl State {
         }
         let Behind::Cpu(cpu_page) = va.behind(slice.start) else { return Step::Lost(first) };
         let end = part.end.min(free.end).min(slice.start.saturating_add(ASK_PAGES));
-        let unknown = (first.end..end).find(|page| fault::known_extent(va, *page, space, memory).is_some());
+        let next_known = (first.end..end).find(|page| known(*page).is_some());
         Step::Ask(Prefetch {
             vm_id,
-            range: PageRange { start: first.start, end: unknown.unwrap_or(end) },
+            range: PageRange { start: first.start, end: next_known.unwrap_or(end) },
             cpu_page,
             readonly: va.readonly,
         })

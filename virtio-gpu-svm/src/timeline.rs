@@ -15,7 +15,6 @@
 
 use crate::context::Bind;
 use crate::device::{JobEnd, JobId};
-use crate::gpu_vm::Backing;
 use crate::protocol::job::Packet;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
@@ -112,17 +111,12 @@ impl Work {
     fn detach(&mut self, resource_id: u32) {
         let Self::Bind { binds, detached } = self else { return };
         for (op, bind) in binds.iter_mut().enumerate() {
-            match bind {
-                Bind::Map(va) | Bind::MapImmediate(va) if matches!(&va.backing, Backing::Blob(blob, _) if blob.resource_id == resource_id) =>
-                {
-                    *detached = Some(detached.map_or(op, |first| first.min(op)));
-                }
-                Bind::UnmapAll(id) if *id == resource_id => *bind = Bind::NOTHING,
-                Bind::Map(_)
-                | Bind::MapImmediate(_)
-                | Bind::Unmap(_)
-                | Bind::UnmapAll(_)
-                | Bind::Prefetch(_) => {}
+            if let Some(range) = bind.maps_blob(resource_id) {
+                *detached = Some(detached.map_or(op, |first| first.min(op)));
+                // It keeps its place and lets go of the blob.
+                *bind = Bind::Prefetch(range);
+            } else if matches!(bind, Bind::UnmapAll(id) if *id == resource_id) {
+                *bind = Bind::NOTHING;
             }
         }
     }
@@ -246,7 +240,8 @@ impl Timelines {
         self.started.insert(turn.id, timeline);
     }
     /// Takes what may start now, one item a call, rings in turn; it counts as started. In GPU VMs that are not usable
-    /// that includes what can only fail, wherever it stands: it waits for nothing any more, but its end has its place.
+    /// that includes what can only fail, at the front of its queue: it waits for no point any more, but its end has its
+    /// place.
     pub fn take_ready(&mut self, is_usable: impl Fn(u32) -> bool) -> Option<(Timeline, Turn, Work)> {
         while let Some(timeline) = self.ready.pop_front() {
             if let Some(Item { turn, work, .. }) = self.take_front(timeline, is_usable(timeline.vm_id)) {

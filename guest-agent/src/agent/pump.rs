@@ -110,7 +110,9 @@ impl Agent {
                 }
             }
             EVENT_CONTEXT_LOST => {
-                if let Some(context) = self.lock().contexts.get_mut(&ctx_id) {
+                // Of a GPU VM that is lost only its process need know.
+                let whole = notice.value.get() == 0;
+                if let Some(context) = self.lock().contexts.get_mut(&ctx_id).filter(|_| whole) {
                     context.lost = notice.status.get();
                 }
                 self.forward(ctx_id, notice.as_bytes());

@@ -31,17 +31,17 @@ impl BindRules<'_> {
         let mut left = MAX_PREFETCH_PAGES;
         let mut check = |op: &BindOp| {
             let bind = match self.device.address_model {
-                AddressModel::Any => Some(self.bind(op)?),
+                AddressModel::Any => self.bind(op)?,
                 AddressModel::Identity => self.identity(op)?,
             };
-            if let Some(Bind::MapImmediate(GpuVa { range, .. }) | Bind::Prefetch(range)) = &bind {
+            if let Bind::MapImmediate(GpuVa { range, .. }) | Bind::Prefetch(range) = &bind {
                 left = left.checked_sub(range.pages()).ok_or(Error::Count)?;
             }
             Ok(bind)
         };
         let mut binds = Vec::with_capacity(ops.len());
         for (index, op) in (0..).zip(ops) {
-            binds.extend(check(op).map_err(|error: Error| error.at(index))?);
+            binds.push(check(op).map_err(|error: Error| error.at(index))?);
         }
         Ok(binds)
     }
@@ -68,7 +68,8 @@ impl BindRules<'_> {
                 return Ok(if unmap { Bind::Unmap(range) } else { Bind::Prefetch(range) });
             }
             BIND_OP_MAP if has(BIND_NULL) => {
-                zero(resource_id == 0 && offset == 0 && !has(BIND_CPU_ADDR_MIRROR))?;
+                // There is nothing to protect from writes that are swallowed.
+                zero(resource_id == 0 && offset == 0 && !has(BIND_CPU_ADDR_MIRROR) && !has(BIND_READONLY))?;
                 Backing::Null
             }
             BIND_OP_MAP if has(BIND_CPU_ADDR_MIRROR) => {
@@ -106,7 +107,7 @@ impl BindRules<'_> {
 
     /// On a device without mappings of its own the process' addresses are there already, and nothing else can be: what
     /// asks for them is carried out by doing nothing.
-    fn identity(&self, op: &BindOp) -> Result<Option<Bind>> {
+    fn identity(&self, op: &BindOp) -> Result<Bind> {
         let same = |va: &GpuVa| match va.backing {
             Backing::Userptr(page) => page == va.range.start,
             Backing::Mirror(offset) => offset == 0,
@@ -119,10 +120,11 @@ impl BindRules<'_> {
                 Err(Error::Unsupported)
             }
             Bind::Map(va) | Bind::MapImmediate(va) if !same(&va) => Err(Error::Value),
-            Bind::Map(_) => Ok(None),
-            Bind::MapImmediate(GpuVa { range, .. }) | Bind::Prefetch(range) => {
-                Ok(Some(Bind::Prefetch(range)))
+            // The place of an operation that does nothing: of its pages none.
+            Bind::Map(GpuVa { range: PageRange { start, .. }, .. }) => {
+                Ok(Bind::Prefetch(PageRange { start, end: start }))
             }
+            Bind::MapImmediate(GpuVa { range, .. }) | Bind::Prefetch(range) => Ok(Bind::Prefetch(range)),
             Bind::Unmap(_) | Bind::UnmapAll(_) => Err(Error::Unsupported),
         }
     }

@@ -7,7 +7,7 @@ use super::{After, Context, Error, State};
 use crate::addr::PageRange;
 use crate::device::{Flush, Verdict};
 use crate::fault::Outcome;
-use crate::gpu_vm::{Change, GpuVa, State as VmState};
+use crate::gpu_vm::{Backing, Change, GpuVa, State as VmState};
 use crate::invalidation::{ONE_BY_ONE, bounded};
 use crate::population::{self, hold, lacks_faults, take_away};
 use crate::sync::Arc;
@@ -37,6 +37,12 @@ impl Bind {
             Self::Prefetch(range) => (!all).then_some(*range),
             Self::Unmap(_) | Self::UnmapAll(_) => None,
         }
+    }
+    /// The GPU pages where it maps a blob of this id.
+    pub fn maps_blob(&self, resource_id: u32) -> Option<PageRange> {
+        let (Self::Map(va) | Self::MapImmediate(va)) = self else { return None };
+        let maps = matches!(&va.backing, Backing::Blob(blob, _) if blob.resource_id == resource_id);
+        maps.then_some(va.range)
     }
     /// An operation without effect.
     pub const NOTHING: Self = Self::Unmap(PageRange { start: 0, end: 0 });
@@ -117,8 +123,8 @@ impl Context {
         let (device, asid) = (self.host.device_of(vm.device).as_ref(), vm.asid);
         let all_resident = lacks_faults(device);
         let (mut change, mut wanted) = (Change::default(), Vec::new());
-        // The operation since which there are too many: a later one may make room again.
-        let mut over = None;
+        // The operations since which there is too much: a later one may make room again.
+        let (mut over, mut over_pages) = (None, None);
         for (op, bind) in binds.iter().enumerate() {
             match bind {
                 Bind::Map(va) | Bind::MapImmediate(va) => vm.mappings.map(va.clone(), &mut change),
@@ -127,15 +133,17 @@ impl Context {
                 Bind::Prefetch(_) => {}
             }
             over = over.or(Some(op)).filter(|_| vm.mappings.len() > most);
+            let beyond = all_resident && vm.mappings.pages() > population::MAX_POPULATED_PAGES;
+            over_pages = over_pages.or(Some(op)).filter(|_| beyond);
             wanted.extend(bind.to_populate(all_resident));
         }
         if let Some(op) = over {
             vm.mappings.undo(change);
             return Err(refused(op, Error::TooManyMappings(limit)));
         }
-        if all_resident && vm.mappings.pages() > population::MAX_POPULATED_PAGES {
+        if let Some(op) = over_pages {
             vm.mappings.undo(change);
-            return Err(refused(0, Error::TooManyPages(population::MAX_POPULATED_PAGES)));
+            return Err(refused(op, Error::TooManyPages(population::MAX_POPULATED_PAGES)));
         }
         let (mut carved, mut zapped) = (Vec::new(), Vec::new());
         change.out_of_mirrors(|range| carved.push(range));

@@ -3,7 +3,8 @@
 //!
 //! A job whose ring is free and whose points are reached goes straight to its device, under the context's lock: the
 //! device may report its end at once, from another thread, and that report must find it. Everything else is started by
-//! [`Context::advance`], a slice at a time, so that an end that sets very many free holds up no engine.
+//! [`Context::advance`], a slice at a time; of an end that sets very many free an engine does a few slices, and the host's
+//! worker the rest.
 
 use super::{After, Bind, Context, Error, Refused, State};
 use crate::addr::GpuAddr;
@@ -190,13 +191,10 @@ impl Context {
         self.settle_shared(after);
     }
 
-    /// A bind that waited for pages has them, or its GPU VM will never have them.
-    pub(crate) fn end_bind(&self, state: &mut State, id: JobId, vm: Option<VmState>, after: &mut After) {
-        let end = match vm {
-            Some(VmState::Unusable { errno, op, addr }) => failed(errno, op, addr),
-            Some(VmState::Usable) | None => failed(0, 0, 0),
-        };
-        self.end(state, id, end, after);
+    /// A bind that waited for pages has them, or will never have them: errno, operation and GPU address.
+    pub(crate) fn end_bind(&self, state: &mut State, id: JobId, end: (i32, u32, u64), after: &mut After) {
+        let (errno, op, addr) = end;
+        self.end(state, id, failed(errno, op, addr), after);
     }
 
     /// A started item has ended.

@@ -139,6 +139,7 @@ impl Context {
             }
             // Without faults no job could be told: what cannot be had ends the GPU VM.
             let fatal = code == Code::Failure || (prefetch && self.lacks_faults(state, vm_id));
+            self.release_joined(state, cookie, after);
             // A prefetch was refused for its first page: who joined it may want another, and asks for itself.
             let verdict = if prefetch && !fatal { Verdict::Retry } else { Verdict::Fail(EFAULT) };
             self.end_pending(state, cookie, Outcome::Refused, verdict, after);
@@ -175,6 +176,14 @@ impl Context {
         Ok(supplied)
     }
 
+    /// A group is refused for its first page: who joined it may want another, and asks for itself.
+    fn release_joined(&self, state: &mut State, cookie: u64, after: &mut After) {
+        let Some(group) = state.faults.get_mut(cookie).filter(|p| p.pages > 1 && !p.prefetch) else { return };
+        let (device, joined) = (group.device, group.waiters.split_off(1.min(group.waiters.len())));
+        state.count(Outcome::Throttled, u64::try_from(joined.len()).unwrap_or(u64::MAX));
+        joined.into_iter().for_each(|stop| after.resume(device, stop, Verdict::Retry));
+    }
+
     /// Ends faults that were raised at `run` of the guest's own time or before: the guest has had its time, the job
     /// fails, and the GPU VM becomes unusable. PROTOCOL 4.4.
     pub(crate) fn expire_faults(self: &Arc<Self>, run: Duration) {
@@ -182,9 +191,13 @@ impl Context {
         {
             let mut state = self.lock();
             for (cookie, vm_id, page) in state.faults.raised_until(run) {
+                let advice = state.faults.get(cookie).is_some_and(|p| p.prefetch && p.waiters.is_empty());
+                let fatal = !advice || self.lacks_faults(&state, vm_id);
                 let verdict = Verdict::Fail(ETIMEDOUT);
                 self.end_pending(&mut state, cookie, Outcome::Refused, verdict, &mut after);
-                self.make_unusable(&mut state, vm_id, ETIMEDOUT, page, &mut after);
+                if fatal {
+                    self.make_unusable(&mut state, vm_id, ETIMEDOUT, page, &mut after);
+                }
             }
         }
         self.settle_shared(after);

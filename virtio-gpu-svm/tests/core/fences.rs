@@ -3,7 +3,11 @@
 
 use crate::mock::{A, C, GPA, LIMITS, World, device_info, faults, hdr, map, run, unmap};
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use virtio_gpu_svm::addr::PageRange;
+use virtio_gpu_svm::context::{Bind, Launch};
 use virtio_gpu_svm::device::{Access, DeviceInfo, FaultModel};
+use virtio_gpu_svm::gpu_vm::{Backing, GpuVa};
 use virtio_gpu_svm::host::Limits;
 use virtio_gpu_svm::protocol::MAX_RINGS;
 use virtio_gpu_svm::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
@@ -12,6 +16,8 @@ use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::*;
+use virtio_gpu_svm::resource::Blob;
+use virtio_gpu_svm::timeline::Timeline;
 use zerocopy::{FromBytes, IntoBytes};
 
 const ROOM: Limits = Limits { jobs: 4096, mappings: 4096, ..LIMITS };
@@ -723,4 +729,35 @@ fn bind_that_waits_for_pages_ends_with_its_gpu_vm() {
     destroy_vm(&w, rigid);
     assert_eq!(statuses(&w), [(bind, -ECANCELED)]);
     assert_eq!(w.guest.contexts()[0].jobs, 0);
+}
+
+#[test]
+fn bind_is_not_told_another_binds_operation() {
+    let (w, rigid, _) = without_and_with_faults();
+    let first = on(rigid, 0).bind(&w, &[map(C, A, 1)]).unwrap();
+    let far = C + (1 << 20);
+    let second = on(rigid, 1).bind(&w, &[unmap(C + (1 << 30), 1), map(far, A + (1 << 20), 1)]).unwrap();
+    let asked = faults(&w);
+    let refused = asked.iter().find(|fault| fault.addr.get() == far).unwrap();
+    assert_eq!(w.respond(1, refused.cookie.get(), PAGE_RESP_INVALID, &[]), 0);
+    let told = ends(&w).into_iter();
+    let told: BTreeSet<_> =
+        told.map(|end| (end.job_id.get(), end.status.get(), end.packet.get(), end.addr.get())).collect();
+    assert_eq!(told, BTreeSet::from([(first, -EPIPE, 0, 0), (second, -EFAULT, 1, far)]));
+}
+
+#[test]
+fn queued_bind_lets_go_of_a_blob_that_is_dropped() {
+    let (w, vm, _) = two_vms(ROOM);
+    create_blob(&w, 5);
+    on(vm, 0).exec(&w).unwrap();
+    let blob = Arc::new(Blob::new(5, std::iter::once((GPA / 4096, 1))));
+    let kept = Arc::downgrade(&blob);
+    let va =
+        GpuVa { range: PageRange { start: 16, end: 17 }, backing: Backing::Blob(blob, 0), readonly: false };
+    let timeline = Timeline { vm_id: vm, ring_idx: 0 };
+    let launch = Launch { timeline, user_data: 0, signal: 0, waits: vec![] };
+    w.guest.context(1).unwrap().bind_async(launch, vec![Bind::Map(va)]).unwrap();
+    resource(&w, VIRTIO_GPU_CMD_RESOURCE_UNREF, 5);
+    assert!(kept.upgrade().is_none());
 }

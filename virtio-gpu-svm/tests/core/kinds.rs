@@ -3,8 +3,8 @@
 use crate::mock::*;
 use virtio_gpu_svm::device::{Access, AddressModel, DeviceInfo, Verdict};
 use virtio_gpu_svm::host::Limits;
-use virtio_gpu_svm::protocol::control::PAGE_RESP_SUCCESS;
-use virtio_gpu_svm::protocol::errno::{EINVAL, EOPNOTSUPP};
+use virtio_gpu_svm::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
+use virtio_gpu_svm::protocol::errno::{EFAULT, EINVAL, EOPNOTSUPP, EPIPE};
 use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::request::*;
 
@@ -98,4 +98,25 @@ fn answer_before_the_last_record_of_a_group_is_stale() {
     assert_eq!(w.respond(1, cookie, PAGE_RESP_SUCCESS, &[run(AT, GPA, 2, 0)]), -EINVAL);
     assert_eq!(faults(&w).len(), 1);
     assert_eq!(w.respond(1, cookie, PAGE_RESP_SUCCESS, &[run(AT, GPA, 2, 0)]), 0);
+}
+
+#[test]
+fn who_joined_a_group_is_not_refused_for_its_first_page() {
+    let (w, _, asid) = world();
+    let first = w.devices[0].raise_group(&w.host, asid, AT, Access::Read, 8);
+    let joined = w.devices[0].raise(&w.host, asid, AT + 3 * PAGE, Access::Read);
+    let cookie = faults(&w)[0].cookie.get();
+    assert_eq!(w.respond(1, cookie, PAGE_RESP_INVALID, &[]), 0);
+    assert_eq!(w.devices[0].verdict(first), Some(Verdict::Fail(EFAULT)));
+    assert_eq!(w.devices[0].verdict(joined), Some(Verdict::Retry));
+    let counters = w.host.stats().counters;
+    assert_eq!((counters.faults_raised, counters.faults_refused, counters.faults_throttled), (2, 1, 1));
+}
+
+#[test]
+fn operation_that_does_nothing_is_refused_in_an_unusable_gpu_vm() {
+    let (w, vm, asid) = world();
+    w.devices[0].raise(&w.host, asid, AT, Access::Read);
+    assert_eq!(w.respond(1, w.cookies()[0], PAGE_RESP_FAILURE, &[]), 0);
+    assert_eq!(w.bind(1, vm, &[map(AT, AT, 1)]), -EPIPE);
 }

@@ -94,6 +94,65 @@ fn prefetch_binds_what_is_known_and_asks_for_the_rest_in_runs() {
 }
 
 #[test]
+fn write_that_joins_a_prefetch_does_not_ask_more_of_its_first_page() {
+    let w = World::with_limits(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    assert_eq!(w.bind(1, vm, &[map(C, A, 64), prefetch(C, 64)]), 0);
+    let stop = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
+    let record = faults(&w)[0];
+    assert_eq!(record.perm.get(), PERM_READ);
+    let readonly = PageRun { flags: RUN_READONLY.into(), ..run(A, GPA, 1, 0) };
+    let runs = [readonly, run(A + PAGE, GPA + PAGE, 63, 0)];
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_SUCCESS, &runs), 0);
+    assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
+}
+
+#[test]
+fn advice_that_nobody_works_off_is_bounded() {
+    let w = World::with_limits(WIDE);
+    w.create_context(1);
+    let (vm, _) = w.create_vm(1, 0);
+    let top = (1 << 40) - 4096 * PAGE;
+    assert_eq!(w.bind(1, vm, &[map(top, A, 4096), prefetch(top, 4096)]), 0, "asks, and is not answered");
+    for round in 0..8 {
+        let ops: Vec<_> = (0..4096).map(|n| prefetch((round * 4096 + n) * 2 * PAGE, 1)).collect();
+        assert_eq!(w.bind(1, vm, &ops), 0);
+    }
+    let wanted = w.guest.contexts()[0].vms[0].wanted_pages;
+    assert!(wanted <= 1 << 14, "{wanted}");
+}
+
+#[test]
+fn unanswered_advice_expires_and_nothing_with_it() {
+    let w = World::with_limits(WIDE);
+    w.create_context(1);
+    let (vm, _) = w.create_vm(1, 0);
+    assert_eq!(w.bind(1, vm, &[map(C, A, 8), prefetch(C, 8)]), 0);
+    std::thread::sleep(std::time::Duration::from_millis(u64::from(DEADLINE_MS) + 5));
+    w.host.expire_faults();
+    let status = &w.guest.contexts()[0];
+    assert_eq!((status.pending_faults, status.vms[0].state), (0, "usable"));
+}
+
+#[test]
+fn page_without_the_right_to_write_is_asked_for_where_there_are_no_faults() {
+    let w = without_faults(WIDE);
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    let readonly = PageRun { flags: RUN_READONLY.into(), ..run(A, GPA, 4, 0) };
+    assert_eq!(w.supply(1, &[readonly]), 0);
+    let read = BindOp { flags: BIND_READONLY.into(), ..map(C + (1 << 30), A, 4) };
+    assert_eq!(w.bind(1, vm, &[read]), 0);
+    assert!(faults(&w).is_empty() && !is_held(&w, asid), "enough for a mapping that is read only");
+    assert_eq!(w.bind(1, vm, &[map(C, A, 4)]), 0);
+    let record = faults(&w)[0];
+    assert_eq!(record.perm.get(), PERM_READ | PERM_WRITE);
+    assert_eq!(w.respond(1, record.cookie.get(), PAGE_RESP_SUCCESS, &[run(A, GPA, 4, 0)]), 0);
+    assert_eq!((resident(&w, asid, C, 4), is_held(&w, asid)), (4, false));
+}
+
+#[test]
 fn prefetch_leaves_what_is_resident_alone() {
     let w = World::with_limits(WIDE);
     w.create_context(1);

@@ -643,7 +643,7 @@ fn bind_requests_for_pages_before_their_first_touch() {
     let null = BindOp { op: BIND_OP_MAP.into(), flags: BIND_NULL.into(), obj_offset: 0.into(), ..second };
     let null = submit_of(MINE, &vm_bind(&[first, null]));
     let fields = [
-        U32("flags", op + 4, vec![BIND_NULL | BIND_CPU_ADDR_MIRROR], EINVAL),
+        U32("flags", op + 4, vec![BIND_NULL | BIND_CPU_ADDR_MIRROR, BIND_NULL | BIND_READONLY], EINVAL),
         U32("flags", op + 4, vec![BIND_NULL | BIND_EXEC], EOPNOTSUPP),
         U64("obj_offset", op + 24, vec![PAGE], EINVAL),
         U32("resource_id", op + 32, vec![ATTACHED], EINVAL),
