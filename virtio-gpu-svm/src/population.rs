@@ -20,7 +20,8 @@ use crate::invalidation::bounded;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::EFAULT;
 use crate::protocol::event::{PERM_READ, PERM_WRITE};
-use crate::sync::Arc;
+use crate::seeded::{self, Bug};
+use crate::sync::{Arc, preempt};
 
 /// Pages of all mappings of a GPU VM on a device without faults: 4 GiB. Each of them is walked when memory changes.
 pub const MAX_POPULATED_PAGES: u64 = 1 << 20;
@@ -50,7 +51,7 @@ pub struct Population {
 impl Population {
     /// Of a new GPU VM on a device.
     pub fn of_new_vm(device: &dyn Device) -> Self {
-        Self { whole_leaves: lacks_faults(device), ..Self::default() }
+        Self { whole_leaves: lacks_faults(device) && !seeded::on(Bug::BindPart), ..Self::default() }
     }
     /// Pages of the ranges that are still wanted; those that the guest was asked for are not among them.
     pub fn wanted_pages(&self) -> u64 {
@@ -85,7 +86,11 @@ impl Population {
         self.stalled = false;
     }
     fn can_go_on(&self) -> bool {
-        if self.wanted.is_empty() { self.held && self.asked == 0 } else { !self.stalled }
+        if self.wanted.is_empty() { self.held && !self.waits_for_answers() } else { !self.stalled }
+    }
+    /// Whether pages are missing that the guest was asked for.
+    fn waits_for_answers(&self) -> bool {
+        self.asked > 0 && !seeded::on(Bug::ReleaseAsked)
     }
     /// What was wanted before `page` in the last range is done with.
     fn advance(&mut self, page: u64) {
@@ -121,6 +126,10 @@ pub(crate) fn take_away(device: &dyn Device, vm: &mut GpuVm, ranges: Vec<PageRan
     let refill = lacks_faults(device) && vm.state == gpu_vm::State::Usable && !ranges.is_empty();
     let mut flush = Flush::Done;
     if refill {
+        if seeded::on(Bug::UnbindBeforeHold) {
+            ranges.iter().for_each(|range| _ = device.unbind(vm.asid, *range));
+            preempt();
+        }
         flush = hold(device, vm);
         vm.population.want(ranges.iter().copied());
     }
@@ -215,7 +224,7 @@ impl Context {
         let failed = |range, error| (range, fault::device_errno(error));
         match step {
             Step::Nothing => {
-                if vm.population.held && vm.population.asked == 0 {
+                if vm.population.held && !vm.population.waits_for_answers() {
                     self.release(state, vm_id);
                 }
                 Ok(None)
@@ -263,7 +272,7 @@ impl Context {
         let frozen = state.frozen;
         let Some(vm) = state.vms.get_mut(&vm_id) else { return };
         vm.population.held = false;
-        if !frozen {
+        if !frozen || seeded::on(Bug::RunFrozen) {
             let (Flush::Done | Flush::Pending(_)) = self.host.device_of(vm.device).set_frozen(vm.asid, false);
         }
     }
