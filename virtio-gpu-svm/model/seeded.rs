@@ -33,6 +33,28 @@ pub enum Bug {
     LeaveHalf,
     /// A job that parks keeps its translations and uses them when it goes on.
     KeepParked,
+    /// A GPU VM without faults is unbound before its queues are stopped.
+    UnbindBeforeHold,
+    /// A GPU VM that is held goes on while the guest is still asked for a page.
+    ReleaseAsked,
+    /// The guest's rings go on, and with them a GPU VM that is held.
+    ThawHeld,
+    /// A GPU VM that has its pages goes on while the guest's rings are stopped.
+    RunFrozen,
+    /// Without faults, a large leaf of which a page was missing is not wanted as a whole.
+    BindPart,
+    /// A job whose access has joined a prefetch ends with it.
+    RefuseJoined,
+    /// A job starts behind a bind that has not ended.
+    StartBehindBind,
+    /// A job starts before the last of its points is reached.
+    SkipWait,
+    /// Nobody is told that points of a destroyed GPU VM are reached.
+    LosePoint,
+    /// Of the accesses that wait for a fault, the first alone goes on.
+    WakeOne,
+    /// A group can be answered before its last record.
+    AnswerEarly,
 }
 
 thread_local! {

@@ -396,7 +396,8 @@ impl Context {
         state.frozen = frozen;
         let flush = |vm: &GpuVm| {
             // A GPU VM that is held goes on when it has what it wants.
-            match self.host.device_of(vm.device).set_frozen(vm.asid, frozen || vm.population.is_held()) {
+            let held = vm.population.is_held() && !seeded::on(Bug::ThawHeld);
+            match self.host.device_of(vm.device).set_frozen(vm.asid, frozen || held) {
                 Flush::Done => None,
                 Flush::Pending(ticket) => Some((vm.device, vm.asid, ticket)),
             }

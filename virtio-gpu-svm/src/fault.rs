@@ -441,7 +441,8 @@ impl Context {
             state.waiting.retain(|waiting| *waiting != Waiting::Fault(cookie));
         }
         let count = u64::try_from(pending.waiters.len()).unwrap_or(u64::MAX);
-        for stop in &pending.waiters {
+        let released = if seeded::on(Bug::WakeOne) { 1 } else { usize::MAX };
+        for stop in pending.waiters.iter().take(released) {
             after.resume(pending.device, *stop, verdict);
         }
         state.count(outcome, count);

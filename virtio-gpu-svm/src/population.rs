@@ -20,7 +20,8 @@ use crate::invalidation::bounded;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EFAULT, EPIPE};
 use crate::protocol::event::{PERM_READ, PERM_WRITE};
-use crate::sync::Arc;
+use crate::seeded::{self, Bug};
+use crate::sync::{Arc, preempt};
 
 /// Pages of all mappings of a GPU VM on a device without faults: 4 GiB. Each of them is walked when memory changes.
 pub const MAX_POPULATED_PAGES: u64 = 1 << 20;
@@ -77,7 +78,8 @@ impl Population {
             end: range.end.checked_next_multiple_of(LEAF_PAGES).unwrap_or(range.end),
         };
         let ranges = ranges.into_iter().filter(|range| range.pages() > 0);
-        wanted.extend(ranges.map(|range| if self.all { leaves(range) } else { range }));
+        let whole = self.all && !seeded::on(Bug::BindPart);
+        wanted.extend(ranges.map(|range| if whole { leaves(range) } else { range }));
         self.wanted = PageRange::merge(wanted);
         if self.wanted.len() > MAX_WANTED {
             self.coarsen();
@@ -104,7 +106,11 @@ impl Population {
         self.stalled = false;
     }
     fn can_go_on(&self) -> bool {
-        if self.wanted.is_empty() { self.held && self.asked == 0 } else { !self.stalled }
+        if self.wanted.is_empty() { self.held && !self.waits_for_answers() } else { !self.stalled }
+    }
+    /// Whether pages are missing that the guest was asked for.
+    fn waits_for_answers(&self) -> bool {
+        self.asked > 0 && !seeded::on(Bug::ReleaseAsked)
     }
     /// What was wanted before `page` in the last range is done with.
     fn advance(&mut self, page: u64) {
@@ -146,6 +152,10 @@ pub(crate) fn take_away(device: &dyn Device, vm: &mut GpuVm, ranges: Vec<PageRan
     let refill = lacks_faults(device) && vm.state == gpu_vm::State::Usable && !ranges.is_empty();
     let mut flush = Flush::Done;
     if refill {
+        if seeded::on(Bug::UnbindBeforeHold) {
+            ranges.iter().for_each(|range| _ = device.unbind(vm.asid, *range));
+            preempt();
+        }
         flush = hold(device, vm);
         vm.population.want(ranges.iter().copied());
     }
@@ -249,7 +259,7 @@ impl Context {
         let failed = |range, error| (range, fault::device_errno(error));
         match step {
             Step::Nothing => {
-                if vm.population.held && vm.population.asked == 0 {
+                if vm.population.held && !vm.population.waits_for_answers() {
                     self.release(state, vm_id);
                 }
                 Ok(None)
@@ -300,7 +310,7 @@ impl Context {
         let frozen = state.frozen;
         let Some(vm) = state.vms.get_mut(&vm_id) else { return };
         vm.population.held = false;
-        if !frozen {
+        if !frozen || seeded::on(Bug::RunFrozen) {
             let (Flush::Done | Flush::Pending(_)) = self.host.device_of(vm.device).set_frozen(vm.asid, false);
         }
     }

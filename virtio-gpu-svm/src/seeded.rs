@@ -16,6 +16,17 @@ pub(crate) enum Bug {
     LoseWakeUp,
     ZapOneVm,
     LeaveHalf,
+    UnbindBeforeHold,
+    ReleaseAsked,
+    ThawHeld,
+    RunFrozen,
+    BindPart,
+    RefuseJoined,
+    StartBehindBind,
+    SkipWait,
+    LosePoint,
+    WakeOne,
+    AnswerEarly,
 }
 
 /// Whether it is on: never.

@@ -16,6 +16,7 @@
 use crate::context::Bind;
 use crate::device::{JobEnd, JobId};
 use crate::protocol::job::Packet;
+use crate::seeded::{self, Bug};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 /// A ring of a GPU VM.
@@ -154,7 +155,8 @@ struct Ring {
 impl Ring {
     /// Whether work of a kind has its turn.
     fn has_turn(&self, bind: bool) -> bool {
-        if bind { self.started.is_empty() } else { self.started.back().is_none_or(|last| !last.turn.bind) }
+        let behind_bind = self.started.back().is_some_and(|last| last.turn.bind);
+        if bind { self.started.is_empty() } else { !behind_bind || seeded::on(Bug::StartBehindBind) }
     }
 }
 
@@ -263,7 +265,7 @@ impl Timelines {
         let doomed = !usable && item.work.needs_usable();
         let has_turn = ring.has_turn(item.turn.bind);
         while let Some(point) = item.waits.last()
-            && self.is_reached(*point)
+            && (self.is_reached(*point) || seeded::on(Bug::SkipWait))
         {
             item.waits.pop();
         }
@@ -321,7 +323,9 @@ impl Timelines {
                 self.queued_operations = self.queued_operations.saturating_sub(item.work.operations());
                 dropped.push((timeline, item.turn));
             }
-            self.wake(timeline, u64::MAX);
+            if !seeded::on(Bug::LosePoint) {
+                self.wake(timeline, u64::MAX);
+            }
         }
         self.ready.retain(|timeline| timeline.vm_id != vm_id);
         self.items = self.items.saturating_sub(dropped.len());

@@ -4,7 +4,7 @@
 //! before the first takes effect. A run that was translated before an invalidation of its leaf is refused with
 //! -EAGAIN, and its fault stays pending for another try. PROTOCOL 4.3, 4.4.
 
-use super::{FAULT_AROUND_PAGES, Outcome};
+use super::{FAULT_AROUND_PAGES, Outcome, Pending};
 use crate::addr::PageRange;
 use crate::address_space::{Install, Page, Run};
 use crate::context::{After, Context, Life, State};
@@ -13,6 +13,7 @@ use crate::gpu_vm;
 use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
 use crate::protocol::errno::{EFAULT, ENOSPC, EPIPE, ETIMEDOUT};
 use crate::protocol::event::PERM_WRITE;
+use crate::seeded::{self, Bug};
 use crate::sync::Arc;
 use std::time::Duration;
 
@@ -126,7 +127,7 @@ impl Context {
         runs: &[Run],
         after: &mut After,
     ) -> Result<Supplied, Error> {
-        let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, p.told?))) else {
+        let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, told(p)?))) else {
             state.counters.answers_stale = state.counters.answers_stale.saturating_add(1);
             return Err(Error::UnknownCookie(cookie));
         };
@@ -141,7 +142,8 @@ impl Context {
             let fatal = code == Code::Failure || (prefetch && self.lacks_faults(state, vm_id));
             self.release_joined(state, cookie, after);
             // A prefetch was refused for its first page: who joined it may want another, and asks for itself.
-            let verdict = if prefetch && !fatal { Verdict::Retry } else { Verdict::Fail(EFAULT) };
+            let advice = prefetch && !fatal && !seeded::on(Bug::RefuseJoined);
+            let verdict = if advice { Verdict::Retry } else { Verdict::Fail(EFAULT) };
             self.end_pending(state, cookie, Outcome::Refused, verdict, after);
             if fatal {
                 self.make_unusable(state, vm_id, EFAULT, range.start, after);
@@ -235,6 +237,11 @@ impl Context {
         after.announce = true;
         after.more = true;
     }
+}
+
+/// What the guest knows that its answer must grant; none before it knows all.
+fn told(pending: &Pending) -> Option<u16> {
+    pending.told.or_else(|| seeded::on(Bug::AnswerEarly).then_some(pending.perm))
 }
 
 impl State {

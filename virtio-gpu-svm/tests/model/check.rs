@@ -16,7 +16,7 @@ pub type Scenario = fn(&Arc<Ram>);
 /// Schedules of all scenarios, where nothing else is asked for.
 const SCHEDULES: usize = 100_000;
 /// Sum of the scenarios' shares in them.
-const SHARES: usize = 20;
+const SHARES: usize = 48;
 /// Schedules in which a seeded error must be found.
 const BOUND: usize = 20_000;
 /// Where nothing else is asked for: the same schedules each time.

@@ -1,7 +1,7 @@
 //! One schedule's machine: memory, devices with their engines, the core, and the thread of the guest that takes records
 //! off the event queue.
 
-use crate::process::Mm;
+use crate::process::{Asked, Mm};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +12,7 @@ use virtio_gpu_svm_model::host::{Host, Limits};
 use virtio_gpu_svm_model::memory::{MemoryTable, Region, RegionIdentity};
 use virtio_gpu_svm_model::protocol::PAGE_SIZE;
 use virtio_gpu_svm_model::protocol::event::*;
+use virtio_gpu_svm_model::shuttle::rand::{Rng, thread_rng};
 use virtio_gpu_svm_model::shuttle::sync::{Condvar, Mutex};
 use virtio_gpu_svm_model::shuttle::thread::{self, JoinHandle};
 use vm_memory::VolatileMemory;
@@ -143,8 +144,30 @@ pub struct Ledger {
     pub quiet: u64,
     /// Of the last HELLO that was answered.
     pub incarnation: u64,
+    /// Points that jobs and binds wait for, by `user_data`: (GPU VM, ring, point).
+    pub waits: BTreeMap<u64, Vec<(u32, u32, u64)>>,
+    /// The last end that was told of each ring, and the point that it reached, by (context, GPU VM, ring).
+    told: BTreeMap<(u32, u32, u32), (u64, u64)>,
+    /// GPU VMs that became unusable.
+    pub lost: BTreeSet<(u32, u32)>,
     /// The incarnation of each context that was made.
     lives: BTreeMap<u32, u64>,
+}
+
+impl Ledger {
+    /// A job or an asynchronous bind has ended.
+    fn end(&mut self, end: &JobRecord) {
+        let (ctx_id, item, status) = (end.ctx_id.get(), end.user_data.get(), end.status.get());
+        let before = self.jobs.insert(item, status);
+        assert_eq!(before, None, "violation: a job ended twice");
+        let ring = self.told.entry((ctx_id, end.vm_id.get(), end.ring_idx.get())).or_default();
+        assert!(ring.0 < item, "violation: ends of a ring out of their order");
+        *ring = (item, ring.1.max(end.point.get()));
+        for (vm, on, point) in self.waits.remove(&item).unwrap_or_default() {
+            let reached = self.told.get(&(ctx_id, vm, on)).map_or(0, |told| told.1);
+            assert!(status != 0 || reached >= point, "violation: work was done before what it waits for");
+        }
+    }
 }
 
 /// The control queue's turn.
@@ -153,6 +176,8 @@ pub struct Queue {
     pub jobs: u64,
     /// (context, GPU VM)
     pub destroyed: BTreeSet<(u32, u32)>,
+    /// The session has ended: what is still to be answered is answered to nobody.
+    pub closed: bool,
 }
 
 /// The interrupt of the event queue.
@@ -186,18 +211,32 @@ impl EventPort for Bell {
     }
 }
 
+/// A kind of device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Faults, any address.
+    Faults,
+    /// No faults, any address.
+    Rigid,
+    /// Faults in groups, the CPU's own addresses.
+    Identity,
+}
+
 /// What a scenario needs.
 #[derive(Clone, Copy)]
 pub struct Needs {
-    pub devices: usize,
+    pub devices: &'static [Kind],
     /// Of each device.
     pub engines: u8,
     pub limits: Limits,
     /// Whether a fault may be gone when its answer comes.
     pub faults_vanish: bool,
+    /// Whether a process may be asked for pages that it does not have.
+    pub holes: bool,
 }
 
-pub const NEEDS: Needs = Needs { devices: 1, engines: 1, limits: LIMITS, faults_vanish: false };
+pub const NEEDS: Needs =
+    Needs { devices: &[Kind::Faults], engines: 1, limits: LIMITS, faults_vanish: false, holes: false };
 
 pub struct Machine {
     pub ram: Arc<Ram>,
@@ -206,7 +245,7 @@ pub struct Machine {
     pub mm: Mutex<Mm>,
     pub ledger: Mutex<Ledger>,
     news: Condvar,
-    pub faults_vanish: bool,
+    pub needs: Needs,
     host: Arc<Host>,
     devices: Vec<Arc<SoftDevice>>,
     bell: Arc<Bell>,
@@ -216,23 +255,28 @@ pub struct Machine {
 impl Machine {
     /// A machine whose driver has said HELLO. Engines work once it is started.
     pub fn new(ram: &Arc<Ram>, needs: Needs) -> Arc<Self> {
-        let device = |index| {
+        let device = |(index, kind): (usize, &Kind)| {
             let (name, engines) = (format!("soft{index}"), needs.engines);
+            let (fault_model, address_model, va_bits) = match kind {
+                Kind::Faults => (FaultModel::Replayable, AddressModel::Any, 24),
+                Kind::Rigid => (FaultModel::None, AddressModel::Any, 24),
+                Kind::Identity => (FaultModel::Replayable, AddressModel::Identity, 48),
+            };
             SoftDevice::new(SoftConfig {
                 index,
                 name,
                 engines,
-                va_bits: 24,
-                fault_model: FaultModel::Replayable,
-                address_model: AddressModel::Any,
+                va_bits,
+                fault_model,
+                address_model,
                 ledger: None,
                 job_limit: None,
             })
         };
-        let devices: Vec<_> = (0..needs.devices).map(device).collect();
+        let devices: Vec<_> = needs.devices.iter().enumerate().map(device).collect();
         let host = Host::new(devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect());
         let bell = Arc::new(Bell::default());
-        let granted: Vec<_> = (0..needs.devices).collect();
+        let granted: Vec<_> = (0..needs.devices.len()).collect();
         let guest = host.open_guest("g", needs.limits, &granted, Arc::clone(&bell) as Arc<dyn EventPort>);
         guest.set_memory(ram.table(true));
         let machine = Self {
@@ -242,7 +286,7 @@ impl Machine {
             mm: Mutex::default(),
             ledger: Mutex::default(),
             news: Condvar::new(),
-            faults_vanish: needs.faults_vanish,
+            needs,
             host,
             devices,
             bell,
@@ -269,6 +313,22 @@ impl Machine {
     pub fn unplug(&self) {
         self.guest.set_memory(self.ram.table(false));
     }
+    /// The operator drops the translations of a context.
+    pub fn evict(&self, ctx_id: u32) {
+        self.guest.evict(ctx_id, None).unwrap();
+    }
+    /// The rings stop, and nothing of the guest is touched until they go on. No command is carried out meanwhile, and
+    /// the guest itself must not write.
+    pub fn stop_rings(&self) {
+        let _turn = self.queue.lock().unwrap();
+        self.guest.freeze();
+        let before = self.ram.snapshot();
+        // At times long enough for an engine to take a job that it must not.
+        let steps = if thread_rng().gen_ratio(1, 4) { 100 } else { 4 };
+        (0..steps).for_each(|_| thread::yield_now());
+        assert_eq!(self.ram.snapshot(), before, "violation: memory of a frozen guest was written");
+        self.guest.thaw();
+    }
     /// Something that goes on beside everything else.
     pub fn spawn(self: &Arc<Self>, run: impl FnOnce(&Arc<Self>) + Send + 'static) -> JoinHandle<()> {
         let machine = Arc::clone(self);
@@ -276,6 +336,7 @@ impl Machine {
     }
     /// The session ends; then everything must have come to its end.
     pub fn finish(&self) {
+        self.queue.lock().unwrap().closed = true;
         self.guest.close();
         self.bell.ring(true);
         self.devices.iter().for_each(|device| device.shutdown());
@@ -298,23 +359,52 @@ impl Machine {
         }
     }
 
-    /// The thread of the guest that takes records off the event queue.
+    /// The thread of the guest that takes records off the event queue. Faults are answered in any order.
     fn take_records(&self) {
-        let mut buf = Vec::new();
+        let (mut buf, mut asked) = (Vec::new(), Vec::new());
         while !self.bell.wait() {
             loop {
                 let incarnation = self.ledger.lock().unwrap().incarnation;
                 self.guest.fill_events(&mut buf, size_of::<EventHdr>() + 2 * EVENT_RECORD_BYTES);
-                if buf.is_empty() {
-                    break;
+                let records = buf.get(size_of::<EventHdr>()..).unwrap_or_default();
+                for record in records.chunks(EVENT_RECORD_BYTES) {
+                    self.take_record(record, incarnation, &mut asked);
                 }
-                for record in buf[size_of::<EventHdr>()..].chunks(EVENT_RECORD_BYTES) {
-                    self.take_record(record, incarnation);
+                if !self.answer_one(&mut asked) && buf.is_empty() {
+                    break;
                 }
             }
         }
     }
-    fn take_record(&self, record: &[u8], incarnation: u64) {
+    /// Whether there was one to answer.
+    fn answer_one(&self, asked: &mut Vec<Asked>) -> bool {
+        // A group that does not go on has been dropped.
+        let early = asked.iter().find(|fault| !fault.whole);
+        early.into_iter().for_each(|fault| self.answer_early(fault));
+        let whole: Vec<_> = (0..asked.len()).filter(|at| asked[*at].whole).collect();
+        let nth = if whole.len() > 1 { thread_rng().gen_range(0..whole.len()) } else { 0 };
+        let chosen = whole.get(nth).map(|at| asked.swap_remove(*at));
+        chosen.iter().for_each(|fault| self.answer(fault));
+        chosen.is_some()
+    }
+    /// The group that a record belongs to has it; others of its context that are not whole were dropped.
+    fn note_fault(record: FaultRecord, asked: &mut Vec<Asked>) {
+        let (ctx_id, cookie) = (record.ctx_id, record.cookie);
+        let whole = record.flags.get() & FAULT_LAST_PAGE != 0;
+        let prefetch = record.flags.get() & FAULT_PREFETCH != 0;
+        asked.retain(|group| group.whole || group.fault.ctx_id != ctx_id || group.fault.cookie == cookie);
+        if let Some(group) = asked.iter_mut().find(|group| group.fault.cookie == cookie) {
+            let next = group.fault.cpu_addr.get() + group.pages * PAGE_SIZE;
+            assert!(!group.whole, "violation: a cookie was reported twice");
+            assert_eq!(record.cpu_addr.get(), next, "violation: pages of a group out of their order");
+            group.pages += 1;
+            group.whole = whole;
+        } else {
+            let pages = if prefetch { u64::from(record.length_hint.get()) / PAGE_SIZE } else { 1 };
+            asked.push(Asked { fault: record, pages, whole });
+        }
+    }
+    fn take_record(&self, record: &[u8], incarnation: u64, asked: &mut Vec<Asked>) {
         let notice = NoticeRecord::read_from_bytes(record).unwrap();
         let (kind, ctx_id, value) = (notice.kind.get(), notice.ctx_id.get(), notice.value.get());
         {
@@ -323,12 +413,13 @@ impl Machine {
             assert!(life >= incarnation, "violation: a record of an earlier incarnation");
             match kind {
                 EVENT_FAULT => {}
-                EVENT_JOB_DONE => {
-                    let job = JobRecord::read_from_bytes(record).unwrap();
-                    let before = ledger.jobs.insert(job.user_data.get(), job.status.get());
-                    assert_eq!(before, None, "violation: a job ended twice");
+                EVENT_JOB_DONE | EVENT_BIND_DONE => ledger.end(&JobRecord::read_from_bytes(record).unwrap()),
+                EVENT_CONTEXT_LOST => drop(ledger.lost.insert((ctx_id, u32::try_from(value).unwrap()))),
+                EVENT_INVAL_DONE => {
+                    // A response that came later may have told more.
+                    let done = ledger.done.entry(ctx_id).or_default();
+                    *done = value.max(*done);
                 }
-                EVENT_INVAL_DONE => drop(ledger.done.insert(ctx_id, value)),
                 EVENT_CONTEXT_RETIRED => drop(ledger.retired.insert(ctx_id)),
                 EVENT_QUIET => ledger.quiet = value,
                 other => panic!("violation: a record of kind {other}"),
@@ -336,7 +427,7 @@ impl Machine {
         }
         self.news.notify_all();
         if kind == EVENT_FAULT {
-            self.answer(&FaultRecord::read_from_bytes(record).unwrap());
+            Self::note_fault(FaultRecord::read_from_bytes(record).unwrap(), asked);
         }
     }
 

@@ -1,19 +1,18 @@
 //! What happens side by side. Each is small: one or two processes, few pages, few jobs.
 
-use crate::machine::{LIMITS, Machine, NEEDS, Needs, Ram, tag};
+use crate::machine::{Kind, LIMITS, Machine, NEEDS, Needs, Ram, tag};
 use crate::process::{A, C};
-use crate::wire::{self, copy, map, map_blob, store};
+use crate::wire::{self, copy, fill, map, map_blob, store};
 use std::sync::Arc;
 use virtio_gpu_svm_model::host::Limits;
 use virtio_gpu_svm_model::protocol::errno::{ECANCELED, EINVAL, ENOENT};
 use virtio_gpu_svm_model::protocol::{LEAF_SIZE, PAGE_SIZE};
-use virtio_gpu_svm_model::shuttle::thread;
 
-const P: u64 = PAGE_SIZE;
+pub const P: u64 = PAGE_SIZE;
 
 /// Jobs on a ring that write to the first page and copy from it to the one behind as many as the ring's number; every
 /// result must be the process' own.
-fn work(machine: &Machine, ctx_id: u32, vm: u32, ring: u32, rounds: u32) {
+pub fn work(machine: &Machine, ctx_id: u32, vm: u32, ring: u32, rounds: u32) {
     let own = P * u64::from(ring + 1);
     for n in 1..=rounds {
         let packets = [store(C, tag(ctx_id, n)), copy(C + own, C)];
@@ -24,7 +23,7 @@ fn work(machine: &Machine, ctx_id: u32, vm: u32, ring: u32, rounds: u32) {
 }
 
 /// [`work`] of several at once.
-fn work_all<const N: usize>(machine: &Arc<Machine>, users: [(u32, u32); N]) {
+pub fn work_all<const N: usize>(machine: &Arc<Machine>, users: [(u32, u32); N]) {
     let users = users.map(|(vm, ring)| machine.spawn(move |machine| work(machine, 1, vm, ring, 2)));
     for user in users {
         user.join().unwrap();
@@ -127,17 +126,7 @@ pub fn freeze(ram: &Arc<Ram>) {
     let vm = machine.process(1, 2, 1)[0];
     machine.populate(1, A, 2);
     machine.start();
-    let frontend = machine.spawn(|machine| {
-        for _ in 0..2 {
-            // No command is carried out while the rings stand.
-            let _turn = machine.queue.lock().unwrap();
-            machine.guest.freeze();
-            let before = machine.ram.snapshot();
-            (0..4).for_each(|_| thread::yield_now());
-            assert_eq!(machine.ram.snapshot(), before, "violation: memory of a frozen guest was written");
-            machine.guest.thaw();
-        }
-    });
+    let frontend = machine.spawn(|machine| (0..2).for_each(|_| machine.stop_rings()));
     let job = |ring: u32| {
         let first = ring * 8;
         let packets: Vec<_> = (1..4).map(|n| store(C + P * u64::from(ring), tag(1, first + n))).collect();
@@ -153,7 +142,7 @@ pub fn freeze(ram: &Arc<Ram>) {
 
 /// One address space, a GPU VM on each of two devices.
 pub fn two_vms(ram: &Arc<Ram>) {
-    let machine = Machine::new(ram, Needs { devices: 2, ..NEEDS });
+    let machine = Machine::new(ram, Needs { devices: &[Kind::Faults, Kind::Faults], ..NEEDS });
     let vms = machine.process(1, 3, 2);
     machine.populate(1, A, 3);
     machine.start();
@@ -170,7 +159,7 @@ pub fn large_leaf(ram: &Arc<Ram>) {
     let machine = Machine::new(ram, NEEDS);
     let vm = machine.process(1, LEAF, 1)[0];
     machine.populate(1, A, LEAF);
-    machine.supply_leaf(1, A);
+    machine.supply_run(1, A, LEAF);
     machine.start();
     let kernel = machine.spawn(move |machine| {
         machine.move_pages(1, A + high, 2);
@@ -272,5 +261,31 @@ pub fn unref(ram: &Arc<Ram>) {
         assert!(end == 0 || end == -EINVAL, "violation: a job ended with {end}");
     }
     machine.result(1, A);
+    machine.finish();
+}
+
+/// A device that asks for pages of the process' own addresses in groups, which are answered in part, and move.
+pub fn groups(ram: &Arc<Ram>) {
+    let needs = Needs { devices: &[Kind::Identity], engines: 2, ..NEEDS };
+    let machine = Machine::new(ram, needs);
+    machine.ctx_create(1);
+    machine.note_context(1);
+    let vm = machine.vm_create(1, 0);
+    machine.populate(1, A, 5);
+    machine.start();
+    let kernel = machine.spawn(|machine| {
+        machine.move_pages(1, A + P, 1);
+        machine.move_pages(1, A, 2);
+    });
+    let fills = [(0, A, 4), (1, A + P, 3)];
+    let jobs = fills.map(|(ring, at, pages)| {
+        let packets = [fill(at, pages, tag(1, ring + 1)), copy(A + 4 * P + 8 * u64::from(ring), at + P)];
+        machine.exec(1, vm, ring, &packets).unwrap()
+    });
+    for job in jobs {
+        assert_eq!(machine.end_of(job), 0, "violation: a job failed");
+    }
+    [0, 8].into_iter().for_each(|at| _ = machine.result(1, A + 4 * P + at));
+    kernel.join().unwrap();
     machine.finish();
 }

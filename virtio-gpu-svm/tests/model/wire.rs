@@ -41,6 +41,14 @@ pub fn unmap(gpu: u64, pages: u64) -> BindOp {
         ..BindOp::default()
     }
 }
+/// Maps nothing: reads give 0.
+pub fn null(gpu: u64, pages: u64) -> BindOp {
+    BindOp { op: BIND_OP_MAP.into(), flags: BIND_NULL.into(), ..unmap(gpu, pages) }
+}
+/// Makes resident what is mapped there.
+pub fn prefetch(gpu: u64, pages: u64) -> BindOp {
+    BindOp { op: BIND_OP_PREFETCH.into(), ..unmap(gpu, pages) }
+}
 /// Stores a word.
 pub fn store(dst: u64, value: u64) -> Packet {
     Packet {
@@ -51,9 +59,47 @@ pub fn store(dst: u64, value: u64) -> Packet {
         ..Packet::default()
     }
 }
+/// Stores a word to all of these pages.
+pub fn fill(dst: u64, pages: u64, value: u64) -> Packet {
+    Packet { len: (pages * PAGE_SIZE).into(), ..store(dst, value) }
+}
 /// Copies a word.
 pub fn copy(dst: u64, src: u64) -> Packet {
     Packet { opcode: OP_COPY.into(), dst: dst.into(), src: src.into(), len: 8.into(), ..Packet::default() }
+}
+
+/// A ring, and what is asked of it.
+#[derive(Clone, Copy)]
+pub struct On<'a> {
+    pub ctx_id: u32,
+    pub vm_id: u32,
+    pub ring: u32,
+    /// The point that is promised, or 0.
+    pub signal: u64,
+    /// (GPU VM, ring, point)
+    pub waits: &'a [(u32, u32, u64)],
+}
+
+/// A ring of the first context.
+pub fn on(vm_id: u32, ring: u32) -> On<'static> {
+    On { ctx_id: 1, vm_id, ring, signal: 0, waits: &[] }
+}
+
+impl<'a> On<'a> {
+    pub fn signal(self, signal: u64) -> Self {
+        Self { signal, ..self }
+    }
+    pub fn waits(self, waits: &'a [(u32, u32, u64)]) -> Self {
+        Self { waits, ..self }
+    }
+    fn points(&self) -> Vec<FencePoint> {
+        let point = |&(vm, ring, seqno): &(u32, u32, u64)| FencePoint {
+            vm_id: vm.into(),
+            ring_idx: ring.into(),
+            seqno: seqno.into(),
+        };
+        self.waits.iter().map(point).collect()
+    }
 }
 
 impl Machine {
@@ -149,18 +195,53 @@ impl Machine {
         assert_eq!(status, 0, "violation: VM_BIND was refused");
     }
     /// Launches a job. Returns what its record will name, or the errno of the refusal.
-    pub fn exec(&self, ctx_id: u32, vm_id: u32, ring_idx: u32, packets: &[Packet]) -> Result<u64, i32> {
+    pub fn exec(&self, ctx_id: u32, vm_id: u32, ring: u32, packets: &[Packet]) -> Result<u64, i32> {
+        self.exec_on(On { ctx_id, ..on(vm_id, ring) }, packets)
+    }
+    /// The same, with points.
+    pub fn exec_on(&self, on: On<'_>, packets: &[Packet]) -> Result<u64, i32> {
+        let count = u32::try_from(packets.len()).unwrap();
+        self.launch(on, SVM_REQ_EXEC, |user_data, num_waits| {
+            let head = Exec {
+                vm_id: on.vm_id.into(),
+                ring_idx: on.ring.into(),
+                num_packets: count.into(),
+                num_waits: num_waits.into(),
+                user_data: user_data.into(),
+                signal: on.signal.into(),
+                ..Exec::default()
+            };
+            (head.as_bytes()[16..].to_vec(), packets.as_bytes())
+        })
+    }
+    /// An operation takes its turn on a ring.
+    pub fn bind_on(&self, on: On<'_>, op: BindOp) -> Result<u64, i32> {
+        self.launch(on, SVM_REQ_VM_BIND, |user_data, num_waits| {
+            let head = VmBind {
+                vm_id: on.vm_id.into(),
+                num_binds: 1.into(),
+                flags: VM_BIND_ASYNC.into(),
+                ring_idx: on.ring.into(),
+                num_waits: num_waits.into(),
+                user_data: user_data.into(),
+                signal: on.signal.into(),
+                ..VmBind::default()
+            };
+            (head.as_bytes()[16..].to_vec(), op.as_bytes())
+        })
+    }
+    fn launch<'a>(
+        &self,
+        on: On<'_>,
+        cmd: u32,
+        request: impl FnOnce(u64, u32) -> (Vec<u8>, &'a [u8]),
+    ) -> Result<u64, i32> {
         let mut turn = self.queue.lock().unwrap();
         turn.jobs += 1;
-        let head = Exec {
-            vm_id: vm_id.into(),
-            ring_idx: ring_idx.into(),
-            num_packets: u32::try_from(packets.len()).unwrap().into(),
-            user_data: turn.jobs.into(),
-            ..Exec::default()
-        };
-        let body = [&head.as_bytes()[16..], packets.as_bytes()].concat();
-        match self.submit(ctx_id, SVM_REQ_EXEC, &body).0 {
+        let waits = on.points();
+        let (head, list) = request(turn.jobs, u32::try_from(waits.len()).unwrap());
+        self.ledger.lock().unwrap().waits.insert(turn.jobs, on.waits.to_vec());
+        match self.submit(on.ctx_id, cmd, &[&head, waits.as_bytes(), list].concat()).0 {
             0 => Ok(turn.jobs),
             status => Err(status),
         }
@@ -171,16 +252,20 @@ impl Machine {
         let cmd = Supply { hdr, num_runs: 1.into(), reserved: 0.into() };
         self.accepted("SUPPLY", &[cmd.as_bytes(), run.as_bytes()].concat());
     }
-    /// Answers a fault; returns the status.
-    pub fn respond(&self, ctx_id: u32, vm_id: u32, cookie: u64, run: PageRun) -> i32 {
+    /// Answers a fault, without pages that it is an error; returns the status.
+    pub fn respond(&self, ctx_id: u32, vm_id: u32, cookie: u64, runs: &[PageRun]) -> i32 {
         let turn = self.queue.lock().unwrap();
+        if turn.closed {
+            return 0;
+        }
+        let code = if runs.is_empty() { PAGE_RESP_INVALID } else { PAGE_RESP_SUCCESS };
         let cmd = PageResponse {
             hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
             cookie: cookie.into(),
-            code: PAGE_RESP_SUCCESS.into(),
-            num_runs: 1.into(),
+            code: code.into(),
+            num_runs: u32::try_from(runs.len()).unwrap().into(),
         };
-        let response = self.send(&[cmd.as_bytes(), run.as_bytes()].concat());
+        let response = self.send(&[cmd.as_bytes(), runs.as_bytes()].concat());
         let status = SvmResp::read_from_prefix(&response).unwrap().0.status.get();
         let gone = turn.destroyed.contains(&(ctx_id, vm_id));
         assert!(!gone || status == -errno::EINVAL, "violation: a fault of a destroyed GPU VM was resumed");
