@@ -19,7 +19,7 @@ pub mod guest_memory;
 pub mod hostmmu;
 pub mod queue;
 pub mod registry;
-mod relay;
+pub mod relay;
 pub mod ring;
 pub mod session;
 pub mod socket;
