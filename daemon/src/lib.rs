@@ -5,7 +5,7 @@
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
 //! [`devices`] are what it is all about, `hostmmu` one kind of them; [`deadlines`] ends faults that nobody answers;
-//! [`control`] is the door for whoever operates all this.
+//! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
 mod attendant;
 pub mod control;
@@ -21,5 +21,6 @@ pub mod queue;
 pub mod registry;
 pub mod relay;
 pub mod ring;
+pub mod sandbox;
 pub mod session;
 pub mod socket;
