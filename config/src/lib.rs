@@ -83,6 +83,21 @@ pub struct Daemon {
     pub log: LogLevel,
     /// Accept guest memory that its VMM could shrink.
     pub allow_unsealed: bool,
+    /// How the daemon confines itself.
+    pub sandbox: Sandbox,
+}
+
+/// How the daemon confines itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sandbox {
+    /// In full, or it does not start.
+    Strict,
+    /// As far as the kernel can; what it cannot is a warning.
+    #[default]
+    BestEffort,
+    /// Not at all.
+    Off,
 }
 
 /// How much is logged.

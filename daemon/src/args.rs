@@ -1,7 +1,7 @@
 //! The command line of svmd, and what it makes of the configuration file.
 
 use clap::{ArgAction, Parser, ValueEnum};
-use config::{Config, LogLevel};
+use config::{Config, LogLevel, Sandbox};
 use std::path::{Path, PathBuf};
 
 /// Shares the host's GPUs with the processes of many virtual machines. Each guest's VMM connects to a vhost-user socket
@@ -44,6 +44,15 @@ pub struct Args {
     #[arg(long, value_name = "LEVEL", value_enum)]
     pub log: Option<Log>,
 
+    /// How svmd confines itself before it serves anybody. Overrides daemon.sandbox of the configuration (default there:
+    /// best-effort).
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub sandbox: Option<Confinement>,
+
+    /// Enter the sandbox that the other options and the configuration ask for, print what of it is in force, and exit.
+    #[arg(long)]
+    pub print_sandbox: bool,
+
     /// Print what this backend can do as JSON, as QEMU's vhost-user conventions ask, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -75,6 +84,17 @@ pub enum Log {
     Trace,
 }
 
+/// Ways to confine the daemon, by name.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Confinement {
+    /// Everything of it, or svmd does not start.
+    Strict,
+    /// As far as the kernel can; what it cannot is a warning.
+    BestEffort,
+    /// Nothing.
+    Off,
+}
+
 /// Ways to do something wrong.
 #[cfg(feature = "sabotage")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -98,6 +118,7 @@ impl Args {
         daemon.control_socket = self.control_socket.clone().or(daemon.control_socket.take());
         daemon.allow_unsealed |= self.allow_unsealed;
         daemon.log = self.log.map_or(daemon.log, LogLevel::from);
+        daemon.sandbox = self.sandbox.map_or(daemon.sandbox, Sandbox::from);
         daemon.runtime_dirs.extend(self.runtime_dir.iter().cloned());
         if daemon.runtime_dirs.is_empty() {
             let named = config.guest.iter().map(|guest| &guest.socket).chain(&daemon.control_socket);
@@ -108,7 +129,8 @@ impl Args {
                 "runtime folder {missing:?} does not exist; make it, or name another with --runtime-dir"
             );
         }
-        if config.guest.is_empty() && daemon.control_socket.is_none() && self.fd.is_none() {
+        let serves = !config.guest.is_empty() || daemon.control_socket.is_some() || self.fd.is_some();
+        if !serves && !self.print_sandbox {
             anyhow::bail!(
                 "nothing to serve: give --socket-path, --control-socket, --fd or a --config with one of them"
             );
@@ -137,6 +159,16 @@ impl From<Log> for LogLevel {
             Log::Info => Self::Info,
             Log::Debug => Self::Debug,
             Log::Trace => Self::Trace,
+        }
+    }
+}
+
+impl From<Confinement> for Sandbox {
+    fn from(mode: Confinement) -> Self {
+        match mode {
+            Confinement::Strict => Self::Strict,
+            Confinement::BestEffort => Self::BestEffort,
+            Confinement::Off => Self::Off,
         }
     }
 }

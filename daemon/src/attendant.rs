@@ -85,14 +85,7 @@ impl Door {
         match endpoint {
             Endpoint::Path(path) => ListeningSocket::make(&path).map(Self::Listening),
             Endpoint::Listener(fd) => Ok(Self::Listening(ListeningSocket::inherited(fd))),
-            Endpoint::Connected(fd) => {
-                let refused = |source| AddError::Io {
-                    action: "take over",
-                    path: "the inherited socket".into(),
-                    source,
-                };
-                Relay::new(fd).map(Self::Connected).map_err(refused)
-            }
+            Endpoint::Connected(relay) => Ok(Self::Connected(relay)),
         }
     }
 }

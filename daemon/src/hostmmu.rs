@@ -26,6 +26,7 @@ mod vm;
 pub mod worker;
 
 pub use process::ARGUMENT;
+pub use uffd::CALLS as CALLS_OF_WORKERS;
 
 use attendant::Attendant;
 use rustix::event::{EventfdFlags, eventfd};

@@ -2,7 +2,9 @@
 
 #![expect(unsafe_code, reason = "a descriptor is known by its number only, as the command line names it")]
 
+use anyhow::Context;
 use daemon::registry::Endpoint;
+use daemon::relay::Relay;
 use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
@@ -20,5 +22,10 @@ pub fn take(number: i32) -> anyhow::Result<Endpoint> {
     let socket = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
     let listening = rustix::net::sockopt::socket_acceptconn(&socket)?;
-    Ok(if listening { Endpoint::Listener(socket) } else { Endpoint::Connected(socket) })
+    if listening {
+        return Ok(Endpoint::Listener(socket));
+    }
+    Ok(Endpoint::Connected(
+        Relay::new(socket).with_context(|| format!("--fd {number}: cannot take it over"))?,
+    ))
 }

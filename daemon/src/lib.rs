@@ -5,7 +5,7 @@
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
 //! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there for;
-//! [`control`] is the door for whoever operates all this.
+//! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
 mod attendant;
 pub mod control;
@@ -19,7 +19,8 @@ pub mod hostmmu;
 pub mod housekeeper;
 pub mod queue;
 pub mod registry;
-mod relay;
+pub mod relay;
 pub mod ring;
+pub mod sandbox;
 pub mod session;
 pub mod socket;

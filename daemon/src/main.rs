@@ -8,11 +8,12 @@ mod inherited;
 
 use args::Args;
 use clap::Parser;
-use config::{Config, LogLevel};
+use config::{Config, LogLevel, Sandbox};
 use daemon::control::{self, ControlState};
 use daemon::devices::Devices;
 use daemon::housekeeper::Housekeeper;
 use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, RegistryEvent};
+use daemon::sandbox::{self, Profile};
 use daemon::socket::ListeningSocket;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -42,7 +43,8 @@ fn main() -> ExitCode {
     if let Some(va_bits) = args.hostmmu_worker {
         return be_worker(va_bits);
     }
-    let (status, error) = match run(&args) {
+    let done = if args.print_sandbox { print_sandbox(&args) } else { run(&args) };
+    let (status, error) = match done {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Failure::Usage(error)) => (ExitCode::from(USAGE), error),
         Err(Failure::Runtime(error)) => (ExitCode::FAILURE, error),
@@ -68,6 +70,8 @@ fn run(args: &Args) -> Result<(), Failure> {
     let inherited = args.fd.map(inherited::take).transpose().map_err(Failure::Usage)?;
     let config = args.configuration().map_err(Failure::Usage)?;
     log_to_stderr(config.daemon.log);
+    // Before any other thread: they are confined as the one that starts them.
+    confine(&config)?;
 
     let (host, devices) = Devices::start(&config.devices()).map_err(|e| Failure::Runtime(e.into()))?;
     #[cfg(feature = "sabotage")]
@@ -94,6 +98,35 @@ fn run(args: &Args) -> Result<(), Failure> {
     housekeeper.stop();
     devices.stop();
     served
+}
+
+/// Enters the sandbox. What of it is not in force is told, and is an error if all of it was asked for.
+fn confine(config: &Config) -> Result<(), Failure> {
+    if config.daemon.sandbox == Sandbox::Off {
+        tracing::warn!("not confined, as the configuration or --sandbox has it");
+        return Ok(());
+    }
+    let report = sandbox::enter(&Profile::of(config));
+    for measure in report.lacking() {
+        let (name, reason) = (measure.name, &measure.detail);
+        if config.daemon.sandbox == Sandbox::Strict {
+            let error = anyhow::anyhow!("cannot be confined as --sandbox=strict asks: {name}: {reason}");
+            return Err(Failure::Runtime(error));
+        }
+        tracing::warn!(%reason, "not confined in full: {name}");
+    }
+    Ok(())
+}
+
+/// The sandbox is entered for that: what is printed is what this kernel has granted.
+fn print_sandbox(args: &Args) -> Result<(), Failure> {
+    let config = args.configuration().map_err(Failure::Usage)?;
+    if config.daemon.sandbox == Sandbox::Off {
+        println!("off: not confined");
+    } else {
+        print!("{}", sandbox::enter(&Profile::of(&config)));
+    }
+    Ok(())
 }
 
 /// Until a signal or an operator ends it.

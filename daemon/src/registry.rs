@@ -6,6 +6,7 @@
 
 use crate::attendant::{Attendant, Door, Seat};
 use crate::eventq::Waker;
+use crate::relay::Relay;
 use crate::session::Setup;
 use crate::socket::RuntimeDirs;
 use serde::Serialize;
@@ -39,14 +40,15 @@ pub enum Endpoint {
     /// A listening vhost-user socket that was inherited.
     Listener(OwnedFd),
     /// A connected vhost-user socket that was inherited: one session, then the guest stays without.
-    Connected(OwnedFd),
+    Connected(Relay),
 }
 
 impl Endpoint {
     fn label(&self) -> String {
         match self {
             Self::Path(path) => path.display().to_string(),
-            Self::Listener(fd) | Self::Connected(fd) => format!("fd:{}", fd.as_raw_fd()),
+            Self::Listener(fd) => format!("fd:{}", fd.as_raw_fd()),
+            Self::Connected(relay) => format!("fd:{}", relay.number()),
         }
     }
 }

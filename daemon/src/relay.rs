@@ -12,7 +12,7 @@ use rustix::net::{
 };
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use tempfile::TempDir;
 use vhost::vhost_user::Listener;
@@ -27,14 +27,16 @@ const MAX_BODY: usize = 64 << 10;
 const MAX_FDS: usize = 64;
 
 /// The inherited connection and the way to the framework.
-pub(crate) struct Relay {
+#[derive(Debug)]
+pub struct Relay {
     outer: OwnedFd,
     inner: UnixStream,
     listener: UnixListener,
 }
 
 impl Relay {
-    /// Connects an inherited socket to a listener that the framework can accept from.
+    /// Connects an inherited socket to a listener that the framework can accept from. To be called before the daemon is
+    /// confined, which then makes folders nowhere.
     ///
     /// # Errors
     /// When the private socket cannot be made.
@@ -48,8 +50,13 @@ impl Relay {
         Ok(Self { outer, inner, listener })
     }
 
+    /// The number of the inherited descriptor.
+    pub(crate) fn number(&self) -> RawFd {
+        self.outer.as_raw_fd()
+    }
+
     /// Runs `serve` with the listener, carrying messages meanwhile. Returns when it has returned.
-    pub fn run(self, serve: impl FnOnce(&mut Listener)) {
+    pub(crate) fn run(self, serve: impl FnOnce(&mut Listener)) {
         let Self { outer, inner, listener } = self;
         std::thread::scope(|scope| {
             scope.spawn(|| carry(outer.as_fd(), inner.as_fd()));

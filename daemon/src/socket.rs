@@ -61,7 +61,7 @@ impl RuntimeDirs {
 }
 
 /// The folder of a path; the current one for a bare name.
-fn folder_of(path: &Path) -> &Path {
+pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 

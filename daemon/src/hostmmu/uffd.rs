@@ -45,6 +45,10 @@ struct RegisterCall {
 
 /// Request number of `UFFDIO_REGISTER`.
 pub const REGISTER: u32 = opcode::read_write::<RegisterCall>(0xaa, 0x00);
+/// Request number of `UFFDIO_API`.
+const HANDSHAKE: u32 = opcode::read_write::<ApiCall>(0xaa, 0x3f);
+/// All ioctl requests that a worker makes.
+pub const CALLS: [u32; 2] = [HANDSHAKE, REGISTER];
 
 /// `struct uffd_msg` as a page fault fills it.
 #[derive(Clone, Copy, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -80,7 +84,7 @@ pub fn create() -> rustix::io::Result<OwnedFd> {
     let fd = unsafe { userfaultfd(flags) }?;
     let mut call = ApiCall { api: API, features: FEATURES, ioctls: 0 };
     // SAFETY: UFFDIO_API reads and writes a `struct uffdio_api`, which `ApiCall` is.
-    let call = unsafe { Updater::<{ opcode::read_write::<ApiCall>(0xaa, 0x3f) }, ApiCall>::new(&mut call) };
+    let call = unsafe { Updater::<HANDSHAKE, ApiCall>::new(&mut call) };
     // SAFETY: the handshake concerns this descriptor alone.
     unsafe { ioctl(&fd, call) }?;
     Ok(fd)

@@ -12,6 +12,7 @@ pub use space::LOWEST;
 
 use super::message::{self, MAX_MESSAGE, Order, Report, Wait};
 use super::process;
+use crate::sandbox::privileges;
 use anyhow::{Context, Result};
 use ring::{NO_JOB, Ring};
 use rustix::fd::{AsFd, OwnedFd};
@@ -46,6 +47,7 @@ struct Worker {
 /// The machine lacks what is needed, or the daemon speaks another language.
 pub fn run(va_bits: u32) -> Result<()> {
     process::close_inherited()?;
+    privileges::hide_memory().context("cannot forbid core dumps")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is no socket")?;
     let space =
         Space::new(1u64.checked_shl(va_bits).unwrap_or(0)).context("cannot take the GPU's addresses")?;

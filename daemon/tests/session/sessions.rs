@@ -3,6 +3,7 @@
 use crate::vmm::{Vmm, connect, negotiate};
 use crate::{Daemon, spec};
 use daemon::registry::{Endpoint, GuestSpec, RegistryEvent};
+use daemon::relay::Relay;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -156,7 +157,7 @@ fn removal_ends_a_live_session() {
 fn inherited_connection_is_served_once() {
     let daemon = Daemon::start();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let socket = Endpoint::Connected(OwnedFd::from(theirs));
+    let socket = Endpoint::Connected(Relay::new(OwnedFd::from(theirs)).unwrap());
     let spec = GuestSpec { name: "vm0".into(), socket, devices: None };
     assert!(daemon.registry.add(spec).unwrap());
     let mut vmm = Vmm::start_on(negotiate(Frontend::from_stream(ours, 3)));
@@ -170,7 +171,7 @@ fn inherited_connection_is_served_once() {
 fn inherited_connection_ends_with_its_guest() {
     let daemon = Daemon::start();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let socket = Endpoint::Connected(OwnedFd::from(theirs));
+    let socket = Endpoint::Connected(Relay::new(OwnedFd::from(theirs)).unwrap());
     assert!(daemon.registry.add(GuestSpec { name: "vm0".into(), socket, devices: None }).unwrap());
     let vmm = Vmm::start_on(negotiate(Frontend::from_stream(ours, 3)));
     assert!(daemon.registry.remove("vm0"));

@@ -7,6 +7,7 @@
 //! * `fairness`: who storms delays no other's record by more than one.
 //! * `mappings`: as many as are allowed, and one more.
 //! * `devices`: one process on two devices, with mappings that differ.
+//! * `workers`: what processes of a device may do.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -15,6 +16,7 @@ mod fairness;
 mod lives;
 mod mappings;
 mod memory;
+mod workers;
 
 use integration::frontend::Profile;
 use integration::frontend::ram::{GuestRam, Layout};
