@@ -27,7 +27,8 @@ pub enum FaultModel {
     KernelResolved,
     /// It cannot: everything must be bound before. A job that finds no translation, or none with the right, ends with
     /// -EFAULT (-EPERM) at that address, unless its GPU VM is frozen: then it goes on when that is thawed. So the core
-    /// freezes a GPU VM before it unbinds, and thaws it when everything is bound again.
+    /// freezes a GPU VM before it unbinds, and thaws it when everything is bound again. Not so one that has become
+    /// unusable: its jobs are to end.
     None,
 }
 
