@@ -105,9 +105,10 @@ fn hint(status: i32) -> &'static str {
     match -status {
         errno::EINVAL => "an address, length or flag is not allowed; addresses and lengths are whole pages",
         errno::ENOENT => "no such object in this context",
-        errno::EEXIST => "it overlaps what is there; choose another range",
+        errno::EEXIST => "it is there already, or overlaps what is there; choose another range",
         errno::ENOSPC => "a quota is used up; free something or ask the operator for more",
-        errno::ENOMEM => "the guest has not enough memory to pin",
+        errno::ENOMEM => "the guest has not enough memory to pin, or the device none for its tables",
+        errno::EBUSY => "a mirror window has pages there; free or move that CPU memory first",
         errno::EPIPE => "the GPU VM or the context is dead; make a new one",
         errno::EACCES => "this process has no right to it",
         errno::EOPNOTSUPP => "the device or agent cannot do this",

@@ -98,7 +98,7 @@ pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, nth: u64, stamp: 
         perm: u32::from(fault.perm).into(),
         addr: (fault.page.wrapping_add(nth) << PAGE_SHIFT).into(),
         cpu_addr: (fault.cpu_page.wrapping_add(nth) << PAGE_SHIFT).into(),
-        length_hint: fault.length_hint.into(),
+        length_hint: hint_of(fault, nth).into(),
         fault_type: fault.fault_type,
         level: fault.level,
         engine_instance: fault.engine,
@@ -109,6 +109,15 @@ pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, nth: u64, stamp: 
         sequence: stamp.sequence.into(),
         ..FaultRecord::default()
     })
+}
+
+/// Bytes from the page of the `nth` record on; never none.
+fn hint_of(fault: &Pending, nth: u64) -> u32 {
+    let before = u32::try_from(nth << PAGE_SHIFT).unwrap_or(u32::MAX);
+    fault
+        .length_hint
+        .saturating_sub(before)
+        .max(u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX).min(fault.length_hint))
 }
 
 /// PROTOCOL 7.3.

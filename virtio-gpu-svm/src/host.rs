@@ -14,6 +14,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// Faults that are remembered for people.
 pub const RECENT_FAULTS: usize = 1024;
 
+/// Slices of what engines have left that are done before deadlines are looked at again.
+const WORK_SLICES: usize = 256;
+
 /// What one guest may use at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -208,10 +211,11 @@ impl Host {
     pub fn wake_worker(&self) {
         self.work.notify_all();
     }
-    /// Does what engines have left, a slice of each context in turn, until nothing is left. To be called by one thread
-    /// of the daemon whenever there is work.
+    /// Does what engines have left, a slice of each context in turn, until nothing is left or others should be looked
+    /// after. To be called by one thread of the daemon whenever there is work.
     pub fn work_off(&self) {
-        while let Some(context) = { self.lock_backlog().pop_front() } {
+        for _ in 0..WORK_SLICES {
+            let Some(context) = self.lock_backlog().pop_front() else { return };
             let Some(context) = context.upgrade() else { continue };
             if context.work() {
                 self.lock_backlog().push_back(Arc::downgrade(&context));

@@ -141,6 +141,10 @@ pub struct VmStatus {
     pub state: &'static str,
     /// What made it unusable: errno, positive; else 0.
     pub error: i32,
+    /// The operation of a bind that this is about, or 0.
+    pub error_op: u32,
+    /// The GPU address that this is about, or 0.
+    pub error_addr: u64,
     /// Mappings by rising GPU address.
     pub mappings: Vec<MappingStatus>,
     /// Pages with a translation now.

@@ -174,7 +174,7 @@ fn svmctl_shows_the_context_and_its_mappings() {
     let shown = svmctl(&["context", "show", "vm0", "5"]);
     let mapping = "0x7f0000000000..0x7f0000003000  ->  0x40000000..0x40003000  read    12 KiB  2 (8 KiB)";
     assert_eq!(shown.matches(mapping).count(), 2, "{shown}");
-    let first = "gpu vm 1 on device 0: asid 1, usable, resident 2 (8 KiB), jobs 0, waiting faults 1\n";
+    let first = "gpu vm 1 on device 0: asid 1, usable, resident 2 (8 KiB), wanted 0, jobs and binds 0, waiting faults 1\n";
     assert!(shown.contains(first), "{shown}");
     let waits = shown.lines().find(|line| line.contains("0x40001000")).unwrap_or_default();
     assert!(waits.contains("0x7f0000001000  read"), "{shown}");

@@ -195,7 +195,8 @@ impl Arena {
         self.as_ptr().wrapping_add(offset).cast()
     }
 
-    /// Gives the memory back; returns when no GPU can reach it any more. A dropped arena stays pinned until the context
+    /// Gives the memory back; returns when no GPU can reach it any more. On a device without faults unbind it first: a GPU
+    /// VM that still maps it becomes unusable. A dropped arena stays pinned until the context
     /// ends.
     ///
     /// # Errors

@@ -48,17 +48,27 @@ fn access_name(access: u32) -> &'static str {
 
 fn advice(errno: i32) -> &'static str {
     match errno {
-        errno::EFAULT => "; the CPU address behind it is in no arena of this process",
-        errno::EINVAL => "; nothing is bound there",
+        errno::EFAULT => {
+            "; the CPU address behind it is in no arena of this process, or nothing is bound there"
+        }
+        errno::EINVAL => "; nothing is bound there, or it is no node of a list",
         errno::EPERM => "; it is bound read-only",
-        errno::ECANCELED => "; the context or GPU VM was destroyed meanwhile",
+        errno::ENOMEM => "; the device has no memory for its tables: unbind something",
+        errno::EPIPE => "; the GPU VM had become unusable: make a new one",
+        errno::ETIMEDOUT => "; it ran too long, or a fault was not answered in time",
+        errno::ECANCELED => "; the context or GPU VM was destroyed meanwhile, or the device has lost it",
         _ => "",
     }
 }
 
 fn bind_advice(errno: i32) -> &'static str {
     match errno {
-        errno::ENOSPC => "; the GPU VM would have too many mappings, and is unusable now",
+        errno::ENOSPC => "; the GPU VM would have too many mappings or pages, and is unusable now",
+        errno::EFAULT => {
+            "; a page that it wants is in no arena of this process, and the GPU VM is unusable now"
+        }
+        errno::ENOMEM => "; the device has no memory for its tables, and the GPU VM is unusable now",
+        errno::ETIMEDOUT => "; a page was not supplied in time, and the GPU VM is unusable now",
         errno::EBUSY => "; a mirror window has pages there, and the GPU VM is unusable now",
         errno::EACCES => "; its blob was detached meanwhile, and the GPU VM is unusable now",
         errno::EPIPE => "; the GPU VM had become unusable: make a new one",

@@ -100,7 +100,7 @@ impl Vm {
     }
 
     /// Maps CPU addresses from `cpu` (A) to GPU addresses from `gpu` (C), `len` bytes. No page needs to be there yet:
-    /// the first access of a job faults it in. `flags`: `BIND_*`.
+    /// the first access of a job faults it in (on a device without faults jobs wait until it is there). `flags`: `BIND_*`.
     ///
     /// # Errors
     /// What the device says.

@@ -69,19 +69,24 @@ impl Context {
             vm_id,
             device: vm.device,
             asid: vm.asid.0,
-            state: state_name(vm.state).0,
+            state: state_name(vm.state),
             mappings: vm.mappings.len(),
             resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
         }
     }
     fn vm_status(&self, vm_id: u32, vm: &GpuVm) -> VmStatus {
-        let (state, error) = state_name(vm.state);
+        let (error, error_op, error_addr) = match vm.state {
+            VmState::Usable => (0, 0, 0),
+            VmState::Unusable { errno, op, addr } => (errno, op, addr),
+        };
         VmStatus {
             vm_id,
             device: vm.device,
             asid: vm.asid.0,
-            state,
+            state: state_name(vm.state),
             error,
+            error_op,
+            error_addr,
             mappings: vm.mappings.iter().map(mapping_status).collect(),
             resident_pages: self.host.device_of(vm.device).resident_pages(vm.asid),
             wanted_pages: vm.population.wanted_pages(),
@@ -93,11 +98,11 @@ impl Context {
     }
 }
 
-/// For people, and the errno that made it so.
-fn state_name(state: VmState) -> (&'static str, i32) {
+/// For people.
+fn state_name(state: VmState) -> &'static str {
     match state {
-        VmState::Usable => ("usable", 0),
-        VmState::Unusable { errno, .. } => ("unusable", errno),
+        VmState::Usable => "usable",
+        VmState::Unusable { .. } => "unusable",
     }
 }
 

@@ -8,7 +8,7 @@ pub const ENOENT: i32 = 2;
 pub const EAGAIN: i32 = 11;
 /// Out of memory.
 pub const ENOMEM: i32 = 12;
-/// An object that exists but is not this context's.
+/// An object that exists but is not this context's, or not any more.
 pub const EACCES: i32 = 13;
 /// A guest address without memory behind it.
 pub const EFAULT: i32 = 14;
@@ -26,9 +26,9 @@ pub const EPIPE: i32 = 32;
 pub const EOPNOTSUPP: i32 = 95;
 /// No room; retry with fewer.
 pub const ENOBUFS: i32 = 105;
-/// Nobody answered in time.
+/// Nobody answered in time, or a job ran too long.
 pub const ETIMEDOUT: i32 = 110;
-/// Stopped because its context was destroyed.
+/// Stopped because its context or GPU VM was destroyed, or lost by its device.
 pub const ECANCELED: i32 = 125;
 
 /// The name of an errno of this protocol, for people. Takes either sign.

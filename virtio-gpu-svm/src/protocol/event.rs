@@ -53,7 +53,7 @@ wire! {
         flags: U32,
         /// Changes whenever the daemon has lost this guest's state.
         daemon_epoch: U64,
-        /// Sequence of the first record; a gap to the last buffer's end means that advisory records were lost.
+        /// Sequence of the first record.
         sequence: U64,
     }
 }
@@ -72,7 +72,7 @@ wire! {
         vm_id: U32,
         /// The id that the device reported.
         asid: U32,
-        /// Group; 0, every record is its own group.
+        /// Group: the same in each of its records, and in one that stands alone 0.
         grpid: U32,
         /// `FAULT_*`.
         flags: U32,

@@ -121,7 +121,7 @@ pub struct SvmConfig {
     pub max_binds: U32,
     /// [`MAX_PACKETS`].
     pub max_packets: U32,
-    /// [`MAX_MAPPINGS`].
+    /// Mappings that a GPU VM may have, and operations that binds of a context may have queued; at most [`MAX_MAPPINGS`].
     pub max_mappings: U32,
     /// Faults of one context that may wait for an answer at once; further jobs stay parked without a record.
     pub max_pending_faults: U32,

@@ -15,7 +15,7 @@ pub const SVM_REQ_EXEC: u32 = 4;
 /// Reads a GPU VM's state. PROTOCOL 5.5.
 pub const SVM_REQ_VM_GET_PROPERTY: u32 = 5;
 
-/// [`BindOp::op`]: map a blob resource.
+/// [`BindOp::op`]: map a blob resource, or with a flag a mirror window or nothing.
 pub const BIND_OP_MAP: u32 = 0;
 /// [`BindOp::op`]: unmap a range.
 pub const BIND_OP_UNMAP: u32 = 1;

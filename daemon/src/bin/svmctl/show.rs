@@ -285,15 +285,22 @@ fn gpu_vm(vm: &Value) -> String {
     }
     let state = match vm["error"].as_i64().and_then(|errno| i32::try_from(errno).ok()) {
         None | Some(0) => text(&vm["state"]),
-        Some(errno) => format!("{} ({})", text(&vm["state"]), std::io::Error::from_raw_os_error(errno)),
+        Some(errno) => format!(
+            "{} ({}; operation {} at {})",
+            text(&vm["state"]),
+            std::io::Error::from_raw_os_error(errno),
+            text(&vm["error_op"]),
+            hex(&vm["error_addr"])
+        ),
     };
     let held = if vm["held"] == true { ", its queues stand still until all is resident" } else { "" };
     let mut text_of_vm = format!(
-        "gpu vm {} on device {}: asid {}, {state}, resident {}, jobs {}, waiting faults {}{held}\n{}",
+        "gpu vm {} on device {}: asid {}, {state}, resident {}, wanted {}, jobs and binds {}, waiting faults {}{held}\n{}",
         text(&vm["vm_id"]),
         text(&vm["device"]),
         text(&vm["asid"]),
         pages(&vm["resident_pages"]),
+        pages(&vm["wanted_pages"]),
         text(&vm["jobs"]),
         text(&vm["pending_faults"]),
         table.text(2, "no mappings"),
