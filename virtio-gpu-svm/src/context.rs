@@ -106,12 +106,7 @@ impl Error {
             Self::Device(error) => match error {
                 crate::device::Error::NoVm(_) => EPIPE,
                 crate::device::Error::VmExists(_) => EBUSY,
-                crate::device::Error::UnknownOpcode { .. } | crate::device::Error::BadOperand { .. } => {
-                    EINVAL
-                }
-                crate::device::Error::OutOfMemory => crate::protocol::errno::ENOMEM,
-                crate::device::Error::Unsupported => crate::protocol::errno::EOPNOTSUPP,
-                crate::device::Error::TooManyVms => ENOSPC,
+                other => crate::fault::device_errno(*other),
             },
         }
     }

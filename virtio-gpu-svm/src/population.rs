@@ -66,7 +66,7 @@ impl Population {
     pub fn is_held(&self) -> bool {
         self.held
     }
-    /// Whether something is wanted or waited for.
+    /// Whether nothing is wanted or waited for.
     pub fn is_complete(&self) -> bool {
         self.wanted.is_empty() && self.asked == 0
     }

@@ -29,6 +29,12 @@ fn without_faults(limits: Limits) -> World {
     let rigid = DeviceInfo { fault_model: FaultModel::None, ..device_info() };
     World::on_devices(limits, [rigid, device_info()])
 }
+/// Context 1 with a GPU VM on device 0.
+fn with_vm(w: World) -> (World, u32, u32) {
+    w.create_context(1);
+    let (vm, asid) = w.create_vm(1, 0);
+    (w, vm, asid)
+}
 fn resident(w: &World, asid: u32, gpu: u64, pages: u64) -> u64 {
     (0..pages).filter(|n| w.devices[0].bound(asid, gpu + n * PAGE).is_some()).count() as u64
 }
@@ -59,9 +65,7 @@ fn answer_all(w: &World, ctx_id: u32, code: u32) -> usize {
 
 #[test]
 fn prefetch_binds_what_is_known_and_asks_for_the_rest_in_runs() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 1024)]), 0);
     assert_eq!(w.supply(1, &[run(A + 10 * PAGE, GPA + 10 * PAGE, 5, 0)]), 0);
     assert_eq!(w.bind(1, vm, &[prefetch(C, 600)]), 0);
@@ -95,9 +99,7 @@ fn prefetch_binds_what_is_known_and_asks_for_the_rest_in_runs() {
 
 #[test]
 fn write_that_joins_a_prefetch_does_not_ask_more_of_its_first_page() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 64), prefetch(C, 64)]), 0);
     let stop = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
     let record = faults(&w)[0];
@@ -110,9 +112,7 @@ fn write_that_joins_a_prefetch_does_not_ask_more_of_its_first_page() {
 
 #[test]
 fn advice_that_nobody_works_off_is_bounded() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, _) = w.create_vm(1, 0);
+    let (w, vm, _) = with_vm(World::with_limits(WIDE));
     let top = (1 << 40) - 4096 * PAGE;
     assert_eq!(w.bind(1, vm, &[map(top, A, 4096), prefetch(top, 4096)]), 0, "asks, and is not answered");
     for round in 0..8 {
@@ -125,9 +125,7 @@ fn advice_that_nobody_works_off_is_bounded() {
 
 #[test]
 fn unanswered_advice_expires_and_nothing_with_it() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, _) = w.create_vm(1, 0);
+    let (w, vm, _) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 8), prefetch(C, 8)]), 0);
     std::thread::sleep(std::time::Duration::from_millis(u64::from(DEADLINE_MS) + 5));
     w.host.expire_faults();
@@ -137,9 +135,7 @@ fn unanswered_advice_expires_and_nothing_with_it() {
 
 #[test]
 fn page_without_the_right_to_write_is_asked_for_where_there_are_no_faults() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     let readonly = PageRun { flags: RUN_READONLY.into(), ..run(A, GPA, 4, 0) };
     assert_eq!(w.supply(1, &[readonly]), 0);
     let read = BindOp { flags: BIND_READONLY.into(), ..map(C + (1 << 30), A, 4) };
@@ -154,9 +150,7 @@ fn page_without_the_right_to_write_is_asked_for_where_there_are_no_faults() {
 
 #[test]
 fn prefetch_leaves_what_is_resident_alone() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     let leaf = 0x4_0020_0000;
     assert_eq!(w.supply(1, &[run(A, GPA, 512, 0)]), 0);
     assert_eq!(w.bind(1, vm, &[immediate(map(leaf, A, 512))]), 0);
@@ -167,9 +161,7 @@ fn prefetch_leaves_what_is_resident_alone() {
 
 #[test]
 fn prefetch_without_faults_has_nothing_to_do() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 64)]), 0);
     answer_all(&w, 1, PAGE_RESP_SUCCESS);
     let calls = w.devices[0].told().fallible;
@@ -179,9 +171,7 @@ fn prefetch_without_faults_has_nothing_to_do() {
 
 #[test]
 fn access_joins_the_prefetch_of_its_page() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 64), prefetch(C, 64)]), 0);
     let record = faults(&w)[0];
     let stop = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
@@ -193,9 +183,7 @@ fn access_joins_the_prefetch_of_its_page() {
 
 #[test]
 fn access_that_joined_a_refused_prefetch_asks_for_its_own_page() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 64), prefetch(C, 64)]), 0);
     let record = faults(&w)[0];
     let stop = w.devices[0].raise(&w.host, asid, C + 9 * PAGE, Access::Write);
@@ -210,9 +198,7 @@ fn access_that_joined_a_refused_prefetch_asks_for_its_own_page() {
 
 #[test]
 fn immediate_map_is_resident_at_once_as_far_as_it_is_known() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.supply(1, &[run(A, GPA, 1024, 0)]), 0);
     assert_eq!(w.bind(1, vm, &[immediate(map(C, A, 1024)), map(C + (4 << 20), A, 16)]), 0);
     assert_eq!(resident(&w, asid, C, 1024), 1024);
@@ -222,9 +208,7 @@ fn immediate_map_is_resident_at_once_as_far_as_it_is_known() {
 
 #[test]
 fn null_mapping_is_served_without_the_guest() {
-    let w = World::with_limits(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[null(C, 1 << 24)]), 0, "costs nothing");
     let stop = w.devices[0].raise(&w.host, asid, C + 5 * PAGE, Access::Write);
     assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));
@@ -238,9 +222,7 @@ fn null_mapping_is_served_without_the_guest() {
 
 #[test]
 fn queues_without_faults_stand_still_until_all_is_bound() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 1024)]), 0);
     assert_eq!(w.exec(1, vm), 0);
     assert!(is_held(&w, asid));
@@ -259,9 +241,7 @@ fn queues_without_faults_stand_still_until_all_is_bound() {
 
 #[test]
 fn invalidation_without_faults_stops_queues_evicts_and_binds_again() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 1024)]), 0);
     answer_all(&w, 1, PAGE_RESP_SUCCESS);
     assert_eq!(w.exec(1, vm), 0);
@@ -282,9 +262,7 @@ fn invalidation_without_faults_stops_queues_evicts_and_binds_again() {
 
 #[test]
 fn rest_of_a_large_leaf_is_bound_again_without_faults() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     let leaf = 0x4_0020_0000;
     assert_eq!(w.bind(1, vm, &[map(leaf, A, 512)]), 0);
     answer_all(&w, 1, PAGE_RESP_SUCCESS);
@@ -299,9 +277,7 @@ fn rest_of_a_large_leaf_is_bound_again_without_faults() {
 
 #[test]
 fn answer_that_finds_its_page_in_a_large_leaf_binds_all_of_it() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     let leaf = 0x4_0020_0000;
     let known = [run(A, GPA, 100, 0), run(A + 101 * PAGE, GPA + 101 * PAGE, 411, 0)];
     assert_eq!(w.supply(1, &known), 0);
@@ -318,9 +294,7 @@ fn answer_that_finds_its_page_in_a_large_leaf_binds_all_of_it() {
 
 #[test]
 fn part_of_a_blob_that_is_mapped_again_in_place_brings_back_its_leaf() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     let (leaf, pages) = (0x4_0020_0000, 512 * 4096);
     let create = ResourceCreateBlob {
         hdr: hdr(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, 0),
@@ -350,9 +324,7 @@ fn part_of_a_blob_that_is_mapped_again_in_place_brings_back_its_leaf() {
 
 #[test]
 fn page_that_cannot_be_had_makes_a_gpu_vm_without_faults_unusable() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 8)]), 0);
     assert_eq!(w.exec(1, vm), 0);
     assert_eq!(answer_all(&w, 1, PAGE_RESP_INVALID), 1);
@@ -367,9 +339,7 @@ fn page_that_cannot_be_had_makes_a_gpu_vm_without_faults_unusable() {
 
 #[test]
 fn mirror_is_refused_and_size_bounded_without_faults() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, _) = w.create_vm(1, 0);
+    let (w, vm, _) = with_vm(without_faults(WIDE));
     let mirror = BindOp { op: BIND_OP_MAP.into(), flags: BIND_CPU_ADDR_MIRROR.into(), ..unmap(C, 1) };
     assert_eq!(w.bind(1, vm, &[mirror]), -EOPNOTSUPP);
     assert_eq!(w.bind(1, vm, &[map(C, A, MAX_POPULATED_PAGES + 1)]), -ENOSPC);
@@ -378,9 +348,7 @@ fn mirror_is_refused_and_size_bounded_without_faults() {
 
 #[test]
 fn guest_that_stops_its_rings_keeps_a_held_gpu_vm_stopped() {
-    let w = without_faults(WIDE);
-    w.create_context(1);
-    let (vm, asid) = w.create_vm(1, 0);
+    let (w, vm, asid) = with_vm(without_faults(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 8)]), 0);
     w.guest.freeze();
     w.guest.thaw();
