@@ -434,7 +434,8 @@ impl Context {
                 let (Flush::Done | Flush::Pending(_)) = take_away(gpu, vm, ranges);
             }
         }
-        self.refill();
+        // Whoever evicts is an operator's thread: what must be asked of the guest is not for it to write.
+        self.host.leave_work(self);
         evicted
     }
 

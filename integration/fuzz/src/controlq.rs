@@ -145,6 +145,7 @@ impl<'a> Life<'a> {
                 let device = input.index(4).filter(|device| *device < 3);
                 // Of a context that is not there, nothing is dropped.
                 self.guest.evict(script::ctx_id(input), device).ok();
+                self.host.work_off();
             }
             29 => self.device(input).fail_in(input.u8() % 16),
             30 => {

@@ -285,6 +285,7 @@ fn answer_that_finds_its_page_in_a_large_leaf_binds_all_of_it() {
     let asked = faults(&w)[0];
     assert_eq!(w.supply(1, &[run(A + 100 * PAGE, GPA + 100 * PAGE, 1, 0)]), 0);
     w.guest.evict(1, None).unwrap();
+    w.host.work_off();
     assert_eq!(resident(&w, asid, leaf, 512), 512, "as one leaf, on a device that has them");
     // Such a device drops the rest of a leaf of which a part is bound.
     w.devices[0].told().bound.clear();

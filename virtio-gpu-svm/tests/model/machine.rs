@@ -316,6 +316,7 @@ impl Machine {
     /// The operator drops the translations of a context.
     pub fn evict(&self, ctx_id: u32) {
         self.guest.evict(ctx_id, None).unwrap();
+        self.host.work_off();
     }
     /// The rings stop, and nothing of the guest is touched until they go on. No command is carried out meanwhile, and
     /// the guest itself must not write.
