@@ -51,3 +51,5 @@ mod seeded;
 mod sync;
 #[cfg(feature = "device")]
 pub mod timeline;
+#[cfg(feature = "device")]
+mod turns;

@@ -27,5 +27,6 @@ pub mod seeded;
 #[path = "../model/sync.rs"]
 mod sync;
 pub mod timeline;
+mod turns;
 
 pub use shuttle;

@@ -165,15 +165,22 @@ impl PageTable {
         Edit { table: self, books: self.books(), hot: None, noted: None }
     }
 
-    /// Frees tables without pages.
-    pub fn reclaim(&mut self) {
+    /// Frees tables without pages: those of at most `most` blocks.
+    pub fn reclaim(&mut self, most: usize) {
         let books = self.books.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let mut emptied = std::mem::take(&mut books.emptied);
+        let mut emptied = books.emptied.split_off(books.emptied.len().saturating_sub(most));
         emptied.sort_unstable();
         emptied.dedup();
         let freed = prune(&mut self.root, self.top, &emptied);
         books.table_bytes = books.table_bytes.saturating_sub(freed);
-        *self.emptied.get_mut() = 0;
+        *self.emptied.get_mut() = books.emptied.len();
+    }
+
+    /// Frees at most `most` tables, and all at last, whatever is in them. Returns whether there are more.
+    pub fn dismantle(&mut self, most: usize) -> bool {
+        let mut left = most;
+        demolish(&mut self.root, &mut left);
+        self.root.get().is_some()
     }
 
     /// A panic while editing is a bug, but each word is whole at any time: readers may go on.
@@ -602,6 +609,29 @@ fn prune(cell: &mut OnceLock<Node>, level: u32, blocks: &[u64]) -> usize {
         freed = freed.saturating_add(bytes);
     }
     freed
+}
+
+/// Frees a node and what is below it, the leaves first, until no more may be freed.
+fn demolish(cell: &mut OnceLock<Node>, left: &mut usize) {
+    if *left == 0 {
+        return;
+    }
+    match cell.get_mut() {
+        Some(Node::Directory(children)) => children.iter_mut().for_each(|child| demolish(child, left)),
+        Some(Node::Blocks(blocks)) => {
+            let full = blocks.iter_mut().filter(|block| block.leaf.get().is_some());
+            for block in full.take(*left) {
+                block.leaf = OnceLock::new();
+                *left = left.saturating_sub(1);
+            }
+        }
+        None => return,
+    }
+    // What is left of it frees nothing but itself.
+    if *left > 0 {
+        *cell = OnceLock::new();
+        *left = left.saturating_sub(1);
+    }
 }
 
 /// Clears the entries of the part whose word is hit, and returns how many.

@@ -140,12 +140,7 @@ impl SoftDevice {
         loop {
             next = match next {
                 Next::Run(turn) => self.run_turn(turn, engine),
-                Next::Retire(vm) => {
-                    let asid = vm.asid;
-                    drop(vm);
-                    self.emit(|events| events.retired(self.index, asid));
-                    self.next(self.sched(), engine)
-                }
+                Next::Retire(vm) => self.run_retirement(&vm, engine),
                 Next::Exit => break,
             }
         }
@@ -188,6 +183,18 @@ impl SoftDevice {
         let mut sched = self.sched();
         if let Some(told) = told {
             sched.end_report(told);
+        }
+        self.next(sched, engine)
+    }
+
+    /// Takes a VM apart, as far as a slice goes, and tells when nothing is left of it.
+    fn run_retirement(&self, vm: &Arc<Vm>, engine: u8) -> Next {
+        let more = vm.memory.dismantle();
+        let mut sched = self.sched();
+        if sched.end_retirement(vm.asid, more) {
+            drop(sched);
+            self.emit(|events| events.retired(self.index, vm.asid));
+            sched = self.sched();
         }
         self.next(sched, engine)
     }
@@ -336,7 +343,10 @@ impl Device for SoftDevice {
 
     fn drop_region(&self, asid: Asid, region_id: u64) {
         let Some(vm) = self.sched().vm(asid) else { return };
+        // An engine that came in vain would wait with all its other guests.
+        self.sched().set_barred(asid, true);
         vm.memory.drop_region(region_id);
+        self.schedule(|sched| sched.set_barred(asid, false));
     }
 
     fn resident_pages(&self, asid: Asid) -> u64 {

@@ -131,12 +131,12 @@ fn exercise(va_bits: u32, seed: u64) {
                 bind_null(&table, range).unwrap();
                 model.insert(range, |_| (0, true));
             }
-            _ => table.reclaim(),
+            _ => table.reclaim(usize::MAX),
         }
         assert_same(&table, &model, base, seed, step);
     }
     clear(&table, 0, table.end());
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!((table.resident_pages(), table.table_bytes()), (0, 0), "seed {seed:#x}");
 }
 
@@ -187,7 +187,7 @@ fn large_leaf_over_pages_replaces_them() {
     bind(&table, 512, run(0x1000, 512)).unwrap();
     assert_eq!((table.resident_pages(), host_page(&table, 701)), (512, Some(0x1000 + 189)));
     let before = table.table_bytes();
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(before - table.table_bytes(), LEAF_BYTES);
     assert_eq!(host_page(&table, 701), Some(0x1000 + 189));
 }
@@ -213,7 +213,7 @@ fn bound_on_tables_refuses_and_abandon_gives_back() {
     edit.abandon(range);
     drop(edit);
     assert_eq!(table.resident_pages(), 0);
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);
     bind(&table, 511, run(1, 1)).unwrap();
     assert_eq!(host_page(&table, 511), Some(1));
@@ -223,7 +223,7 @@ fn bound_on_tables_refuses_and_abandon_gives_back() {
 fn failed_prepare_leaves_no_directory_behind() {
     let mut table = PageTable::new(48, 2 * DIRECTORY_BYTES);
     assert_eq!(bind(&table, 0, run(1, 1)), Err(OutOfMemory));
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);
 }
 
@@ -236,7 +236,7 @@ fn sparse_pages_cost_nothing_once_unbound() {
         clear(&table, page, page + 1);
     }
     assert_eq!(table.emptied_blocks(), 200);
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!((table.table_bytes(), table.emptied_blocks()), (0, 0));
 }
 
@@ -256,10 +256,10 @@ fn reclaim_keeps_what_was_bound_again() {
     bind(&table, 7, run(1, 1)).unwrap();
     clear(&table, 7, 8);
     bind(&table, 8, run(2, 1)).unwrap();
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(host_page(&table, 8), Some(2));
     clear(&table, 8, 9);
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);
 }
 
@@ -312,7 +312,7 @@ fn null_and_bound_pages_replace_each_other() {
     let found = table.walk().lookup(600).unwrap();
     assert_eq!((found.null, found.host >> PAGE_SHIFT, table.resident_pages()), (false, 0x100 + 88, 514));
     clear(&table, 0, table.end());
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!((table.resident_pages(), table.table_bytes()), (0, 0));
 }
 
@@ -327,7 +327,7 @@ fn large_null_range_costs_block_tables_and_one_note_each() {
     clear(&table, 0, table.end());
     // The two leaves may be the ones that stand for their tables.
     assert!(table.emptied_blocks() <= 9 + 2, "{} notes", table.emptied_blocks());
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);
 }
 
@@ -339,7 +339,7 @@ fn null_range_that_cannot_fit_makes_no_table() {
     // Alone it would fit.
     assert_eq!(bind_null(&table, PageRange { start: 0, end: 100 << 18 }), Err(OutOfMemory));
     assert_eq!(table.resident_pages(), 0);
-    table.reclaim();
+    table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);
     bind_null(&table, PageRange { start: 1, end: 90 << 18 }).unwrap();
     assert_eq!(table.resident_pages(), (90 << 18) - 1);

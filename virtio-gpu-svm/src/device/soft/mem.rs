@@ -12,8 +12,8 @@
 //! Null translations have no memory: they are read from a page of zeros that nobody writes, and a null [`Target`] does
 //! nothing. So what one VM writes there is kept nowhere, and a read after a write gives zero too.
 //!
-//! Holding this lock for a slice is meant: nobody waits for it but [`VmMemory::drop_region`], which is there to wait,
-//! and table reclaim, which only tries.
+//! Holding this lock for a slice is meant: nobody waits for it but [`VmMemory::drop_region`], which is there to wait
+//! (and whose caller lets no engine come to it meanwhile); table reclaim only tries. Tables are freed a batch at a hold.
 
 #![expect(unsafe_code, reason = "guest memory is reached through raw pointers; see the text above")]
 
@@ -33,6 +33,8 @@ use std::marker::PhantomData;
 const MAX_TABLE_BYTES: usize = 128 << 20;
 /// With this many empty tables a VM waits until no engine is in it, so that they can go.
 const RECLAIM_PRESSURE: usize = 256;
+/// Blocks or tables that are freed at one hold of the lock: no longer than a few slices take.
+const FREE_BATCH: usize = 64;
 /// `PROT_READ | PROT_WRITE` of mmap(2).
 const PROT_READ_WRITE: i32 = 3;
 
@@ -78,6 +80,11 @@ impl VmMemory {
     /// # Panics
     /// If an extent is not within its region, or the range not within the space: the core checks both.
     pub fn bind(&self, first: u64, extents: &[Extent]) -> Result<(), OutOfMemory> {
+        // Once more: what was empty may have been freed by the first try, and not before.
+        self.try_bind(first, extents).or_else(|OutOfMemory| self.try_bind(first, extents))
+    }
+
+    fn try_bind(&self, first: u64, extents: &[Extent]) -> Result<(), OutOfMemory> {
         let inner = self.read();
         let pages = extents.iter().try_fold(0u64, |sum, e| sum.checked_add(e.pages));
         let end = pages.and_then(|pages| first.checked_add(pages)).filter(|end| *end <= inner.table.end());
@@ -147,12 +154,24 @@ impl VmMemory {
         let Some(region) = regions.get(&region_id) else { return };
         let (start, end) = host_range(region);
         inner.table.edit().clear_hosts(start, end);
-        inner.table.reclaim();
-        self.emptied.store(0, Ordering::Relaxed);
+        self.emptied.store(inner.table.emptied_blocks(), Ordering::Relaxed);
         let region = inner.regions.get_mut().unwrap_or_else(PoisonError::into_inner).remove(&region_id);
         drop(inner);
         // Perhaps the last user: its unmapping needs no lock of ours.
         drop(region);
+        self.reclaim_all();
+    }
+
+    /// Frees a batch of what is left of a VM that nobody uses any more. Returns whether there is more.
+    pub fn dismantle(&self) -> bool {
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        if inner.table.dismantle(FREE_BATCH) {
+            return true;
+        }
+        let regions = std::mem::take(inner.regions.get_mut().unwrap_or_else(PoisonError::into_inner));
+        drop(inner);
+        drop(regions);
+        false
     }
 
     /// Pages with a translation now.
@@ -170,15 +189,20 @@ impl VmMemory {
         View { inner: self.read(), max_group: self.max_group }
     }
 
-    /// Frees empty tables, unless somebody is inside.
-    pub fn reclaim(&self) {
+    /// Frees a batch of empty tables, unless somebody is inside. Returns whether it did.
+    pub fn reclaim(&self) -> bool {
         if self.emptied.load(Ordering::Relaxed) == 0 {
-            return;
+            return false;
         }
-        if let Ok(mut inner) = self.inner.try_write() {
-            inner.table.reclaim();
-            self.emptied.store(0, Ordering::Relaxed);
-        }
+        let Ok(mut inner) = self.inner.try_write() else { return false };
+        inner.table.reclaim(FREE_BATCH);
+        self.emptied.store(inner.table.emptied_blocks(), Ordering::Relaxed);
+        true
+    }
+
+    /// Frees empty tables batch by batch, as long as nobody is inside.
+    fn reclaim_all(&self) {
+        while self.reclaim() {}
     }
 
     /// Whether so many tables are empty that no further engine should enter before [`VmMemory::reclaim`].
@@ -189,7 +213,7 @@ impl VmMemory {
     fn finish_edit(&self, inner: RwLockReadGuard<'_, Inner>) {
         self.emptied.store(inner.table.emptied_blocks(), Ordering::Relaxed);
         drop(inner);
-        self.reclaim();
+        self.reclaim_all();
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Inner> {

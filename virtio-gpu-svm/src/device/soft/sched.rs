@@ -1,7 +1,9 @@
 //! Who runs next, who waits for what, and which flushes are open: plain state under the device's one lock.
 //!
-//! * A VM is in `ready` once, if it is neither frozen nor dying and has a ready ring; engines take VMs in turn, and of a
-//!   VM its ready rings in turn. So a VM with many jobs gets the share of a VM with one.
+//! * Guests take turns, of a guest its VMs, and of a VM its ready rings. So a guest with many VMs gets the share of a
+//!   guest with one, and a VM with many jobs that of a VM with one. What a VM needs to go away are turns too.
+//! * A VM is in `turns` once, if it has something to run and may, or is to retire.
+//! * Under this lock nothing is done that grows with what a guest has: its VMs, jobs, waiters.
 //! * A ring has a job in front and a queue; only the front is ever on an engine.
 //! * `epoch` rises with each flush that must wait; `Engine::since` is the epoch at which its slice began. A flush of a
 //!   VM is over when every engine in a slice of that VM began at its ticket or later.
@@ -13,18 +15,22 @@
 //!
 //! Nothing here calls out, touches guest memory, or takes another lock.
 
+mod waiters;
+
 use super::mem::VmMemory;
 use super::packet::{ActiveJob, Halt, SliceEnd};
 use crate::addr::GpuAddr;
 use crate::device::{Asid, Error, Fault, Flush, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
 use crate::sync::Arc;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map, hash_map};
-use std::ops::Bound;
+use crate::turns::{Place, Turns};
+use std::collections::{BTreeMap, HashMap, VecDeque, btree_map, hash_map};
 use std::time::{Duration, Instant};
+use waiters::{Waiter, Waiters};
 
 /// How often a semaphore is looked at that nobody on this device signals: the guest's CPU or another device may.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
-/// Most semaphores that are looked at in one interval; with more waiters each waits longer.
+/// Most semaphores that are looked at in one interval, and most waiters that a signal wakes; with more of them each
+/// waits longer.
 const POLL_BATCH: usize = 256;
 
 /// What stays the same of a GPU VM.
@@ -55,7 +61,7 @@ pub struct Turn {
 pub enum Next {
     /// Runs a slice, then calls [`Sched::end_turn`].
     Run(Turn),
-    /// Drops the VM, then reports that it retired.
+    /// Takes the VM apart, as far as a slice goes, then calls [`Sched::end_retirement`].
     Retire(Arc<Vm>),
     /// Returns.
     Exit,
@@ -113,9 +119,13 @@ struct VmState {
     rings: BTreeMap<u32, Ring>,
     /// Rings whose front is ready, in turn.
     ready: VecDeque<u32>,
-    /// Whether it is in [`Sched::ready`].
-    queued: bool,
+    /// Where it is in [`Sched::turns`].
+    place: Option<Place>,
     frozen: bool,
+    /// Threads that wait for the engines to leave its memory.
+    barred: u32,
+    /// Whether an engine takes it apart.
+    retiring: bool,
     /// How often it was frozen.
     freezes: u64,
     dying: bool,
@@ -138,22 +148,26 @@ struct Engine {
     attached: bool,
 }
 
+/// Semaphores signalled by one guest.
+#[derive(Default)]
+struct Signals {
+    /// GPU VMs of the guest: with the last one this goes too.
+    vms: usize,
+    sent: u64,
+}
+
 /// The state of all GPU VMs and engines of a device.
 pub struct Sched {
     /// Whether a job that lacks a translation is parked at a fault; else it ends.
     parks: bool,
     vms: HashMap<Asid, VmState>,
-    ready: VecDeque<Asid>,
-    retiring: VecDeque<Asid>,
+    turns: Turns<Asid>,
     stops: HashMap<StopId, (Asid, u32)>,
     last_stop: u64,
-    /// Rings that wait for a semaphore: its key, VM, ring.
-    waiters: BTreeSet<(u64, Asid, u32)>,
+    waiters: Waiters,
     next_poll: Option<Instant>,
-    /// The waiter after which the next poll begins.
-    polled: (u64, Asid, u32),
-    /// Semaphores signalled.
-    signals: u64,
+    /// Semaphores signalled, by guest.
+    signals: HashMap<Arc<str>, Signals>,
     epoch: u64,
     engines: Vec<Engine>,
     sleeping: usize,
@@ -169,14 +183,12 @@ impl Sched {
         Self {
             parks,
             vms: HashMap::new(),
-            ready: VecDeque::new(),
-            retiring: VecDeque::new(),
+            turns: Turns::default(),
             stops: HashMap::new(),
             last_stop: 0,
-            waiters: BTreeSet::new(),
+            waiters: Waiters::default(),
             next_poll: None,
-            polled: (0, Asid(0), 0),
-            signals: 0,
+            signals: HashMap::new(),
             epoch: 0,
             engines: vec![Engine::default(); usize::from(engines)],
             sleeping: 0,
@@ -210,7 +222,7 @@ impl Sched {
 
     /// Whether a sleeping engine should look for work.
     pub fn wants_engine(&self) -> bool {
-        self.sleeping > 0 && self.started && !(self.ready.is_empty() && self.retiring.is_empty())
+        self.sleeping > 0 && self.started && !self.turns.is_empty()
     }
 
     /// Adds a VM.
@@ -218,6 +230,8 @@ impl Sched {
         let hash_map::Entry::Vacant(free) = self.vms.entry(vm.asid) else {
             return Err(Error::VmExists(vm.asid.0));
         };
+        let guest = self.signals.entry(Arc::clone(&vm.label.guest)).or_default();
+        guest.vms = guest.vms.saturating_add(1);
         free.insert(VmState::new(vm));
         Ok(())
     }
@@ -240,16 +254,14 @@ impl Sched {
         let state = self.vms.get_mut(&asid).filter(|state| !state.dying)?;
         state.dying = true;
         state.ready.clear();
+        state.leave(&mut self.turns);
         let rings = std::mem::take(&mut state.rings);
         for (idx, ring) in &rings {
             match &ring.front {
                 Front::Parked(stop, _) => drop(self.stops.remove(stop)),
-                Front::Waiting(key, _) => drop(self.waiters.remove(&(*key, asid, *idx))),
+                Front::Waiting(key, _) => self.waiters.remove(&state.vm.label.guest, (*key, asid, *idx)),
                 Front::Ready(_) | Front::Running => {}
             }
-        }
-        if state.queued {
-            self.ready.retain(|queued| *queued != asid);
         }
         self.retire_if_idle(asid);
         Some(rings)
@@ -263,7 +275,7 @@ impl Sched {
             btree_map::Entry::Vacant(free) => {
                 free.insert(Ring { front: Front::Ready(job), queue: VecDeque::new() });
                 state.ready.push_back(ring);
-                state.enqueue(&mut self.ready);
+                state.enqueue(&mut self.turns);
             }
         }
         Ok(())
@@ -278,7 +290,7 @@ impl Sched {
             job.doom(errno);
         }
         state.make_ready(ring, job);
-        state.enqueue(&mut self.ready);
+        state.enqueue(&mut self.turns);
     }
 
     /// Stops or lets go a VM.
@@ -287,12 +299,26 @@ impl Sched {
         state.frozen = frozen;
         if frozen {
             state.freezes = state.freezes.wrapping_add(1);
+            state.leave(&mut self.turns);
             // Nobody polls a frozen VM; its waiters look again after it is thawed.
             self.wake_vm(asid);
             return self.flush(asid);
         }
-        state.enqueue(&mut self.ready);
+        state.enqueue(&mut self.turns);
         Flush::Done
+    }
+
+    /// Lets no engine into a VM's memory while its caller waits for those that are inside, or lets them in again.
+    pub fn set_barred(&mut self, asid: Asid, barred: bool) {
+        let Some(state) = self.vms.get_mut(&asid) else { return };
+        if barred {
+            state.barred = state.barred.saturating_add(1);
+            state.leave(&mut self.turns);
+        } else {
+            state.barred = state.barred.saturating_sub(1);
+            state.enqueue(&mut self.turns);
+        }
+        self.retire_if_idle(asid);
     }
 
     /// Begins a flush of what was zapped before this call.
@@ -321,15 +347,17 @@ impl Sched {
         if !self.started {
             return Err(self.sleep());
         }
-        if let Some(state) = self.retiring.pop_front().and_then(|asid| self.vms.remove(&asid)) {
-            return Ok(Next::Retire(state.vm));
-        }
         self.poll_waiters();
-        while let Some(asid) = self.ready.pop_front() {
+        while let Some(asid) = self.turns.pop() {
             let Some(state) = self.vms.get_mut(&asid) else { continue };
-            state.queued = false;
-            let Some(turn) = state.take_turn(self.signals) else { continue };
-            state.enqueue(&mut self.ready);
+            state.place = None;
+            if state.dying {
+                state.retiring = true;
+                return Ok(Next::Retire(Arc::clone(&state.vm)));
+            }
+            let signals = self.signals.get(&state.vm.label.guest).map_or(0, |guest| guest.sent);
+            let Some(turn) = state.take_turn(signals) else { continue };
+            state.enqueue(&mut self.turns);
             let epoch = self.epoch;
             self.engine_mut(engine).slice = Some((asid, epoch));
             return Ok(Next::Run(turn));
@@ -380,10 +408,29 @@ impl Sched {
         self.retire_if_idle(asid);
     }
 
+    /// The engine has taken a VM apart; not all of it, if there is `more`. Whether it has retired.
+    pub fn end_retirement(&mut self, asid: Asid, more: bool) -> bool {
+        if more {
+            self.state_mut(asid).retiring = false;
+            self.retire_if_idle(asid);
+            return false;
+        }
+        let Some(state) = self.vms.remove(&asid) else { return false };
+        let guest = &state.vm.label.guest;
+        if let Some(signals) = self.signals.get_mut(guest) {
+            signals.vms = signals.vms.saturating_sub(1);
+            if signals.vms == 0 {
+                self.signals.remove(guest);
+            }
+        }
+        true
+    }
+
     /// Puts the job where it belongs after its slice.
     fn settle(&mut self, engine: u8, turn: Turn, halt: Halt) -> (Report, Option<Box<ActiveJob>>) {
         let Turn { vm, ring, mut job, seen, freezes } = turn;
-        let (asid, signals, parks) = (vm.asid, self.signals, self.parks);
+        let (asid, parks) = (vm.asid, self.parks);
+        let signals = self.signals.get(&vm.label.guest).map_or(0, |guest| guest.sent);
         let mut report = Report { vm, ring, fault: None, done: None, flushed: None };
         let state = self.state_mut(asid);
         if state.dying {
@@ -399,7 +446,7 @@ impl Sched {
             Halt::Wait(key) => {
                 state.waiting = state.waiting.saturating_add(1);
                 state.set_front(ring, Front::Waiting(key, job));
-                self.waiters.insert((key, asid, ring));
+                self.waiters.insert(&report.vm.label.guest, (key, asid, ring));
             }
             Halt::Fault(..) if !parks && state.freezes != freezes => state.make_ready(ring, job),
             Halt::Fault(missing, _) if !parks => {
@@ -445,9 +492,9 @@ impl Sched {
     }
 
     fn retire_if_idle(&mut self, asid: Asid) {
-        let state = self.state_mut(asid);
-        if state.dying && state.running == 0 && state.reporting == 0 {
-            self.retiring.push_back(asid);
+        let Some(state) = self.vms.get_mut(&asid) else { return };
+        if state.may_retire() {
+            state.place = Some(self.turns.push(&state.vm.label.guest, asid));
         }
     }
 
@@ -459,11 +506,11 @@ impl Sched {
             self.wake_vm(asid);
         }
         if let Some(key) = end.signalled {
-            self.signals = self.signals.wrapping_add(1);
-            let all = (key, Asid(0), 0)..=(key, Asid(u32::MAX), u32::MAX);
-            while let Some(waiter) = self.waiters.range(all.clone()).next().copied() {
-                self.wake(waiter);
+            let guest = Arc::clone(&self.state_mut(asid).vm.label.guest);
+            if let Some(signals) = self.signals.get_mut(&guest) {
+                signals.sent = signals.sent.wrapping_add(1);
             }
+            self.waiters.of_key(&guest, key, POLL_BATCH).into_iter().for_each(|waiter| self.wake(waiter));
         }
     }
 
@@ -477,14 +524,14 @@ impl Sched {
             Front::Waiting(key, _) => Some((key, asid, *idx)),
             Front::Ready(_) | Front::Running | Front::Parked(..) => None,
         };
-        while let Some(waiter) = self.state_mut(asid).rings.iter().find_map(key_of) {
-            self.wake(waiter);
-        }
+        let waiters: Vec<_> = state.rings.iter().filter_map(key_of).collect();
+        waiters.into_iter().for_each(|waiter| self.wake(waiter));
     }
 
-    fn wake(&mut self, waiter: (u64, Asid, u32)) {
-        self.waiters.remove(&waiter);
+    fn wake(&mut self, waiter: Waiter) {
         let (_, asid, ring) = waiter;
+        let guest = Arc::clone(&self.state_mut(asid).vm.label.guest);
+        self.waiters.remove(&guest, waiter);
         let state = self.state_mut(asid);
         let Some(Front::Waiting(_, mut job)) = state.take_front(ring) else {
             panic!("ring {ring} does not wait")
@@ -506,12 +553,8 @@ impl Sched {
             return;
         }
         if self.next_poll.is_some() {
-            for _ in 0..self.waiters.len().min(POLL_BATCH) {
-                let after = (Bound::Excluded(self.polled), Bound::Unbounded);
-                let Some(waiter) = self.waiters.range(after).next().or(self.waiters.first()).copied() else {
-                    break;
-                };
-                self.polled = waiter;
+            for _ in 0..POLL_BATCH {
+                let Some(waiter) = self.waiters.next_look() else { break };
                 self.wake(waiter);
             }
         }
@@ -530,7 +573,7 @@ impl Sched {
 
     fn enqueue(&mut self, asid: Asid) {
         if let Some(state) = self.vms.get_mut(&asid) {
-            state.enqueue(&mut self.ready);
+            state.enqueue(&mut self.turns);
         }
     }
 
@@ -551,8 +594,10 @@ impl VmState {
             vm,
             rings: BTreeMap::new(),
             ready: VecDeque::new(),
-            queued: false,
+            place: None,
             frozen: false,
+            barred: 0,
+            retiring: false,
             freezes: 0,
             dying: false,
             running: 0,
@@ -565,17 +610,32 @@ impl VmState {
 
     /// Queues the VM if it has something to run. While too many of its tables are empty no second engine enters, so
     /// that the last to leave can free them.
-    fn enqueue(&mut self, ready: &mut VecDeque<Asid>) {
-        let crowded = self.running > 0 && self.vm.memory.wants_reclaim();
-        if !self.queued && !self.frozen && !self.dying && !crowded && !self.ready.is_empty() {
-            self.queued = true;
-            ready.push_back(self.vm.asid);
+    fn enqueue(&mut self, turns: &mut Turns<Asid>) {
+        if self.place.is_none() && self.may_run() && !self.ready.is_empty() {
+            self.place = Some(turns.push(&self.vm.label.guest, self.vm.asid));
         }
+    }
+
+    /// Takes the VM out of the queue.
+    fn leave(&mut self, turns: &mut Turns<Asid>) {
+        if let Some(place) = self.place.take() {
+            turns.remove(&self.vm.label.guest, place);
+        }
+    }
+
+    fn may_run(&self) -> bool {
+        let crowded = self.running > 0 && self.vm.memory.wants_reclaim();
+        !self.frozen && self.barred == 0 && !self.dying && !crowded
+    }
+
+    fn may_retire(&self) -> bool {
+        let quiet = self.running == 0 && self.reporting == 0 && self.barred == 0;
+        self.dying && quiet && !self.retiring && self.place.is_none()
     }
 
     /// The next ready job, if the VM may run now.
     fn take_turn(&mut self, signals: u64) -> Option<Turn> {
-        if self.frozen || (self.running > 0 && self.vm.memory.wants_reclaim()) {
+        if !self.may_run() {
             return None;
         }
         let ring = self.ready.pop_front()?;

@@ -5,6 +5,7 @@
     reason = "small numbers of tests"
 )]
 
+mod fairness;
 mod faults;
 mod models;
 mod packets;
@@ -137,6 +138,11 @@ impl Rig {
 
     fn vm(&self, asid: u32) -> Asid {
         self.device.vm_create(Asid(asid), label(asid)).unwrap();
+        Asid(asid)
+    }
+
+    fn vm_of(&self, guest: &str, asid: u32) -> Asid {
+        self.device.vm_create(Asid(asid), VmLabel { guest: guest.into(), ..label(asid) }).unwrap();
         Asid(asid)
     }
 

@@ -62,9 +62,28 @@ fn empty_tables_wait_for_the_view_to_end() {
     }
     assert!(memory.wants_reclaim());
     drop(view);
-    memory.reclaim();
-    assert!(!memory.wants_reclaim());
+    assert!(memory.reclaim());
+    assert!(!memory.wants_reclaim(), "a batch is gone");
+    assert_eq!(memory.emptied.load(Ordering::Relaxed), RECLAIM_PRESSURE - FREE_BATCH);
+    memory.reclaim_all();
     assert_eq!(memory.read().table.table_bytes(), 0);
+}
+
+#[test]
+fn vm_is_taken_apart_in_batches_and_lets_go_of_its_regions() {
+    let memory = VmMemory::new(48, 1);
+    let region = region(1);
+    let blocks = 3 * FREE_BATCH as u64;
+    for block in 0..blocks {
+        memory.bind(block << 9, &[extent(&region, 0, 1)]).unwrap();
+    }
+    let mut batches = 1;
+    while memory.dismantle() {
+        batches += 1;
+    }
+    assert!((4..=5).contains(&batches), "{blocks} blocks and a few tables above went in {batches} batches");
+    assert_eq!(Arc::strong_count(&region), 1);
+    assert_eq!(memory.bind(0, &[extent(&region, 0, 1)]), Ok(()), "what is left is an empty table");
 }
 
 #[test]
