@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::host::Host;
 
-/// How often deadlines are looked at; a fault expires so much later, and what engines have left may take its time too.
+/// How often deadlines are looked at; a fault expires so much later, and the worker's turns take their time too.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// The thread.

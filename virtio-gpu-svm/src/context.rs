@@ -172,6 +172,8 @@ pub struct Context {
     guest: Weak<Guest>,
     /// Whether it stands in its guest's list of contexts with records; changed under that list's lock.
     pub(crate) queued: AtomicBool,
+    /// Whether something of it is left to the host's worker.
+    pub(crate) left: AtomicBool,
     /// Guards all of [`State`]. Taken by the guest's queue thread and by engines that fault for this context. Under it
     /// a router's table may be locked, nothing else.
     state: Mutex<State>,
@@ -221,6 +223,7 @@ impl Context {
             host,
             guest: Arc::downgrade(guest),
             queued: AtomicBool::new(false),
+            left: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }

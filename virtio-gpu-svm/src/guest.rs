@@ -4,6 +4,7 @@
 //! Commands come from one queue thread; engines announce records; the vhost-user thread changes memory and stops and
 //! starts the rings. Locks are taken in the order guest -> context; engines never take the guest's.
 
+use crate::backlog::Backlog;
 use crate::clock::RunClock;
 use crate::context::{Context, NewContext};
 use crate::device::Ticket;
@@ -18,15 +19,18 @@ use crate::protocol::{
     SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::resource::Blob;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::ops::Bound;
 use std::time::Duration;
 use zerocopy::IntoBytes;
 
 /// Longest wait for an engine to pass a checkpoint before it is looked at again; a guard against a lost wake-up, not a
 /// deadline.
 const RECHECK: Duration = Duration::from_millis(10);
+/// Contexts whose deadlines are looked at in a slice.
+const LOOKS: usize = 64;
 
 /// Told when a guest has records to deliver. Called from engine and queue threads, with no lock of the core held.
 pub trait EventPort: Send + Sync {
@@ -129,6 +133,8 @@ pub struct Guest {
     sequence: AtomicU64,
     /// Passes while the rings run.
     clock: RunClock,
+    /// Whether its deadlines are being looked at.
+    expiring: AtomicBool,
     /// Counts what engines have let go of, for those who wait for it.
     passed: Mutex<u64>,
     waiters: Condvar,
@@ -154,6 +160,7 @@ impl Guest {
             outbox: Mutex::default(),
             sequence: AtomicU64::new(0),
             clock: RunClock::new(),
+            expiring: AtomicBool::new(false),
             passed: Mutex::new(0),
             waiters: Condvar::new(),
         })
@@ -531,12 +538,29 @@ impl Guest {
     pub(crate) fn run_time(&self) -> Duration {
         self.clock.now()
     }
-    /// Ends the faults that this guest has not answered in time.
-    pub(crate) fn expire_faults(&self) {
+    /// Leaves a look at its deadlines to the host's worker, unless one is under way.
+    pub(crate) fn leave_deadlines(self: &Arc<Self>, backlog: &Backlog) {
+        if !self.expiring.swap(true, Ordering::SeqCst) {
+            backlog.leave_deadlines(self);
+        }
+    }
+    /// Ends faults that this guest has not answered in time: a slice of the contexts behind `after`. Returns the last one
+    /// that was looked at, unless that was all.
+    pub(crate) fn expire_some(&self, after: Option<u32>) -> Option<u32> {
+        let last = self.expire_slice(after);
+        self.expiring.store(last.is_some(), Ordering::SeqCst);
+        last
+    }
+    fn expire_slice(&self, after: Option<u32>) -> Option<u32> {
         let deadline = Duration::from_millis(self.limits.fault_deadline_ms.into());
-        let Some(run) = self.run_time().checked_sub(deadline).filter(|_| !deadline.is_zero()) else { return };
-        let contexts: Vec<Arc<Context>> = self.lock().contexts.values().cloned().collect();
-        contexts.iter().for_each(|context| context.expire_faults(run));
+        let run = self.run_time().checked_sub(deadline).filter(|_| !deadline.is_zero())?;
+        let behind = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let some: Vec<_> =
+            self.lock().contexts.range(behind).take(LOOKS).map(|(_, c)| Arc::clone(c)).collect();
+        // Where faults end the slice ends too.
+        let busy = some.iter().find(|context| context.expire_faults(run));
+        let last = busy.or(some.get(LOOKS.wrapping_sub(1)))?;
+        Some(last.ctx_id)
     }
     /// Wakes who waits for engines.
     pub(crate) fn wake_waiters(&self) {

@@ -1,5 +1,6 @@
 //! All guests and all devices of one daemon. Here a device's events find the context that owns them.
 
+use crate::backlog::Backlog;
 use crate::context::Context;
 use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
 use crate::fault::router::Router;
@@ -7,14 +8,14 @@ use crate::guest::{EventPort, Guest};
 use crate::info::{Counters, DeviceStatus, FaultTrace, HostStats};
 use crate::protocol::errno::ECANCELED;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Faults that are remembered for people.
 pub const RECENT_FAULTS: usize = 1024;
 
-/// Slices of what engines have left that are done before deadlines are looked at again.
+/// Slices of what is left to the worker that are done before the clock is looked at again.
 const WORK_SLICES: usize = 256;
 
 /// What one guest may use at once.
@@ -83,9 +84,7 @@ pub struct Host {
     past: Mutex<Counters>,
     pub(crate) pending_vms: Gauge,
     pub(crate) traces: Traces,
-    /// Contexts whose work engines have left to the worker; guards the list only.
-    backlog: Mutex<VecDeque<Weak<Context>>>,
-    work: Condvar,
+    backlog: Backlog,
     started: Instant,
     next_epoch: AtomicU64,
     next_generation: AtomicU64,
@@ -105,8 +104,7 @@ impl Host {
             past: Mutex::new(Counters::default()),
             pending_vms: Gauge::default(),
             traces: Traces::default(),
-            backlog: Mutex::default(),
-            work: Condvar::new(),
+            backlog: Backlog::default(),
             started: Instant::now(),
             next_epoch: AtomicU64::new(epoch),
             next_generation: AtomicU64::new(1),
@@ -188,42 +186,33 @@ impl Host {
         let last = self.traces.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.iter().skip(last.len().saturating_sub(limit)).cloned().collect()
     }
-    /// Ends the faults that their guests have not answered in time. To be called every now and then; costs nothing
-    /// while no fault waits.
+    /// Leaves it to the worker to end the faults that their guests have not answered in time. To be called every now and
+    /// then; costs nothing while no fault waits.
     pub fn expire_faults(&self) {
         if self.pending_vms.now.load(Ordering::Relaxed) > 0 {
-            self.guests().iter().for_each(|guest| guest.expire_faults());
+            self.guests().iter().for_each(|guest| guest.leave_deadlines(&self.backlog));
         }
     }
     /// Leaves what may go on in a context to the worker.
     pub(crate) fn leave_work(&self, context: &Arc<Context>) {
-        self.lock_backlog().push_back(Arc::downgrade(context));
-        self.work.notify_one();
+        self.backlog.leave_work(context);
     }
     /// Waits until there is work, or [`Host::wake_worker`], or this time is over.
     pub fn wait_for_work(&self, timeout: Duration) {
-        let backlog = self.lock_backlog();
-        if backlog.is_empty() {
-            drop(self.work.wait_timeout(backlog, timeout).unwrap_or_else(PoisonError::into_inner));
-        }
+        self.backlog.wait(timeout);
     }
     /// Ends a [`Host::wait_for_work`].
     pub fn wake_worker(&self) {
-        self.work.notify_all();
+        self.backlog.wake();
     }
-    /// Does what engines have left, a slice of each context in turn, until nothing is left or others should be looked
-    /// after. To be called by one thread of the daemon whenever there is work.
+    /// Does what is left to the worker, until nothing is or the clock should be looked at: guests in turn, of a guest its
+    /// contexts, a slice each. To be called by one thread of the daemon whenever there is work.
     pub fn work_off(&self) {
         for _ in 0..WORK_SLICES {
-            let Some(context) = self.lock_backlog().pop_front() else { return };
-            let Some(context) = context.upgrade() else { continue };
-            if context.work() {
-                self.lock_backlog().push_back(Arc::downgrade(&context));
+            if !self.backlog.work() {
+                return;
             }
         }
-    }
-    fn lock_backlog(&self) -> MutexGuard<'_, VecDeque<Weak<Context>>> {
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// Adds counts that no guest keeps.
     fn remember(&self, counters: &Counters) {

@@ -16,6 +16,8 @@ pub mod addr;
 #[cfg(feature = "device")]
 pub mod address_space;
 #[cfg(feature = "device")]
+mod backlog;
+#[cfg(feature = "device")]
 pub mod clock;
 #[cfg(feature = "device")]
 pub mod command;

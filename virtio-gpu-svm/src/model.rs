@@ -6,6 +6,7 @@
 
 pub mod addr;
 pub mod address_space;
+mod backlog;
 pub mod clock;
 pub mod command;
 pub mod context;

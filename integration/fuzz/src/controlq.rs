@@ -156,6 +156,7 @@ impl<'a> Life<'a> {
                 self.naps += 1;
                 std::thread::sleep(Duration::from_millis(2 * u64::from(LIMITS.fault_deadline_ms)));
                 self.host.expire_faults();
+                self.host.work_off();
             }
             _ => {}
         }

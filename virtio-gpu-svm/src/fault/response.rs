@@ -187,12 +187,14 @@ impl Context {
     }
 
     /// Ends faults that were raised at `run` of the guest's own time or before: the guest has had its time, the job
-    /// fails, and the GPU VM becomes unusable. PROTOCOL 4.4.
-    pub(crate) fn expire_faults(self: &Arc<Self>, run: Duration) {
+    /// fails, and the GPU VM becomes unusable. Returns whether there were any. PROTOCOL 4.4.
+    pub(crate) fn expire_faults(self: &Arc<Self>, run: Duration) -> bool {
         let mut after = After::default();
-        {
+        let any = {
             let mut state = self.lock();
-            for (cookie, vm_id, page) in state.faults.raised_until(run) {
+            let late = state.faults.raised_until(run);
+            let any = !late.is_empty();
+            for (cookie, vm_id, page) in late {
                 let advice = state.faults.get(cookie).is_some_and(|p| p.prefetch && p.waiters.is_empty());
                 let fatal = !advice || self.lacks_faults(&state, vm_id);
                 let verdict = Verdict::Fail(ETIMEDOUT);
@@ -201,8 +203,10 @@ impl Context {
                     self.make_unusable(&mut state, vm_id, ETIMEDOUT, page, &mut after);
                 }
             }
-        }
+            any
+        };
         self.settle_shared(after);
+        any
     }
 
     /// Makes a GPU VM unusable for good: nothing more is mapped or run in it. Semantics of panthor.

@@ -23,6 +23,7 @@ fn unanswered_fault_ends_and_only_its_gpu_vm_with_it() {
     let cookie = w.cookies()[0];
     let_it_pass();
     w.host.expire_faults();
+    w.host.work_off();
     assert_eq!(w.devices[0].verdict(late), Some(Verdict::Fail(ETIMEDOUT)));
     assert_eq!(w.devices[0].verdict(joined), Some(Verdict::Fail(ETIMEDOUT)));
     let records = w.records();
@@ -46,8 +47,10 @@ fn pause_longer_than_the_deadline_loses_nothing() {
     w.guest.freeze();
     let_it_pass();
     w.host.expire_faults();
+    w.host.work_off();
     w.guest.thaw();
     w.host.expire_faults();
+    w.host.work_off();
     assert_eq!(w.devices[0].verdict(stop), None);
     assert_eq!(w.respond(1, cookie, PAGE_RESP_SUCCESS, &[run(A, GPA, 1, 0)]), 0);
     assert_eq!(w.devices[0].verdict(stop), Some(Verdict::Retry));

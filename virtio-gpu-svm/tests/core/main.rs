@@ -1,6 +1,7 @@
 //! The core on a device that does nothing by itself: every step of a fault, of an end and of a mapping is made by hand.
 #![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
 
+mod backlog;
 mod deadlines;
 mod ends;
 mod faults;

@@ -129,6 +129,7 @@ fn unanswered_advice_expires_and_nothing_with_it() {
     assert_eq!(w.bind(1, vm, &[map(C, A, 8), prefetch(C, 8)]), 0);
     std::thread::sleep(std::time::Duration::from_millis(u64::from(DEADLINE_MS) + 5));
     w.host.expire_faults();
+    w.host.work_off();
     let status = &w.guest.contexts()[0];
     assert_eq!((status.pending_faults, status.vms[0].state), (0, "usable"));
 }

@@ -1,0 +1,87 @@
+//! What is left to the host's worker: work that engines leave because they serve others too, and looks at the deadlines
+//! of faults. Guests take turns, of a guest its contexts, a slice each: whatever one guest has left, another waits for
+//! one slice of it.
+
+use crate::context::Context;
+use crate::guest::Guest;
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use crate::turns::Turns;
+use std::time::Duration;
+
+/// What is to be done.
+enum Chore {
+    /// What may go on in a context.
+    Context(Weak<Context>),
+    /// Faults of a guest that nobody has answered in time, in the contexts behind this one.
+    Deadlines(Weak<Guest>, Option<u32>),
+}
+
+impl Chore {
+    /// Does a slice. Returns what is left, and whose it is.
+    fn run(self) -> Option<(Arc<str>, Self)> {
+        match &self {
+            Self::Context(context) => {
+                let context = context.upgrade()?;
+                // Before the work: who leaves more from here on may be too late for it.
+                context.left.store(false, Ordering::SeqCst);
+                if context.work() && !context.left.swap(true, Ordering::SeqCst) {
+                    return Some((Arc::clone(&context.label.guest), self));
+                }
+                None
+            }
+            Self::Deadlines(guest, after) => {
+                let strong = guest.upgrade()?;
+                let last = strong.expire_some(*after)?;
+                Some((strong.shared_name(), Self::Deadlines(Weak::clone(guest), Some(last))))
+            }
+        }
+    }
+}
+
+/// The queue of it.
+#[derive(Default)]
+pub(crate) struct Backlog {
+    /// Guards the queue only.
+    turns: Mutex<Turns<Chore>>,
+    news: Condvar,
+}
+
+impl Backlog {
+    /// Leaves what may go on in a context; it stands here once.
+    pub fn leave_work(&self, context: &Arc<Context>) {
+        if !context.left.swap(true, Ordering::SeqCst) {
+            self.push(&context.label.guest, Chore::Context(Arc::downgrade(context)));
+        }
+    }
+    /// Leaves a look at the deadlines of a guest.
+    pub fn leave_deadlines(&self, guest: &Arc<Guest>) {
+        self.push(&guest.shared_name(), Chore::Deadlines(Arc::downgrade(guest), None));
+    }
+    /// Waits until there is something, or [`Backlog::wake`], or this time is over.
+    pub fn wait(&self, timeout: Duration) {
+        let turns = self.lock();
+        if turns.is_empty() {
+            drop(self.news.wait_timeout(turns, timeout).unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+    /// Ends a [`Backlog::wait`].
+    pub fn wake(&self) {
+        self.news.notify_all();
+    }
+    /// Does the slice whose turn it is. Returns whether there was one.
+    pub fn work(&self) -> bool {
+        let Some(chore) = self.lock().pop() else { return false };
+        if let Some((guest, left)) = chore.run() {
+            self.lock().push(&guest, left);
+        }
+        true
+    }
+    fn push(&self, guest: &Arc<str>, chore: Chore) {
+        self.lock().push(guest, chore);
+        self.news.notify_one();
+    }
+    fn lock(&self) -> MutexGuard<'_, Turns<Chore>> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
