@@ -149,6 +149,7 @@ impl Guest {
         devices: Vec<usize>,
         port: Arc<dyn EventPort>,
     ) -> Arc<Self> {
+        let clock = RunClock::new(Arc::clone(host.clock()));
         Arc::new(Self {
             name: name.into(),
             host,
@@ -159,7 +160,7 @@ impl Guest {
             inner: Mutex::default(),
             outbox: Mutex::default(),
             sequence: AtomicU64::new(0),
-            clock: RunClock::new(),
+            clock,
             expiring: AtomicBool::new(false),
             passed: Mutex::new(0),
             waiters: Condvar::new(),

@@ -1,6 +1,7 @@
 //! All guests and all devices of one daemon. Here a device's events find the context that owns them.
 
 use crate::backlog::Backlog;
+use crate::clock::{Monotonic, Source};
 use crate::context::Context;
 use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
 use crate::fault::router::Router;
@@ -10,7 +11,7 @@ use crate::protocol::errno::ECANCELED;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::collections::{BTreeMap, VecDeque};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Faults that are remembered for people.
 pub const RECENT_FAULTS: usize = 1024;
@@ -85,7 +86,9 @@ pub struct Host {
     pub(crate) pending_vms: Gauge,
     pub(crate) traces: Traces,
     backlog: Backlog,
-    started: Instant,
+    clock: Arc<dyn Source>,
+    /// What the clock showed at the start.
+    started: Duration,
     next_epoch: AtomicU64,
     next_generation: AtomicU64,
     next_job: AtomicU64,
@@ -94,6 +97,10 @@ pub struct Host {
 impl Host {
     /// A host with these devices; their index is their place in the list.
     pub fn new(devices: Vec<Arc<dyn Device>>) -> Arc<Self> {
+        Self::with_clock(devices, Arc::new(Monotonic::default()))
+    }
+    /// The same with a time of its own: deadlines, and what records and people are told.
+    pub fn with_clock(devices: Vec<Arc<dyn Device>>, clock: Arc<dyn Source>) -> Arc<Self> {
         let slot = |device| Slot { device, router: Router::default(), faults_raised: AtomicU64::new(0) };
         // Epochs must differ between two lives of the daemon: begin with the time of day.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -105,7 +112,8 @@ impl Host {
             pending_vms: Gauge::default(),
             traces: Traces::default(),
             backlog: Backlog::default(),
-            started: Instant::now(),
+            started: clock.now(),
+            clock,
             next_epoch: AtomicU64::new(epoch),
             next_generation: AtomicU64::new(1),
             next_job: AtomicU64::new(1),
@@ -221,9 +229,13 @@ impl Host {
     fn lock_past(&self) -> MutexGuard<'_, Counters> {
         self.past.lock().unwrap_or_else(PoisonError::into_inner)
     }
+    pub(crate) fn clock(&self) -> &Arc<dyn Source> {
+        &self.clock
+    }
     /// Nanoseconds since the daemon's start.
     pub(crate) fn now_ns(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        let passed = self.clock.now().saturating_sub(self.started);
+        u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX)
     }
     pub(crate) fn next_generation(&self) -> u64 {
         self.next_generation.fetch_add(1, Ordering::Relaxed)

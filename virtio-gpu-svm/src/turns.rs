@@ -86,8 +86,8 @@ mod tests {
     fn guests_alternate_whatever_each_has_queued() {
         let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
         let mut turns = Turns::default();
-        (0..5).for_each(|i| drop(turns.push(&b, 100 + i)));
-        (0..2).for_each(|i| drop(turns.push(&a, i)));
+        (0..5).for_each(|i| _ = turns.push(&b, 100 + i));
+        (0..2).for_each(|i| _ = turns.push(&a, i));
         assert_eq!(order(&mut turns), [100, 0, 101, 1, 102, 103, 104]);
         assert!(turns.is_empty());
     }

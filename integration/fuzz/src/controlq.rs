@@ -14,6 +14,7 @@ use crate::{exclusive, must};
 use std::collections::HashSet;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
+use virtio_gpu_svm::clock::{Manual, Source};
 use virtio_gpu_svm::device::{Access, AddressModel, Device, FaultModel};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits};
@@ -29,8 +30,6 @@ use zerocopy::FromBytes;
 
 /// Steps of one input at most.
 const STEPS: usize = 96;
-/// Times that an input lets faults run out of time: it has to wait for that.
-const NAPS: usize = 1;
 /// Records that the guest keeps to answer them.
 const OPEN: usize = 16;
 /// Small, so that they are met; and no more faults than are shown.
@@ -59,7 +58,7 @@ struct Life<'a> {
     regions: &'a [Arc<Region>; 3],
     shadow: Shadow,
     open: Vec<FaultRecord>,
-    naps: usize,
+    clock: Arc<Manual>,
 }
 
 /// Lives one life.
@@ -85,10 +84,12 @@ impl<'a> Life<'a> {
         use {AddressModel::*, FaultModel::*};
         let devices = [(0, Replayable, Any), (1, None, Any), (2, Replayable, Identity)]
             .map(|(index, faults, addresses)| Arc::new(Puppet::new(index, faults, addresses)));
-        let host = Host::new(devices.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect());
+        let clock = Arc::new(Manual::default());
+        let all = devices.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect();
+        let host = Host::with_clock(all, Arc::clone(&clock) as Arc<dyn Source>);
         let guest = host.open_guest("fuzz", LIMITS, &[0, 1, 2], Arc::new(Silent));
         let shadow = Shadow::default();
-        let mut life = Self { host, guest, devices, regions, shadow, open: Vec::new(), naps: 0 };
+        let mut life = Self { host, guest, devices, regions, shadow, open: Vec::new(), clock };
         life.set_memory(0b11);
         life.command(&script::hello(1), usize::MAX);
         life.command(&script::create_context(1), usize::MAX);
@@ -152,9 +153,8 @@ impl<'a> Life<'a> {
                 self.guest.reset();
                 self.shadow.reset();
             }
-            _ if input.below(8) == 0 && self.naps < NAPS => {
-                self.naps += 1;
-                std::thread::sleep(Duration::from_millis(2 * u64::from(LIMITS.fault_deadline_ms)));
+            _ if input.below(8) == 0 => {
+                self.clock.advance(Duration::from_millis(LIMITS.fault_deadline_ms.into()));
                 self.host.expire_faults();
                 self.host.work_off();
             }

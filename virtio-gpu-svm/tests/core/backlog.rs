@@ -1,7 +1,6 @@
 //! What is left to the host's worker: guests take turns, whatever one of them has left.
 
-use crate::mock::{C, DEADLINE_MS, GPA, LIMITS, MEMORY, Port, World, region, table};
-use std::time::Duration;
+use crate::mock::{C, GPA, LIMITS, MEMORY, Port, World, region, table};
 use virtio_gpu_svm::context::Launch;
 use virtio_gpu_svm::device::{Access, Asid, StopId};
 use virtio_gpu_svm::host::Limits;
@@ -23,7 +22,7 @@ const SLICE: usize = 64;
 fn two_guests() -> (World, World) {
     let few = World::with_limits(ROOM);
     let guest = few.host.open_guest("many", ROOM, &[0, 1], std::sync::Arc::new(Port::default()));
-    let many = World { host: few.host.clone(), devices: few.devices.clone(), guest };
+    let many = few.beside(guest);
     many.guest.set_memory(table(&[region(2, GPA, MEMORY)]));
     many.hello(1);
     (few, many)
@@ -78,7 +77,7 @@ fn deadlines_of_many_contexts_take_turns_of_their_guest() {
     };
     (1..=MANY).for_each(|ctx_id| _ = raise(&many, ctx_id));
     let stops: Vec<StopId> = (1..=FEW).map(|ctx_id| raise(&few, ctx_id)).collect();
-    std::thread::sleep(Duration::from_millis(u64::from(DEADLINE_MS) + 5));
+    few.let_deadline_pass();
     few.host.expire_faults();
     // Asked again before it is done, it is not done twice.
     few.host.expire_faults();

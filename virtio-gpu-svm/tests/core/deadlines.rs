@@ -1,17 +1,11 @@
 //! Faults that nobody answers: they end in time, their GPU VM with them, and nobody else notices.
 
-use crate::mock::{A, C, DEADLINE_MS, GPA, World, run};
-use std::time::Duration;
+use crate::mock::{A, C, GPA, World, run};
 use virtio_gpu_svm::device::{Access, Verdict};
 use virtio_gpu_svm::protocol::control::PAGE_RESP_SUCCESS;
 use virtio_gpu_svm::protocol::errno::{EINVAL, EPIPE, ETIMEDOUT};
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, NoticeRecord};
 use zerocopy::FromBytes;
-
-/// Lets the deadline of what was raised before pass.
-fn let_it_pass() {
-    std::thread::sleep(Duration::from_millis(u64::from(DEADLINE_MS) + 5));
-}
 
 #[test]
 fn unanswered_fault_ends_and_only_its_gpu_vm_with_it() {
@@ -21,7 +15,7 @@ fn unanswered_fault_ends_and_only_its_gpu_vm_with_it() {
     let late = w.devices[0].raise(&w.host, asid, C, Access::Read);
     let joined = w.devices[0].raise(&w.host, asid, C + 8, Access::Read);
     let cookie = w.cookies()[0];
-    let_it_pass();
+    w.let_deadline_pass();
     w.host.expire_faults();
     w.host.work_off();
     assert_eq!(w.devices[0].verdict(late), Some(Verdict::Fail(ETIMEDOUT)));
@@ -45,7 +39,7 @@ fn pause_longer_than_the_deadline_loses_nothing() {
     let stop = w.devices[0].raise(&w.host, asid, C, Access::Read);
     let cookie = w.cookies()[0];
     w.guest.freeze();
-    let_it_pass();
+    w.let_deadline_pass();
     w.host.expire_faults();
     w.host.work_off();
     w.guest.thaw();

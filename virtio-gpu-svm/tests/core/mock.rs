@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
+use virtio_gpu_svm::clock::{Manual, Source};
 use virtio_gpu_svm::device::{
     Access, AddressModel, Asid, Device, DeviceInfo, Error, Events, Extent, Fault, FaultModel, Flush, Job,
     JobEnd, JobId, LedgerEntry, StopId, Ticket, Verdict, VmLabel,
@@ -270,6 +272,7 @@ impl EventPort for Port {
 /// A host with two mock devices and one guest that has said HELLO.
 pub struct World {
     pub host: Arc<Host>,
+    clock: Arc<Manual>,
     pub devices: Vec<Arc<MockDevice>>,
     pub guest: Arc<Guest>,
 }
@@ -282,8 +285,8 @@ pub const LIMITS: Limits = Limits {
     resources: 4,
     fault_deadline_ms: DEADLINE_MS,
 };
-/// Short enough to wait for; nothing expires unless a test asks for it.
-pub const DEADLINE_MS: u32 = 20;
+/// Time stands still unless a test lets it pass.
+pub const DEADLINE_MS: u32 = 20_000;
 
 /// A device with all that a device may have.
 pub fn device_info() -> DeviceInfo {
@@ -312,12 +315,23 @@ impl World {
             Arc::new(MockDevice { info, index, told, next_stop })
         };
         let devices: Vec<_> = (0..).zip(infos).map(device).collect();
-        let host = Host::new(devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect());
+        let clock = Arc::new(Manual::default());
+        let all = devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect();
+        let host = Host::with_clock(all, Arc::clone(&clock) as Arc<dyn Source>);
         let guest = host.open_guest("g", limits, &[0, 1], Arc::new(Port::default()));
-        let world = Self { host, devices, guest };
+        let world = Self { host, clock, devices, guest };
         world.guest.set_memory(table(&[region(1, GPA, MEMORY)]));
         world.hello(1);
         world
+    }
+    /// The same host and devices, seen by another guest.
+    pub fn beside(&self, guest: Arc<Guest>) -> Self {
+        let (host, clock, devices) = (self.host.clone(), self.clock.clone(), self.devices.clone());
+        Self { host, clock, devices, guest }
+    }
+    /// Lets the deadline of what was raised so far pass, and no more.
+    pub fn let_deadline_pass(&self) {
+        self.clock.advance(Duration::from_millis(DEADLINE_MS.into()));
     }
     /// Sends a command and returns the response.
     pub fn send(&self, request: &[u8]) -> Vec<u8> {

@@ -127,7 +127,7 @@ fn advice_that_nobody_works_off_is_bounded() {
 fn unanswered_advice_expires_and_nothing_with_it() {
     let (w, vm, _) = with_vm(World::with_limits(WIDE));
     assert_eq!(w.bind(1, vm, &[map(C, A, 8), prefetch(C, 8)]), 0);
-    std::thread::sleep(std::time::Duration::from_millis(u64::from(DEADLINE_MS) + 5));
+    w.let_deadline_pass();
     w.host.expire_faults();
     w.host.work_off();
     let status = &w.guest.contexts()[0];
