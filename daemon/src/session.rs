@@ -250,8 +250,9 @@ impl Session {
     fn check_loss(&self) {
         let Some((gpa, thread)) = self.loss.found() else { return };
         if self.fuse.reason().is_none() {
-            let thread = thread.map_or("a worker's".to_owned(), |thread| thread.to_string());
-            tracing::info!(guest = %self.guest.name(), gpa = format_args!("{gpa:#x}"), thread, "lost memory was touched");
+            let thread = thread.map_or("worker".to_owned(), |thread| thread.to_string());
+            let (guest, gpa) = (self.guest.name(), format_args!("{gpa:#x}"));
+            tracing::info!(%guest, %gpa, %thread, "lost memory was touched");
         }
         self.fuse.blow(Failure::MemoryLost { gpa });
     }

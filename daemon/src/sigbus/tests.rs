@@ -1,5 +1,6 @@
 use super::*;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
@@ -143,10 +144,11 @@ fn signal_of_doom(test: &str, doom: &str) -> Option<i32> {
     child.output().unwrap().status.signal()
 }
 
-/// With a handler, and a mapping that it watches.
+/// With a handler, and a mapping that it watches. Who does not die is killed, by another signal, when it has used seconds.
 fn prepare_to_die() -> Arc<Region> {
-    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-    rustix::process::setrlimit(rustix::process::Resource::Core, none).unwrap();
+    for (resource, most) in [(Resource::Core, 0), (Resource::Cpu, 5)] {
+        setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) }).unwrap();
+    }
     region(&memfd(1), 0, &loss())
 }
 
@@ -173,6 +175,7 @@ fn sigbus_that_was_sent_ends_the_process_by_it() {
     }
     let watched = prepare_to_die();
     rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::BUS).unwrap();
+    // Another thread may get it.
     std::thread::sleep(std::time::Duration::from_secs(60));
     drop(watched);
 }
