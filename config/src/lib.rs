@@ -81,7 +81,7 @@ pub struct Daemon {
     pub runtime_dirs: Vec<PathBuf>,
     /// What is logged.
     pub log: LogLevel,
-    /// Accept guest memory that its VMM could shrink.
+    /// Accept guest memory that its VMM could shrink, which then costs its session.
     pub allow_unsealed: bool,
     /// How the daemon confines itself.
     pub sandbox: Sandbox,

@@ -35,8 +35,8 @@ pub struct Args {
     #[arg(long, value_name = "DIR", action = ArgAction::Append)]
     pub runtime_dir: Vec<PathBuf>,
 
-    /// Accept guest memory that its VMM could shrink (no F_SEAL_SHRINK). A VMM that does so kills the daemon: only for
-    /// VMMs that are trusted like the daemon itself.
+    /// Accept guest memory that its VMM could shrink (no F_SEAL_SHRINK). A VMM that does so under running work loses its
+    /// session.
     #[arg(long)]
     pub allow_unsealed: bool,
 

@@ -43,7 +43,7 @@ impl Waker {
     pub fn new() -> std::io::Result<Self> {
         Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
-    /// Sets it.
+    /// Sets it. Async-signal-safe.
     pub fn wake(&self) {
         // Fails only when it is set 2^64 - 2 times already, and then it is set.
         rustix::io::write(&self.0, &1u64.to_ne_bytes()).ok();
@@ -117,7 +117,7 @@ impl EventQueue {
     }
 
     fn deliver_to(&self, guest: &Guest, ring: &Ring) -> Result<(), RingError> {
-        let Some(mut turn) = Turn::begin(ring, || self.memory.view().rings)? else { return Ok(()) };
+        let Some(mut turn) = Turn::begin(ring, || self.memory.view().rings())? else { return Ok(()) };
         // Looked at when the ring is known to run: a ring that began anew waits for the driver to show itself.
         if !self.open.load(Ordering::SeqCst) {
             return Ok(());

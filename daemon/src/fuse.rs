@@ -26,6 +26,15 @@ pub enum Failure {
     /// Its memory was refused.
     #[error(transparent)]
     Memory(#[from] guest_memory::Error),
+    /// Its memory went away after it was accepted.
+    #[error(
+        "guest memory was lost under running work: the file behind the region at {gpa:#x} was truncated by its VMM, or \
+         has no page there (hugetlbfs), or the host's memory has failed"
+    )]
+    MemoryLost {
+        /// Where the region stands.
+        gpa: u64,
+    },
     /// It broke the vhost-user protocol, or used a part of it that was not offered.
     #[error("vhost-user: {0}")]
     Protocol(String),

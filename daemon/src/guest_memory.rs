@@ -3,8 +3,10 @@
 //!
 //! The framework maps what a VMM sends before it asks anybody. So its map is never used as it stands: [`accept`] checks
 //! each region against its file, and only then a [`View`] is published through [`GuestMemory`]. A region that a new
-//! table carries over unchanged keeps its [`Region`], and with it every translation made on it.
+//! table carries over unchanged keeps its [`Region`], and with it every translation made on it. Nothing that is checked
+//! here stays true of a file that is not sealed, and not all of one that is; see [`crate::sigbus`].
 
+use crate::sigbus::{self, Loss, WatchedMap};
 use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,13 +63,19 @@ pub enum Error {
     },
 }
 
-/// A checked memory table, in the two forms in which it is used.
+/// A checked memory table, in the two forms in which it is used. Rings use the second as long as this is held.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     /// For commands and engines.
     pub table: Arc<MemoryTable>,
+    rings: Arc<WatchedMap>,
+}
+
+impl View {
     /// For rings.
-    pub rings: Arc<GuestMemoryMmap>,
+    pub fn rings(&self) -> Arc<GuestMemoryMmap> {
+        Arc::clone(self.rings.map())
+    }
 }
 
 /// The view that is in force. Holds no lock while a view is used.
@@ -88,24 +96,34 @@ impl GuestMemory {
     }
 }
 
-/// Checks what the framework has mapped. Regions of `old` that are still the same are kept.
+/// Checks what the framework has mapped. Regions of `old` that are still the same are kept. What of it goes away later
+/// is told to `loss`.
 ///
 /// # Errors
 /// [`Error`].
-pub fn accept(mapped: Arc<GuestMemoryMmap>, old: &MemoryTable, allow_unsealed: bool) -> Result<View, Error> {
+pub fn accept(
+    mapped: Arc<GuestMemoryMmap>,
+    old: &MemoryTable,
+    allow_unsealed: bool,
+    loss: &Arc<Loss>,
+) -> Result<View, Error> {
     let count = mapped.num_regions();
     if count > MAX_REGIONS {
         return Err(TableError::TooMany(count).into());
     }
     let regions =
-        mapped.iter().map(|r| accept_region(r, old, allow_unsealed)).collect::<Result<Vec<_>, _>>()?;
-    Ok(View { table: Arc::new(MemoryTable::new(regions)?), rings: mapped })
+        mapped.iter().map(|r| accept_region(r, old, allow_unsealed, loss)).collect::<Result<Vec<_>, _>>()?;
+    let table = Arc::new(MemoryTable::new(regions)?);
+    let rings =
+        WatchedMap::new(mapped, loss).map_err(|source| Error::Host { action: "watch", gpa: 0, source })?;
+    Ok(View { table, rings: Arc::new(rings) })
 }
 
 fn accept_region(
     mapped: &GuestRegionMmap,
     old: &MemoryTable,
     allow_unsealed: bool,
+    loss: &Arc<Loss>,
 ) -> Result<Arc<Region>, Error> {
     let (gpa, size) = (mapped.start_addr().0, mapped.len());
     let file_offset = mapped.file_offset().ok_or(Error::NoFile { gpa })?;
@@ -140,5 +158,5 @@ fn accept_region(
     let bytes = usize::try_from(size).map_err(|e| refused(std::io::Error::other(e)))?;
     let mapping =
         MmapRegion::from_file(file_offset.clone(), bytes).map_err(|e| refused(std::io::Error::other(e)))?;
-    Ok(Region::new(identity, mapping))
+    sigbus::watch_region(identity, mapping, loss).map_err(refused)
 }

@@ -3,7 +3,8 @@
 //! [`registry`] owns the guests, whose [`socket`]s it makes; on a thread for each, `attendant` waits for a VMM and
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
-//! decides which memory is accepted, and [`fuse`] ends the session when something in it cannot go on.
+//! decides which memory is accepted, [`sigbus`] what happens when it goes away all the same, and [`fuse`] ends the session
+//! when something in it cannot go on.
 //! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there for;
 //! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
@@ -23,4 +24,5 @@ pub mod relay;
 pub mod ring;
 pub mod sandbox;
 pub mod session;
+pub mod sigbus;
 pub mod socket;

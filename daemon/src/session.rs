@@ -26,6 +26,7 @@ use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::{self, GuestMemory};
 use crate::queue::{Next, RingError, Turn};
 use crate::ring::{FrameworkMemory, Ring};
+use crate::sigbus::Loss;
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -91,6 +92,7 @@ pub struct Session {
     events: Arc<EventQueue>,
     memory: Arc<GuestMemory>,
     waker: Arc<Waker>,
+    loss: Arc<Loss>,
     fuse: Arc<Fuse>,
     exit: ExitEvent,
     rings: OnceLock<Vec<Ring>>,
@@ -133,6 +135,7 @@ impl Session {
             guest,
             events,
             memory,
+            loss: Loss::new(Arc::clone(&waker)),
             waker,
             fuse,
             exit: ExitEvent::default(),
@@ -235,11 +238,23 @@ impl Session {
             EVENTQ => self.events.deliver(),
             _ => {
                 self.waker.consume();
+                self.check_loss();
                 self.visit(CONTROLQ);
                 self.visit(CURSORQ);
                 self.events.deliver();
             }
         }
+    }
+
+    /// Memory that has gone ends the session. Until then whoever is in it goes on with zeros.
+    fn check_loss(&self) {
+        let Some((gpa, thread)) = self.loss.found() else { return };
+        if self.fuse.reason().is_none() {
+            let thread = thread.map_or("worker".to_owned(), |thread| thread.to_string());
+            let (guest, gpa) = (self.guest.name(), format_args!("{gpa:#x}"));
+            tracing::info!(%guest, %gpa, %thread, "lost memory was touched");
+        }
+        self.fuse.blow(Failure::MemoryLost { gpa });
     }
 
     /// Carries out what the driver has queued.
@@ -258,7 +273,7 @@ impl Session {
     }
 
     fn take_turn(&self, queue: u16, ring: &Ring, name: &'static str) -> Result<(), RingError> {
-        let Some(mut turn) = Turn::begin(ring, || self.memory.view().rings)? else { return Ok(()) };
+        let Some(mut turn) = Turn::begin(ring, || self.memory.view().rings())? else { return Ok(()) };
         if queue == CONTROLQ && self.driver() == (Driver::Stopped { reset: false }) && turn.next_avail() != 0
         {
             self.guest.thaw();
@@ -375,7 +390,8 @@ impl VhostUserBackend for Session {
     }
     fn update_memory(&self, mapped: FrameworkMemory) -> std::io::Result<()> {
         let old = self.memory.view();
-        let accepted = guest_memory::accept(mapped.memory().into_inner(), &old.table, self.allow_unsealed);
+        let accepted =
+            guest_memory::accept(mapped.memory().into_inner(), &old.table, self.allow_unsealed, &self.loss);
         let view = match accepted {
             Ok(view) => view,
             Err(error) => {

@@ -30,18 +30,37 @@ pub struct RegionIdentity {
     pub gpa: u64,
 }
 
+/// Whoever watches over a region's memory for as long as it is mapped.
+pub trait Watch: std::fmt::Debug + Send + Sync {
+    /// A device has found that memory of it is not there any more: its file has been shrunk.
+    fn lost(&self);
+}
+
 /// One region of guest memory, mapped here. Unmapped when the last user lets go.
 #[derive(Debug)]
 pub struct Region {
     id: u64,
     identity: RegionIdentity,
+    /// Dropped before the mapping: what it watches is mapped.
+    watch: Option<Box<dyn Watch>>,
     mapping: MmapRegion<()>,
 }
 
 impl Region {
     /// Takes over a mapping that its caller has checked.
     pub fn new(identity: RegionIdentity, mapping: MmapRegion<()>) -> Arc<Self> {
-        Arc::new(Self { id: NEXT_REGION.fetch_add(1, Ordering::Relaxed), identity, mapping })
+        Self::with(identity, mapping, None)
+    }
+    /// The same, of a mapping that is watched; the watch goes before the mapping does.
+    pub fn watched(
+        identity: RegionIdentity,
+        mapping: MmapRegion<()>,
+        watch: impl Watch + 'static,
+    ) -> Arc<Self> {
+        Self::with(identity, mapping, Some(Box::new(watch)))
+    }
+    fn with(identity: RegionIdentity, mapping: MmapRegion<()>, watch: Option<Box<dyn Watch>>) -> Arc<Self> {
+        Arc::new(Self { id: NEXT_REGION.fetch_add(1, Ordering::Relaxed), identity, watch, mapping })
     }
     /// Unique over the life of the daemon.
     pub fn id(&self) -> u64 {
@@ -62,6 +81,12 @@ impl Region {
     /// Its mapping in this process; valid while the region is held.
     pub fn mapping(&self) -> &MmapRegion<()> {
         &self.mapping
+    }
+    /// A device that has mapped its file by itself has found memory of it missing.
+    pub fn report_lost(&self) {
+        if let Some(watch) = &self.watch {
+            watch.lost();
+        }
     }
 }
 

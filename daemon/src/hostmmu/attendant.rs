@@ -137,6 +137,12 @@ impl Attendant {
                 let stopped = self.vm.with(|state| state.park(ring, addr, write, stop, Wait::Denied));
                 self.tell_fault(stop, stopped);
             }
+            Report::Lost { addr } => {
+                // Without a translation it was withdrawn meanwhile, and the access is an error of its job alone.
+                if let Some(region) = self.vm.with(|state| state.region_at(GpuAddr(addr))) {
+                    region.report_lost();
+                }
+            }
             Report::Done { ring, errno, packet, addr, access } => {
                 let errno = i32::try_from(errno).unwrap_or(i32::MAX);
                 let end = JobEnd { errno, packet, addr: GpuAddr(addr), access };

@@ -118,6 +118,11 @@ pub enum Report {
         /// Whether it was to be written.
         write: bool,
     },
+    /// A mapping is there, but the file behind it ends before. The job that touched it ends.
+    Lost {
+        /// What was touched.
+        addr: u64,
+    },
     /// The front job of a ring ended.
     Done {
         /// Which ring.
@@ -195,6 +200,7 @@ impl Report {
                 [4, ring.into(), errno.into(), packet.into(), addr, access, 0]
             }
             Self::Fenced { ticket } => [5, ticket, 0, 0, 0, 0, 0],
+            Self::Lost { addr } => [6, addr, 0, 0, 0, 0, 0],
         }
     }
 
@@ -214,6 +220,7 @@ impl Report {
                 Self::Done { ring: small(ring)?, errno: small(errno)?, packet: small(packet)?, addr, access }
             }
             [5, ticket, ..] => Self::Fenced { ticket },
+            [6, addr, ..] => Self::Lost { addr },
             _ => return None,
         })
     }

@@ -65,6 +65,12 @@ impl Translations {
         self.runs.range(first..range.end).map(|(start, (run, _))| inside((start, run))).sum()
     }
 
+    /// The run that a page is in.
+    pub fn lookup(&self, page: u64) -> Option<Run> {
+        let (first, run, _) = self.last_below(page.saturating_add(1))?;
+        (page < first + run.pages).then_some(run)
+    }
+
     /// All runs, by first page.
     pub fn iter(&self) -> impl Iterator<Item = (u64, Run)> {
         self.runs.iter().map(|(first, (run, _))| (*first, *run))
@@ -164,6 +170,13 @@ mod tests {
         all.insert(14, run(1, 4));
         all.insert(12, run(2, 2));
         assert_eq!(all.iter().collect::<Vec<_>>(), [(10, run(5, 0))]);
+    }
+
+    #[test]
+    fn page_is_found_in_its_run_and_not_beyond() {
+        let mut all = Translations::new(8);
+        all.insert(10, run(3, 4));
+        assert_eq!([9, 10, 12, 13].map(|page| all.lookup(page).is_some()), [false, true, true, false]);
     }
 
     #[test]

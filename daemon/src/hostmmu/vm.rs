@@ -170,6 +170,12 @@ impl VmState {
         self.translations.resident_in(range)
     }
 
+    /// The region that an address is translated to.
+    pub fn region_at(&self, addr: GpuAddr) -> Option<Arc<Region>> {
+        let run = self.translations.lookup(addr.page())?;
+        self.regions.get(&run.region).cloned()
+    }
+
     fn attached(&self) -> bool {
         matches!(self.life, Life::Up(_)) && !self.frozen
     }

@@ -1,10 +1,13 @@
 //! Which memory is accepted.
 
 use crate::Daemon;
-use crate::vmm::{Vmm, connect, memfd, region};
+use crate::vmm::{MEMORY, SIZE, Vmm, connect, memfd, region};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
 use std::fs::File;
-use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
 
 /// Refused: the session ended, and the reason says this.
 fn refused(daemon: &Daemon, frontend: Frontend, words: &str) {
@@ -131,4 +134,94 @@ fn rings_survive_a_new_table_and_rest_without_memory() {
     vmm.corrupt_avail(0, 1);
     vmm.frontend.get_features().unwrap();
     assert!(daemon.registry.get("vm0").unwrap().connected);
+}
+
+const LOST: &str = "guest memory was lost under running work";
+
+#[test]
+fn truncated_rings_end_the_session_with_the_reason() {
+    let daemon = Daemon::start_with(true);
+    let socket = daemon.add("vm0");
+    for _ in 0..2 {
+        let mut vmm = Vmm::start_with(connect(&socket), memfd(MEMORY, false));
+        assert!(!vmm.command(&[0; 24]).is_empty());
+        vmm.file.set_len(0).unwrap();
+        vmm.kick(0);
+        refused(&daemon, vmm.frontend, LOST);
+    }
+}
+
+#[test]
+fn memory_truncated_before_its_first_use_ends_the_session_too() {
+    let daemon = Daemon::start_with(true);
+    let mut vmm = Vmm::start_with(connect(&daemon.add("vm0")), memfd(MEMORY, false));
+    vmm.stop_rings();
+    vmm.send_memory();
+    vmm.file.set_len(0).unwrap();
+    // The framework itself looks into the used ring. It may answer before the session has ended.
+    vmm.frontend.set_vring_addr(0, &vmm.ring_addresses(0)).ok();
+    refused(&daemon, vmm.frontend, LOST);
+}
+
+#[test]
+fn truncation_that_nobody_touches_is_not_noticed() {
+    let daemon = Daemon::start_with(true);
+    let mut vmm = Vmm::start_with(connect(&daemon.add("vm0")), memfd(MEMORY, false));
+    vmm.file.set_len(MEMORY - 0x1000).unwrap();
+    assert!(!vmm.command(&[0; 24]).is_empty());
+    // All there again, and empty: the ring's index jumps.
+    vmm.file.set_len(0).unwrap();
+    vmm.file.set_len(MEMORY).unwrap();
+    vmm.kick(0);
+    vmm.frontend.get_features().unwrap();
+    assert!(daemon.registry.get("vm0").unwrap().connected);
+}
+
+#[test]
+fn punched_memory_reads_as_zeros() {
+    let daemon = Daemon::start();
+    let mut vmm = Vmm::start(&daemon.add("vm0"));
+    assert!(!vmm.command(&[0; 24]).is_empty());
+    // Everything but the rings. Seals against shrinking do not forbid it.
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&vmm.file, flags, 0x10_0000, MEMORY - 0x10_0000).unwrap();
+    assert!(!vmm.command(&[0; 24]).is_empty());
+    let guest = daemon.registry.get("vm0").unwrap();
+    assert!(guest.connected && guest.last_error.is_none(), "{guest:?}");
+}
+
+/// What a file of /proc says after a name.
+fn number(file: &str, name: &str) -> u64 {
+    let text = std::fs::read_to_string(file).unwrap();
+    let rest = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    rest.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn sealed_memory_of_an_empty_pool_of_huge_pages_ends_the_session() {
+    let page = number("/proc/meminfo", "Hugepagesize:") << 10;
+    let pool =
+        number("/proc/meminfo", "HugePages_Free:") + number("/proc/sys/vm/nr_overcommit_hugepages", "");
+    let fd =
+        memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB).unwrap();
+    ftruncate(&fd, (pool + 1) * page).unwrap();
+    fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+    let (daemon, file) = (Daemon::start(), File::from(fd));
+    let frontend = connect(&daemon.add("vm0"));
+    let memory = region(&file, 0, (pool + 1) * page, 0);
+    frontend.set_mem_table(&[memory]).unwrap();
+    for base in (0..=pool).map(|index| memory.userspace_addr + index * page) {
+        let ring = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: 0,
+            desc_table_addr: base,
+            avail_ring_addr: base + 0x1000,
+            used_ring_addr: base + 0x2000,
+            log_addr: None,
+        };
+        // The last of them finds no page; its answer may come all the same.
+        frontend.set_vring_addr(0, &ring).ok();
+    }
+    refused(&daemon, frontend, LOST);
 }

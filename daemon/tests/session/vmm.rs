@@ -77,7 +77,8 @@ struct Queue {
 pub struct Vmm {
     pub frontend: Frontend,
     memory: GuestMemoryMmap,
-    _file: File,
+    /// Behind the memory.
+    pub file: File,
     queues: Vec<Queue>,
 }
 
@@ -88,12 +89,16 @@ impl Vmm {
     }
 
     pub fn start_on(frontend: Frontend) -> Self {
-        let file = memfd(MEMORY, true);
+        Self::start_with(frontend, memfd(MEMORY, true))
+    }
+
+    /// On memory of the caller's making, of [`MEMORY`] bytes.
+    pub fn start_with(frontend: Frontend, file: File) -> Self {
         let offset = FileOffset::new(file.try_clone().unwrap(), 0);
         let memory =
             GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY as usize, Some(offset))])
                 .unwrap();
-        let mut vmm = Self { frontend, memory, _file: file, queues: Vec::new() };
+        let mut vmm = Self { frontend, memory, file, queues: Vec::new() };
         vmm.send_memory();
         for index in 0..NUM_QUEUES {
             let event = || EventFd::new(EFD_NONBLOCK).unwrap();
@@ -139,16 +144,8 @@ impl Vmm {
                 (queue.avail, queue.used) = (0, 0);
                 self.memory.write_slice(&[0; 0x3000], GuestAddress(queue.base)).unwrap();
             }
+            let config = self.ring_addresses(index);
             let queue = &self.queues[index];
-            let config = VringConfigData {
-                queue_max_size: SIZE,
-                queue_size: SIZE,
-                flags: 0,
-                desc_table_addr: self.host(queue.base),
-                avail_ring_addr: self.host(queue.base + 0x1000),
-                used_ring_addr: self.host(queue.base + 0x2000),
-                log_addr: None,
-            };
             self.frontend.set_vring_num(index, SIZE).unwrap();
             self.frontend.set_vring_base(index, queue.avail).unwrap();
             self.frontend.set_vring_addr(index, &config).unwrap();
@@ -156,6 +153,25 @@ impl Vmm {
             self.frontend.set_vring_kick(index, &queue.kick).unwrap();
             self.frontend.set_vring_enable(index, true).unwrap();
         }
+    }
+
+    /// What SET_VRING_ADDR says of a ring.
+    pub fn ring_addresses(&self, index: usize) -> VringConfigData {
+        let base = self.queues[index].base;
+        VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: 0,
+            desc_table_addr: self.host(base),
+            avail_ring_addr: self.host(base + 0x1000),
+            used_ring_addr: self.host(base + 0x2000),
+            log_addr: None,
+        }
+    }
+
+    /// Rings a doorbell.
+    pub fn kick(&self, queue: usize) {
+        self.queues[queue].kick.write(1).unwrap();
     }
 
     /// Stops all rings, as a VMM does that pauses or resets its guest.

@@ -1,4 +1,4 @@
-//! Guest memory: one memfd, sealed against shrinking and growing, mapped here, by the daemon, and by KVM.
+//! Guest memory: one memfd, sealed against shrinking and growing (unless a test means to), mapped here, by the daemon, and by KVM.
 //!
 //! Owns the memory, its place in guest-physical space, and who uses which page of it: the first MiB is left to the
 //! vCPU's boot structures, a zone above is for rings and buffers of drivers (contiguous), the rest are pages of guest
@@ -74,6 +74,16 @@ impl GuestRam {
     /// # Errors
     /// The host has no memory, or the layout is too small.
     pub fn new(layout: Layout, seed: u64) -> Result<Arc<Self>> {
+        let ram = Self::unsealed(layout, seed)?;
+        seal(&ram.file)?;
+        Ok(ram)
+    }
+
+    /// The same, of a file that can be truncated. Memory that is not there must not be touched here either.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn unsealed(layout: Layout, seed: u64) -> Result<Arc<Self>> {
         let regions = match layout {
             Layout::Flat { bytes } => vec![RamRegion { gpa: 0, bytes, offset: 0 }],
             Layout::WithHole { low_bytes, high_bytes } => vec![
@@ -86,7 +96,7 @@ impl GuestRam {
         ensure!(low_bytes >= 8 * LOW_RESERVED, "guest memory below the hole is under 8 MiB");
         ensure!(regions.iter().all(|r| r.bytes % PAGE_SIZE == 0), "guest memory is not whole pages");
 
-        let file = sealed_memfd(total)?;
+        let file = memfd(total)?;
         let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), 0), usize::try_from(total)?)
             .context("cannot map guest memory")?;
         let dma_end = LOW_RESERVED + (low_bytes - LOW_RESERVED) / 4 / PAGE_SIZE * PAGE_SIZE;
@@ -234,12 +244,20 @@ impl GuestRam {
 
 /// A file of zeros in memory that can neither shrink nor grow.
 pub(super) fn sealed_memfd(bytes: u64) -> Result<Arc<File>> {
+    let file = memfd(bytes)?;
+    seal(&file)?;
+    Ok(file)
+}
+
+fn memfd(bytes: u64) -> Result<Arc<File>> {
     let fd: OwnedFd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
         .context("cannot create guest memory")?;
     rustix::fs::ftruncate(&fd, bytes).context("cannot size guest memory")?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)
-        .context("cannot seal guest memory")?;
     Ok(Arc::new(File::from(fd)))
+}
+
+fn seal(file: &File) -> Result<()> {
+    rustix::fs::fcntl_add_seals(file, SealFlags::SHRINK | SealFlags::GROW).context("cannot seal guest memory")
 }
 
 #[cfg(test)]

@@ -183,6 +183,7 @@ impl Job<'_> {
                     }
                 }
                 Err(Stop::Beyond { addr }) => {
+                    self.ring.report(Report::Lost { addr });
                     return Err(Failure { errno: EFAULT, addr, access: Access::Read });
                 }
                 // Unless it was meant for the job before. The daemon knows what this one was parked at.

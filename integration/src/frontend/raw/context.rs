@@ -142,6 +142,15 @@ impl RawGuest {
         self.respond(fault, PAGE_RESP_SUCCESS, &pages.iter().map(run).collect::<Vec<_>>())
     }
 
+    /// Answers a fault with one run of `pages` pages from a CPU address and a guest-physical address on. Returns the status.
+    ///
+    /// # Errors
+    /// No answer comes.
+    pub fn answer_run(&mut self, fault: &FaultRecord, va: u64, gpa: u64, pages: u32) -> Result<i32> {
+        let run = PageRun { va: va.into(), gpa: gpa.into(), pages: pages.into(), ..PageRun::default() };
+        self.respond(fault, PAGE_RESP_SUCCESS, &[run])
+    }
+
     /// Answers a fault: the access is an error of its process. Returns the status.
     ///
     /// # Errors
