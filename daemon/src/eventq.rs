@@ -17,7 +17,7 @@
 
 use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::GuestMemory;
-use crate::queue::{Next, RingError, Turn};
+use crate::queue::{Budget, Next, RingError, Turn};
 use crate::ring::Ring;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -117,7 +117,9 @@ impl EventQueue {
     }
 
     fn deliver_to(&self, guest: &Guest, ring: &Ring) -> Result<(), RingError> {
-        let Some(mut turn) = Turn::begin(ring, || self.memory.view().rings())? else { return Ok(()) };
+        let Some(mut turn) = Turn::begin(ring, Budget::EVENTS, || self.memory.view().rings())? else {
+            return Ok(());
+        };
         // Looked at when the ring is known to run: a ring that began anew waits for the driver to show itself.
         if !self.open.load(Ordering::SeqCst) {
             return Ok(());

@@ -10,24 +10,41 @@
 //!   stock driver, so it must not cost more than itself;
 //! * a broken ring ([`RingError`]) says nothing reliable any more: the ring is latched as failed until it is stopped.
 //!
-//! The chain is walked here and not by the crate's iterator, which cannot tell the end of a chain from a bad one.
+//! What the driver writes is read once: each slot of the available ring, each descriptor of a chain, each byte of a
+//! command. Read again are only its available index, which says what is new and is compared with our own position each
+//! time, and `used_event`, which decides nothing but an interrupt. A chain that was put back is read anew as a whole.
 
-use crate::ring::{FrameworkMemory, Ring};
+mod chain;
+
+pub use chain::{ChainError, MAX_SPANS};
+
+use crate::ring::{Areas, Counts, FrameworkMemory, Ring};
+use chain::{Chain, Span, Table, Walk};
 use std::sync::{Arc, MutexGuard};
 use vhost_user_backend::{VringState, VringT};
-use virtio_gpu_svm::protocol::{MAX_COMMAND_BYTES, MAX_RESPONSE_BYTES};
-use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
-/// Most descriptors of one chain. Linux describes a buffer page by page: this is 256 MiB.
-pub const MAX_DESCRIPTORS: u32 = 65_536;
-/// Chains given back in one turn. The rest waits until whatever else the thread has to do was done.
-pub const CHAIN_BUDGET: u32 = 64;
-/// Descriptors walked in one turn, for the same reason; the last chain may exceed it.
-pub const DESCRIPTOR_BUDGET: u32 = 1 << 16;
-/// Bytes of a descriptor.
-const DESCRIPTOR_BYTES: u32 = 16;
+/// What one turn may cost. What is over it waits until whatever else the thread has to do was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Most descriptors of one chain, its indirect table included; a chain with more is malformed.
+    pub chain: u32,
+    /// Chains given back.
+    pub chains: u32,
+    /// Descriptors copied from guest memory; the last chain may exceed it.
+    pub descriptors: u32,
+    /// Bytes of commands; the last one may exceed it.
+    pub bytes: usize,
+}
+
+impl Budget {
+    /// For queues that a guest's own thread serves. Linux describes a command page by page: a process that has it send 64
+    /// MiB is told that this is too much, and one that has it send more is not answered.
+    pub const COMMANDS: Self = Self { chain: 1 << 14, chains: 64, descriptors: 1 << 12, bytes: 1 << 20 };
+    /// For the event queue, which engines serve, and with them other guests wait.
+    pub const EVENTS: Self = Self { chain: 64, chains: 64, descriptors: 256, bytes: 0 };
+}
 
 /// A ring that cannot be served any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,58 +61,15 @@ pub enum RingError {
     /// A head that is no descriptor.
     #[error("chain head {0} is beyond its size")]
     HeadOutOfRange(u16),
+    /// What the device writes of it, or of another running queue, lies in the other's rings.
+    #[error("it shares memory with the rings of another queue, and one of them is written")]
+    SharedRings,
+    /// The VMM replaced its kick file while it ran.
+    #[error("its kick file was replaced while it ran")]
+    KickReplaced,
     /// A ring access failed although the rings were checked.
     #[error("its memory could not be accessed")]
     Inaccessible,
-}
-
-/// A chain that was given back unread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ChainError {
-    /// A descriptor or a buffer outside guest memory.
-    #[error("a descriptor or buffer at {0:#x} is not in guest memory")]
-    OutsideMemory(u64),
-    /// `next` is beyond the table, or the table's end was reached with `next` still set.
-    #[error("descriptor {0} is beyond its table")]
-    NextOutOfRange(u32),
-    /// More descriptors than the table has: a cycle.
-    #[error("the chain runs in a circle")]
-    Cycle,
-    /// An indirect table whose size is not a multiple of a descriptor's, or none.
-    #[error("indirect table of {0} bytes")]
-    IndirectLength(u32),
-    /// An indirect table within an indirect table.
-    #[error("nested indirect table")]
-    NestedIndirect,
-    /// A descriptor that is both indirect and continued.
-    #[error("indirect descriptor with a successor")]
-    IndirectAndNext,
-    /// A device-readable buffer after a device-writable one.
-    #[error("readable buffer after a writable one")]
-    ReadableAfterWritable,
-    /// More descriptors than any legal buffer has.
-    #[error("more than {MAX_DESCRIPTORS} descriptors")]
-    TooLong,
-    /// Buffers of more than 4 GiB in sum.
-    #[error("more than 4 GiB of buffers")]
-    TooManyBytes,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    addr: GuestAddress,
-    bytes: usize,
-}
-
-/// The buffers of one chain, checked against guest memory.
-#[derive(Debug, Default)]
-struct Chain {
-    readable: Vec<Span>,
-    /// Bytes of `readable`; one more than a command may have when there were more.
-    command_bytes: usize,
-    writable: Vec<Span>,
-    /// Bytes of `writable`.
-    room: usize,
 }
 
 /// What a turn finds.
@@ -134,35 +108,48 @@ impl Drop for Token {
 }
 
 /// One visit to a ring.
-pub struct Turn<'a> {
+pub struct Turn<'a, M = GuestMemoryMmap> {
     state: MutexGuard<'a, VringState<FrameworkMemory>>,
-    memory: Arc<GuestMemoryMmap>,
-    /// Chains given back in this turn.
-    used: u32,
-    /// Descriptors walked in this turn.
-    descriptors: u32,
-    /// The first malformed chain of this turn, and how many there were.
-    refused: Option<(ChainError, u32)>,
+    memory: Arc<M>,
+    budget: Budget,
+    /// Where this visit is counted when it ends.
+    counts: &'a Counts,
+    cost: Cost,
+    /// The first malformed chain of this turn.
+    refused: Option<ChainError>,
 }
 
-impl<'a> Turn<'a> {
+/// What a turn has cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Chains given back.
+    pub chains: u32,
+    /// Those of them that were malformed.
+    pub refused: u32,
+    /// Descriptors copied from guest memory.
+    pub descriptors: u32,
+    /// Bytes of commands.
+    pub bytes: usize,
+}
+
+impl<'a, M: GuestMemory> Turn<'a, M> {
     /// Begins a visit. `None` while the ring is not to be served: stopped, disabled or failed. `memory` is called under
     /// the ring's lock, so that whoever publishes a view and then takes that lock knows the old one unused.
     ///
     /// # Errors
-    /// [`RingError::BadSize`], [`RingError::BadRings`].
+    /// [`RingError::BadSize`], [`RingError::BadRings`], [`RingError::SharedRings`], [`RingError::KickReplaced`].
     pub fn begin(
         ring: &'a Ring,
-        memory: impl FnOnce() -> Arc<GuestMemoryMmap>,
+        budget: Budget,
+        memory: impl FnOnce() -> Arc<M>,
     ) -> Result<Option<Self>, RingError> {
         let state = ring.get_mut();
         if ring.failed() || !state.is_enabled() || !state.get_queue().ready() {
             return Ok(None);
         }
-        if ring.has_bad_size() {
-            return Err(RingError::BadSize);
-        }
-        let turn = Self { state, memory: memory(), used: 0, descriptors: 0, refused: None };
+        ring.check_setup()?;
+        let (counts, cost) = (ring.counts(), Cost::default());
+        let turn = Self { state, memory: memory(), budget, counts, cost, refused: None };
         if turn.rings_are_sound() { Ok(Some(turn)) } else { Err(RingError::BadRings) }
     }
 
@@ -173,7 +160,13 @@ impl<'a> Turn<'a> {
 
     /// The first malformed chain of this turn, and how many there were.
     pub fn refused(&self) -> Option<(ChainError, u32)> {
-        self.refused
+        self.refused.map(|first| (first, self.cost.refused))
+    }
+
+    fn is_spent(&self) -> bool {
+        let Budget { chains, descriptors, bytes, .. } = self.budget;
+        // Without commands there are no bytes to be counted.
+        self.cost.chains >= chains || self.cost.descriptors >= descriptors || self.cost.bytes > bytes
     }
 
     /// Takes the next well-formed chain and copies its readable part, at most one byte more than a command may have,
@@ -183,7 +176,7 @@ impl<'a> Turn<'a> {
     /// [`RingError`]; the ring must be latched.
     pub fn next(&mut self, command: &mut Vec<u8>) -> Result<Next, RingError> {
         loop {
-            if self.used >= CHAIN_BUDGET || self.descriptors >= DESCRIPTOR_BUDGET {
+            if self.is_spent() {
                 return Ok(Next::Spent);
             }
             let Some(head) = self.pop()? else { return Ok(Next::Empty) };
@@ -194,8 +187,8 @@ impl<'a> Turn<'a> {
                     return Ok(Next::Chain(Token { head, writable, room, settled: false }));
                 }
                 Err(error) => {
-                    let (first, count) = self.refused.unwrap_or((error, 0));
-                    self.refused = Some((first, count.saturating_add(1)));
+                    self.refused.get_or_insert(error);
+                    self.cost.refused = self.cost.refused.saturating_add(1);
                     self.give_back(head, 0)?;
                 }
             }
@@ -251,7 +244,7 @@ impl<'a> Turn<'a> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn finish(mut self) -> Result<(), RingError> {
-        if self.used == 0 {
+        if self.cost.chains == 0 {
             return Ok(());
         }
         let memory = Arc::clone(&self.memory);
@@ -272,20 +265,17 @@ impl<'a> Turn<'a> {
     /// Whether the three areas of the ring lie in guest memory and apart from each other.
     fn rings_are_sound(&self) -> bool {
         let queue = self.state.get_queue();
-        let entries = u64::from(queue.size());
-        // Sizes of the specification, with the event fields: 16 n, 6 + 2 n, 6 + 8 n.
-        let areas = [
-            (queue.desc_table(), entries.saturating_mul(16), Permissions::Read),
-            (queue.avail_ring(), entries.saturating_mul(2).saturating_add(6), Permissions::Read),
-            (queue.used_ring(), entries.saturating_mul(8).saturating_add(6), Permissions::Write),
-        ];
-        let inside = areas.iter().all(|&(start, bytes, access)| {
-            usize::try_from(bytes).is_ok_and(|n| self.memory.check_range(GuestAddress(start), n, access))
-        });
-        let [a, b, c] = areas.map(|(start, bytes, _)| (start, start.saturating_add(bytes)));
-        let apart = |x: (u64, u64), y: (u64, u64)| x.1 <= y.0 || y.1 <= x.0;
+        let areas = Areas::new(queue.desc_table(), queue.avail_ring(), queue.used_ring(), queue.size());
+        let inside = |area: &std::ops::Range<u64>, access| {
+            let bytes = usize::try_from(area.end.saturating_sub(area.start));
+            bytes.is_ok_and(|bytes| self.memory.check_range(GuestAddress(area.start), bytes, access))
+        };
         // The crate takes an available ring at 0 for one that was never set.
-        inside && queue.avail_ring() != 0 && apart(a, b) && apart(a, c) && apart(b, c)
+        queue.avail_ring() != 0
+            && inside(&areas.desc, Permissions::Read)
+            && inside(&areas.avail, Permissions::Read)
+            && inside(&areas.used, Permissions::Write)
+            && areas.are_apart()
     }
 
     fn pop(&mut self) -> Result<Option<u16>, RingError> {
@@ -298,110 +288,34 @@ impl<'a> Turn<'a> {
 
     fn give_back(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         let memory = Arc::clone(&self.memory);
-        self.used = self.used.saturating_add(1);
+        self.cost.chains = self.cost.chains.saturating_add(1);
         self.state.get_queue_mut().add_used(&*memory, head, written).map_err(|_| RingError::Inaccessible)
     }
 
     fn walk(&mut self, head: u16) -> Result<Chain, ChainError> {
         let queue = self.state.get_queue();
-        let mut table =
-            Table { start: queue.desc_table(), entries: u32::from(queue.size()), indirect: false };
-        let mut chain = Chain::default();
-        let mut index = u32::from(head);
-        // Descriptors visited in the current table: more than it has entries means a cycle.
-        let mut visited: u32 = 0;
-        let (mut descriptors, mut bytes): (u32, u32) = (0, 0);
-        loop {
-            if index >= table.entries {
-                return Err(ChainError::NextOutOfRange(index));
-            }
-            if visited >= table.entries {
-                return Err(ChainError::Cycle);
-            }
-            visited = visited.saturating_add(1);
-            self.descriptors = self.descriptors.saturating_add(1);
-            let descriptor = self.read_descriptor(&table, index)?;
-            if descriptor.refers_to_indirect_table() {
-                table = table.enter(&descriptor)?;
-                (index, visited) = (0, 0);
-                continue;
-            }
-            descriptors = descriptors.saturating_add(1);
-            if descriptors > MAX_DESCRIPTORS {
-                return Err(ChainError::TooLong);
-            }
-            bytes = bytes.checked_add(descriptor.len()).ok_or(ChainError::TooManyBytes)?;
-            self.add_buffer(&mut chain, &descriptor)?;
-            if !descriptor.has_next() {
-                return Ok(chain);
-            }
-            index = u32::from(descriptor.next());
-        }
+        let table = Table { start: queue.desc_table(), entries: queue.size() };
+        let mut walk = Walk::new(&*self.memory, self.budget.chain);
+        let chain = walk.run(table, head);
+        self.cost.descriptors = self.cost.descriptors.saturating_add(walk.copied());
+        chain
     }
 
-    fn read_descriptor(&self, table: &Table, index: u32) -> Result<Descriptor, ChainError> {
-        let at = table.start.saturating_add(u64::from(index).saturating_mul(u64::from(DESCRIPTOR_BYTES)));
-        self.memory.read_obj(GuestAddress(at)).map_err(|_| ChainError::OutsideMemory(at))
-    }
-
-    /// Keeps what is needed of a buffer: a command's bytes up to one too many, an answer's room up to its most.
-    fn add_buffer(&self, chain: &mut Chain, descriptor: &Descriptor) -> Result<(), ChainError> {
-        let addr = descriptor.addr();
-        let outside = ChainError::OutsideMemory(addr.0);
-        let bytes = usize::try_from(descriptor.len()).map_err(|_| outside)?;
-        let (spans, total, most, access) = if descriptor.is_write_only() {
-            (&mut chain.writable, &mut chain.room, MAX_RESPONSE_BYTES, Permissions::Write)
-        } else if chain.writable.is_empty() {
-            let most = MAX_COMMAND_BYTES.saturating_add(1);
-            (&mut chain.readable, &mut chain.command_bytes, most, Permissions::Read)
-        } else {
-            return Err(ChainError::ReadableAfterWritable);
-        };
-        let wanted = bytes.min(most.saturating_sub(*total));
-        if bytes > 0 && !self.memory.check_range(addr, bytes, access) {
-            return Err(outside);
-        }
-        // An empty writable buffer still marks where the answer begins.
-        if wanted > 0 || spans.is_empty() {
-            spans.push(Span { addr, bytes: wanted });
-            *total = total.saturating_add(wanted);
-        }
-        Ok(())
-    }
-
-    fn copy_in(&self, chain: &Chain, command: &mut Vec<u8>) -> Result<(), RingError> {
+    fn copy_in(&mut self, chain: &Chain, command: &mut Vec<u8>) -> Result<(), RingError> {
+        self.cost.bytes = self.cost.bytes.saturating_add(chain.command_bytes);
         command.clear();
-        command.resize(chain.command_bytes, 0);
-        let mut rest = command.as_mut_slice();
+        command.reserve(chain.command_bytes);
         for span in &chain.readable {
-            let (now, later) = rest.split_at_mut(span.bytes);
-            self.memory.read_slice(now, span.addr).map_err(|_| RingError::Inaccessible)?;
-            rest = later;
+            let copied = self.memory.write_all_volatile_to(span.addr, command, span.bytes);
+            copied.map_err(|_| RingError::Inaccessible)?;
         }
         Ok(())
     }
 }
 
-/// A descriptor table: the ring's own, or an indirect one.
-struct Table {
-    start: u64,
-    entries: u32,
-    indirect: bool,
-}
-
-impl Table {
-    fn enter(&self, descriptor: &Descriptor) -> Result<Self, ChainError> {
-        if self.indirect {
-            return Err(ChainError::NestedIndirect);
-        }
-        if descriptor.has_next() {
-            return Err(ChainError::IndirectAndNext);
-        }
-        let bytes = descriptor.len();
-        if bytes == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
-            return Err(ChainError::IndirectLength(bytes));
-        }
-        Ok(Self { start: descriptor.addr().0, entries: bytes / DESCRIPTOR_BYTES, indirect: true })
+impl<M> Drop for Turn<'_, M> {
+    fn drop(&mut self) {
+        self.counts.add(self.cost);
     }
 }
 

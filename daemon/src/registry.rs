@@ -7,6 +7,7 @@
 use crate::attendant::{Attendant, Door, Seat};
 use crate::eventq::Waker;
 use crate::relay::Relay;
+use crate::ring::RingStatus;
 use crate::session::Setup;
 use crate::socket::RuntimeDirs;
 use serde::Serialize;
@@ -123,6 +124,8 @@ pub struct GuestEntry {
     pub last_error: Option<String>,
     /// The core's view of it while a VMM is connected.
     pub status: Option<GuestStatus>,
+    /// How its rings fare, by queue, while a VMM is connected.
+    pub queues: Vec<RingStatus>,
 }
 
 /// What happened to a guest.
@@ -343,6 +346,7 @@ impl Registry {
             connected: session.is_some(),
             sessions,
             last_error,
+            queues: session.as_ref().map(|session| session.rings()).unwrap_or_default(),
             status: session.map(|session| session.guest().status()),
         }
     }

@@ -8,15 +8,21 @@
 //! * kick and call files become non-blocking, so that a full or stolen one cannot stop a thread (an engine thread
 //!   signals too, and serves other guests);
 //! * a queue size that the framework would silently ignore is remembered and fails the ring;
+//! * a kick file that is replaced while the ring runs fails it too: the framework would close the old one and still
+//!   watch it, for ever if the VMM keeps it readable, and never watch the new one;
+//! * rings of two queues may not lie on each other where the device writes: what it gives back in one would be made
+//!   available in the other, and they could keep each other busy without the driver. (Where it only reads they may.)
 //! * a ring whose driver broke the queue's rules is latched as failed until it is stopped.
 
+use crate::queue::{Cost, RingError};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use serde::Serialize;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::MutexGuard;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, MutexGuard, OnceLock, Weak};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -29,31 +35,164 @@ pub type FrameworkMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 #[derive(Clone)]
 pub struct Ring {
     vring: VringMutex<FrameworkMemory>,
-    flags: Arc<Flags>,
+    shared: Arc<Shared>,
 }
 
+/// What is known of a ring without its lock: an engine that holds one ring must not wait for another.
 #[derive(Default)]
-struct Flags {
+struct Shared {
     failed: AtomicBool,
     bad_size: AtomicBool,
+    kick_replaced: AtomicBool,
+    ready: AtomicBool,
+    enabled: AtomicBool,
+    size: AtomicU16,
+    desc: AtomicU64,
+    avail: AtomicU64,
+    used: AtomicU64,
+    /// The guest's other rings.
+    peers: OnceLock<Vec<Weak<Self>>>,
+    counts: Counts,
+}
+
+impl Shared {
+    fn runs(&self) -> bool {
+        self.ready.load(Ordering::Relaxed) && self.enabled.load(Ordering::Relaxed)
+    }
+    fn areas(&self) -> Areas {
+        let at = |place: &AtomicU64| place.load(Ordering::Relaxed);
+        Areas::new(at(&self.desc), at(&self.avail), at(&self.used), self.size.load(Ordering::Relaxed))
+    }
+}
+
+/// Where the parts of a ring lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Areas {
+    pub(crate) desc: Range<u64>,
+    pub(crate) avail: Range<u64>,
+    pub(crate) used: Range<u64>,
+}
+
+impl Areas {
+    /// Sizes of the specification, with the event fields: 16 n, 6 + 2 n, 6 + 8 n.
+    pub(crate) fn new(desc: u64, avail: u64, used: u64, size: u16) -> Self {
+        let area = |start: u64, entry: u64, fixed: u64| {
+            let bytes = u64::from(size).saturating_mul(entry).saturating_add(fixed);
+            start..start.saturating_add(bytes)
+        };
+        Self { desc: area(desc, 16, 0), avail: area(avail, 2, 6), used: area(used, 8, 6) }
+    }
+    pub(crate) fn are_apart(&self) -> bool {
+        apart(&self.desc, &self.avail) && apart(&self.desc, &self.used) && apart(&self.avail, &self.used)
+    }
+    /// Whether what the device writes of either ring lies in the other.
+    fn written_into(&self, other: &Self) -> bool {
+        let within = |used: &Range<u64>, ring: &Self| {
+            [&ring.desc, &ring.avail, &ring.used].into_iter().any(|area| !apart(used, area))
+        };
+        within(&self.used, other) || within(&other.used, self)
+    }
+}
+
+fn apart(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.end <= b.start || b.end <= a.start
+}
+
+/// What a ring's turns have cost.
+#[derive(Default)]
+pub(crate) struct Counts {
+    turns: AtomicU64,
+    chains: AtomicU64,
+    refused: AtomicU64,
+    descriptors: AtomicU64,
+    most_chains: AtomicU32,
+    most_descriptors: AtomicU32,
+    failures: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn add(&self, cost: Cost) {
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        self.chains.fetch_add(cost.chains.into(), Ordering::Relaxed);
+        self.refused.fetch_add(cost.refused.into(), Ordering::Relaxed);
+        self.descriptors.fetch_add(cost.descriptors.into(), Ordering::Relaxed);
+        self.most_chains.fetch_max(cost.chains, Ordering::Relaxed);
+        self.most_descriptors.fetch_max(cost.descriptors, Ordering::Relaxed);
+    }
+}
+
+/// How a ring fares, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct RingStatus {
+    /// Its driver broke the queue's rules; it is ignored until it is stopped.
+    pub failed: bool,
+    /// How often that happened.
+    pub failures: u64,
+    /// Visits.
+    pub turns: u64,
+    /// Chains given back.
+    pub chains: u64,
+    /// Those of them that were malformed.
+    pub refused: u64,
+    /// Descriptors copied.
+    pub descriptors: u64,
+    /// Most chains of one visit.
+    pub most_chains: u32,
+    /// Most descriptors of one visit.
+    pub most_descriptors: u32,
 }
 
 impl Ring {
     /// Whether the driver broke the queue's rules since the ring was last stopped.
     pub fn failed(&self) -> bool {
-        self.flags.failed.load(Ordering::Relaxed)
+        self.shared.failed.load(Ordering::Relaxed)
     }
     /// Latches the ring as failed: it is not served until it is stopped and started anew.
     pub fn fail(&self) {
-        self.flags.failed.store(true, Ordering::Relaxed);
+        self.shared.failed.store(true, Ordering::Relaxed);
+        self.shared.counts.failures.fetch_add(1, Ordering::Relaxed);
     }
     /// Forgets a failure: the ring was stopped.
     pub fn clear_failure(&self) {
-        self.flags.failed.store(false, Ordering::Relaxed);
+        self.shared.failed.store(false, Ordering::Relaxed);
     }
-    /// Whether the VMM named a size that is no queue size.
-    pub fn has_bad_size(&self) -> bool {
-        self.flags.bad_size.load(Ordering::Relaxed)
+    /// Names the guest's rings, this one among them.
+    pub fn set_peers(&self, rings: &[Self]) {
+        let others = rings.iter().filter(|ring| !Arc::ptr_eq(&ring.shared, &self.shared));
+        self.shared.peers.get_or_init(|| others.map(|ring| Arc::downgrade(&ring.shared)).collect());
+    }
+    /// How it fares.
+    pub fn status(&self) -> RingStatus {
+        let counts = &self.shared.counts;
+        RingStatus {
+            failed: self.failed(),
+            failures: counts.failures.load(Ordering::Relaxed),
+            turns: counts.turns.load(Ordering::Relaxed),
+            chains: counts.chains.load(Ordering::Relaxed),
+            refused: counts.refused.load(Ordering::Relaxed),
+            descriptors: counts.descriptors.load(Ordering::Relaxed),
+            most_chains: counts.most_chains.load(Ordering::Relaxed),
+            most_descriptors: counts.most_descriptors.load(Ordering::Relaxed),
+        }
+    }
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.shared.counts
+    }
+    /// Whether the VMM has set it up so that it can be served, as far as guest memory need not be known for that.
+    pub(crate) fn check_setup(&self) -> Result<(), RingError> {
+        if self.shared.bad_size.load(Ordering::Relaxed) {
+            return Err(RingError::BadSize);
+        }
+        if self.shared.kick_replaced.load(Ordering::Relaxed) {
+            return Err(RingError::KickReplaced);
+        }
+        // One that does not run may still have the places of an earlier driver.
+        let mut running = self.shared.peers.get().into_iter().flatten().filter_map(Weak::upgrade);
+        let areas = self.shared.areas();
+        if running.any(|peer| peer.runs() && peer.areas().written_into(&areas)) {
+            return Err(RingError::SharedRings);
+        }
+        Ok(())
     }
 }
 
@@ -74,7 +213,8 @@ impl<'a> VringStateMutGuard<'a, FrameworkMemory> for Ring {
 
 impl VringT<FrameworkMemory> for Ring {
     fn new(mem: FrameworkMemory, max_queue_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { vring: VringMutex::new(mem, max_queue_size)?, flags: Arc::default() })
+        let shared = Shared { size: max_queue_size.into(), ..Shared::default() };
+        Ok(Self { vring: VringMutex::new(mem, max_queue_size)?, shared: Arc::new(shared) })
     }
     fn get_ref(&self) -> <Self as VringStateGuard<'_, FrameworkMemory>>::G {
         self.vring.get_ref()
@@ -98,9 +238,13 @@ impl VringT<FrameworkMemory> for Ring {
         self.vring.needs_notification()
     }
     fn set_enabled(&self, enabled: bool) {
+        self.shared.enabled.store(enabled, Ordering::Relaxed);
         self.vring.set_enabled(enabled);
     }
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
+        self.shared.desc.store(desc_table, Ordering::Relaxed);
+        self.shared.avail.store(avail_ring, Ordering::Relaxed);
+        self.shared.used.store(used_ring, Ordering::Relaxed);
         self.vring.set_queue_info(desc_table, avail_ring, used_ring)
     }
     fn queue_next_avail(&self) -> u16 {
@@ -116,16 +260,24 @@ impl VringT<FrameworkMemory> for Ring {
         self.vring.queue_used_idx()
     }
     fn set_queue_size(&self, num: u16) {
-        self.flags.bad_size.store(!num.is_power_of_two(), Ordering::Relaxed);
+        self.shared.bad_size.store(!num.is_power_of_two(), Ordering::Relaxed);
+        self.shared.size.store(num, Ordering::Relaxed);
         self.vring.set_queue_size(num);
     }
     fn set_queue_event_idx(&self, enabled: bool) {
         self.vring.set_queue_event_idx(enabled);
     }
     fn set_queue_ready(&self, ready: bool) {
+        self.shared.ready.store(ready, Ordering::Relaxed);
         self.vring.set_queue_ready(ready);
     }
+    /// Of a ring that runs the file is kept: the framework watches it, and must be able to tell it to be forgotten.
     fn set_kick(&self, file: Option<File>) {
+        let running = self.shared.runs() && self.vring.get_ref().get_kick().is_some();
+        self.shared.kick_replaced.store(running, Ordering::Relaxed);
+        if running {
+            return;
+        }
         self.vring.set_kick(file.and_then(nonblocking));
     }
     /// An empty kick file is no error: it was read by someone else, or a notification was taken back.

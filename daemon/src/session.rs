@@ -24,8 +24,8 @@ use crate::eventq::{EventQueue, Waker};
 use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::{self, GuestMemory};
-use crate::queue::{Next, RingError, Turn};
-use crate::ring::{FrameworkMemory, Ring};
+use crate::queue::{Budget, Next, RingError, Turn};
+use crate::ring::{FrameworkMemory, Ring, RingStatus};
 use crate::sigbus::Loss;
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd};
@@ -150,6 +150,11 @@ impl Session {
         &self.guest
     }
 
+    /// How its rings fare, by queue; none before the framework has shown them.
+    pub fn rings(&self) -> Vec<RingStatus> {
+        self.rings.get().into_iter().flatten().map(Ring::status).collect()
+    }
+
     /// Ends it from outside; [`serve`] returns soon after.
     pub fn end(&self) {
         self.fuse.blow(Failure::Removed);
@@ -228,7 +233,9 @@ impl Session {
 
     /// On the queue thread.
     fn on_event(&self, event: u16, rings: &[Ring]) {
-        self.rings.get_or_init(|| rings.to_vec());
+        for ring in self.rings.get_or_init(|| rings.to_vec()) {
+            ring.set_peers(rings);
+        }
         if let Some(ring) = self.ring(EVENTQ) {
             self.events.attach_ring(ring);
         }
@@ -273,7 +280,9 @@ impl Session {
     }
 
     fn take_turn(&self, queue: u16, ring: &Ring, name: &'static str) -> Result<(), RingError> {
-        let Some(mut turn) = Turn::begin(ring, || self.memory.view().rings())? else { return Ok(()) };
+        let Some(mut turn) = Turn::begin(ring, Budget::COMMANDS, || self.memory.view().rings())? else {
+            return Ok(());
+        };
         if queue == CONTROLQ && self.driver() == (Driver::Stopped { reset: false }) && turn.next_avail() != 0
         {
             self.guest.thaw();

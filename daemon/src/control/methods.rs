@@ -163,7 +163,8 @@ pub const METHODS: &[Method] = &[
         params: &[Param::required("name", GUEST_NAME, "its name")],
         result: "{name, socket, devices, connected, sessions, last_error, status: null or {name, epoch, \
                  incarnation, devices, contexts, retiring, resources, memory_bytes, memory_regions, \
-                 pending_faults, frozen}}",
+                 pending_faults, frozen}, queues: [{failed, failures, turns, chains, refused, descriptors, \
+                 most_chains, most_descriptors}]}",
         errors: &[Kind::GuestNotFound],
         run: handlers::guest_get,
     },

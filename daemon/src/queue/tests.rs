@@ -1,8 +1,9 @@
 //! Rings written by hand, legal and hostile, against [`Turn`].
 
 use super::*;
-use vhost_user_backend::VringT;
-use vm_memory::{Bytes, GuestMemoryAtomic};
+use virtio_gpu_svm::protocol::MAX_COMMAND_BYTES;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::GuestMemoryAtomic;
 
 const SIZE: u16 = 16;
 const DESC: u64 = 0x1000;
@@ -61,7 +62,10 @@ impl Driver {
         self.try_turn().unwrap().unwrap()
     }
     fn try_turn(&self) -> Result<Option<Turn<'_>>, RingError> {
-        Turn::begin(&self.ring, || Arc::clone(&self.memory))
+        self.turn_within(Budget::COMMANDS)
+    }
+    fn turn_within(&self, budget: Budget) -> Result<Option<Turn<'_>>, RingError> {
+        Turn::begin(&self.ring, budget, || Arc::clone(&self.memory))
     }
     /// (id, len) of the used entries.
     fn used(&self) -> Vec<(u32, u32)> {
@@ -296,7 +300,7 @@ fn malformed_indirect_tables_are_refused() {
 #[test]
 fn over_long_command_is_read_in_part_and_answered() {
     let mut driver = Driver::new();
-    let entries: u32 = 65_536;
+    let entries = Budget::COMMANDS.chain;
     for i in 0..u64::from(entries - 1) {
         driver.put(0x10_0000, i, Descriptor::new(DATA, 4096, NEXT, u16::try_from(i + 1).unwrap()));
     }
@@ -316,27 +320,63 @@ fn over_long_command_is_read_in_part_and_answered() {
 }
 
 #[test]
-fn longer_chains_than_any_buffer_are_refused() {
-    // A table of 70,000 entries that all lead back to the first 65,536: only those can be named by `next`.
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x80_0000)]).unwrap();
-    let mut driver = Driver::new();
-    driver.memory = Arc::new(memory);
-    for i in 0..65_536_u64 {
-        driver.put(0x10_0000, i, Descriptor::new(DATA, 0, NEXT, u16::try_from((i + 1) % 65_536).unwrap()));
+fn chains_of_more_descriptors_than_their_queue_allows_are_refused_uncopied() {
+    for budget in [Budget::COMMANDS, Budget::EVENTS] {
+        let mut driver = Driver::new();
+        driver.descriptor(0, 0x10_0000, (budget.chain + 1) * 16, INDIRECT, 0);
+        driver.offer(0);
+        let mut turn = driver.turn_within(budget).unwrap().unwrap();
+        assert!(matches!(turn.next(&mut Vec::new()), Ok(Next::Empty)));
+        assert_eq!(turn.refused(), Some((ChainError::TooLong(budget.chain), 1)));
+        assert_eq!(turn.cost.descriptors, 1);
     }
-    driver.descriptor(0, 0x10_0000, 70_000 * 16, INDIRECT, 0);
-    driver.refuses(ChainError::TooLong);
 }
 
-/// Many heads on one huge malformed table: each turn pays for one of them.
+#[test]
+fn commands_in_smaller_pieces_than_any_driver_makes_are_refused() {
+    for (pieces, refused) in [(1023_u16, None), (1024, Some((ChainError::TooManySpans, 1)))] {
+        let mut driver = Driver::new();
+        for i in 0..pieces {
+            driver.put(0x8000, i.into(), Descriptor::new(DATA + u64::from(i), 1, NEXT, i + 1));
+        }
+        driver.put(0x8000, pieces.into(), Descriptor::new(DATA, 1, WRITE, 0));
+        driver.descriptor(0, 0x8000, 16 * (u32::from(pieces) + 1), INDIRECT, 0);
+        driver.offer(0);
+        let mut turn = driver.turn();
+        let mut command = Vec::new();
+        if let Next::Chain(token) = turn.next(&mut command).unwrap() {
+            turn.complete(token, b"").unwrap();
+            assert_eq!(command.len(), usize::from(pieces));
+        }
+        assert_eq!(turn.refused(), refused, "{pieces}");
+    }
+}
+
+#[test]
+fn bytes_of_commands_end_the_turn() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 1 << 20, 0, 0);
+    driver.descriptor(1, DATA, 1, 0, 0);
+    for head in [0, 1, 1] {
+        driver.offer(head);
+    }
+    let mut turn = driver.turn();
+    for _ in 0..2 {
+        let token = chain(&mut turn, &mut Vec::new());
+        turn.complete(token, b"").unwrap();
+    }
+    assert!(matches!(turn.next(&mut Vec::new()), Ok(Next::Spent)));
+}
+
+/// Many heads on the longest malformed table: each turn pays for one of them.
 #[test]
 fn expensive_malformed_chains_end_the_turn() {
     let mut driver = Driver::new();
-    for i in 0..65_535_u64 {
-        driver.put(0x10_0000, i, Descriptor::new(DATA, 1, NEXT, u16::try_from(i + 1).unwrap()));
+    for i in 0..16_383_u64 {
+        driver.put(0x10_0000, i, Descriptor::new(DATA, 4096, NEXT, u16::try_from(i + 1).unwrap()));
     }
-    driver.put(0x10_0000, 65_535, Descriptor::new(DATA, 1, NEXT, 0));
-    driver.descriptor(0, 0x10_0000, 65_536 * 16, INDIRECT, 0);
+    driver.put(0x10_0000, 16_383, Descriptor::new(DATA, 4096, NEXT, 0));
+    driver.descriptor(0, 0x10_0000, 16_384 * 16, INDIRECT, 0);
     for _ in 0..SIZE {
         driver.offer(0);
     }
@@ -352,10 +392,11 @@ fn expensive_malformed_chains_end_the_turn() {
 #[test]
 fn turn_ends_with_its_budget() {
     let mut driver = Driver::new();
-    driver.size = 2 * u16::try_from(CHAIN_BUDGET).unwrap();
+    let most = Budget::COMMANDS.chains;
+    driver.size = 2 * u16::try_from(most).unwrap();
     driver.ring.set_queue_size(driver.size);
     driver.descriptor(0, DATA, 1, 0, 0);
-    for _ in 0..=CHAIN_BUDGET {
+    for _ in 0..=most {
         driver.offer(0);
     }
     let mut served = Vec::new();
@@ -364,9 +405,9 @@ fn turn_ends_with_its_budget() {
         while let Next::Chain(token) = turn.next(&mut Vec::new()).unwrap() {
             turn.complete(token, b"").unwrap();
         }
-        served.push(turn.used);
+        served.push(turn.cost.chains);
     }
-    assert_eq!(served, [CHAIN_BUDGET, 1]);
+    assert_eq!(served, [most, 1]);
 }
 
 #[test]
@@ -414,6 +455,93 @@ fn size_that_is_none_is_not_served() {
     assert!(matches!(driver.try_turn(), Err(RingError::BadSize)));
     driver.ring.set_queue_size(SIZE);
     assert!(driver.try_turn().unwrap().is_some());
+}
+
+/// A VMM's own doing: the framework would go on watching the file that it has closed.
+#[test]
+fn kick_file_replaced_while_the_ring_runs_fails_it() {
+    use rustix::event::{EventfdFlags, eventfd};
+    let file = || Some(std::fs::File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap()));
+    let driver = Driver::new();
+    driver.ring.set_enabled(false);
+    for _ in 0..2 {
+        driver.ring.set_kick(file());
+    }
+    driver.ring.set_enabled(true);
+    assert!(driver.try_turn().unwrap().is_some());
+    let watched = driver.ring.get_ref().get_kick().as_ref().map(std::os::fd::AsRawFd::as_raw_fd);
+    for replacement in [file(), None] {
+        driver.ring.set_kick(replacement);
+        assert!(matches!(driver.try_turn(), Err(RingError::KickReplaced)));
+        let kept = driver.ring.get_ref().get_kick().as_ref().map(std::os::fd::AsRawFd::as_raw_fd);
+        assert_eq!(kept, watched);
+    }
+    // As GET_VRING_BASE does it, and a start.
+    driver.ring.set_queue_ready(false);
+    driver.ring.set_kick(None);
+    driver.ring.set_kick(file());
+    driver.ring.set_queue_ready(true);
+    assert!(driver.try_turn().unwrap().is_some());
+}
+
+#[test]
+fn rings_of_two_queues_may_share_only_what_is_read() {
+    const OTHER: u64 = 0x20_0000;
+    // Places of the other ring, and whether they are of use.
+    let places = [
+        (OTHER, OTHER + 0x1000, OTHER + 0x2000, true),
+        (DESC, OTHER + 0x1000, OTHER + 0x2000, true),
+        (DESC, AVAIL, OTHER + 0x2000, true),
+        (OTHER, OTHER + 0x1000, USED, false),
+        (OTHER, OTHER + 0x1000, AVAIL, false),
+        (OTHER, OTHER + 0x1000, DESC + 16, false),
+        (USED, OTHER + 0x1000, OTHER + 0x2000, false),
+        (OTHER, USED + 4 + 8 * u64::from(SIZE), OTHER + 0x2000, false),
+        (OTHER, USED + 6 + 8 * u64::from(SIZE), OTHER + 0x2000, true),
+    ];
+    for (desc, avail, used, fine) in places {
+        let (one, other) = (Driver::new(), Driver::new());
+        let rings = [one.ring.clone(), other.ring.clone()];
+        rings.iter().for_each(|ring| ring.set_peers(&rings));
+        other.ring.set_queue_info(desc, avail, used).unwrap();
+        for ring in [&one, &other] {
+            let outcome = ring.try_turn().map(|turn| turn.is_some());
+            let wanted = if fine { Ok(true) } else { Err(RingError::SharedRings) };
+            assert_eq!(outcome, wanted, "{desc:#x} {avail:#x} {used:#x}");
+        }
+        // What does not run is not in the way.
+        other.ring.set_enabled(false);
+        assert!(one.try_turn().unwrap().is_some());
+        other.ring.set_enabled(true);
+        other.ring.set_queue_ready(false);
+        assert!(one.try_turn().unwrap().is_some());
+    }
+}
+
+#[test]
+fn visits_are_counted() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 4, NEXT, 0);
+    driver.descriptor(5, DATA, 4, 0, 0);
+    driver.offer(0);
+    driver.offer(5);
+    let mut turn = driver.turn();
+    let token = chain(&mut turn, &mut Vec::new());
+    turn.complete(token, b"").unwrap();
+    drop(turn);
+    drop(driver.turn());
+    driver.ring.fail();
+    let expected = crate::ring::RingStatus {
+        failed: true,
+        failures: 1,
+        turns: 2,
+        chains: 2,
+        refused: 1,
+        descriptors: 2,
+        most_chains: 2,
+        most_descriptors: 2,
+    };
+    assert_eq!(driver.ring.status(), expected);
 }
 
 #[test]
@@ -482,4 +610,53 @@ fn driver_is_interrupted_where_it_asked() {
     rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     serve(&mut driver);
     assert_eq!(driver.used().len(), 3);
+}
+
+/// What the dearest visits cost. Nothing is asserted:
+/// `cargo test -p daemon --lib dearest_visits -- --ignored --nocapture`
+#[test]
+#[ignore = "measures; prints processor time"]
+fn dearest_visits() {
+    use rustix::time::{ClockId, clock_gettime};
+    use std::time::Duration;
+    let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x80_0000)]).unwrap());
+    let shapes: [(&str, u32, u64, bool); 5] = [
+        ("pages", 4096, 1, true),
+        ("pages, in scattered order", 4096, 40_503, true),
+        ("pages, no end", 4096, 40_503, false),
+        ("bytes", 1, 1, true),
+        ("nothing", 0, 40_503, false),
+    ];
+    for (name, len, step, ends) in shapes {
+        let mut driver = Driver::new();
+        driver.memory = Arc::clone(&memory);
+        for i in 0..16_384_u64 {
+            let (at, next) = (i * step % 16_384, (i + 1) * step % 16_384);
+            driver.put(0x10_0000, at, Descriptor::new(DATA, len, NEXT, u16::try_from(next).unwrap()));
+        }
+        if ends {
+            let last = 16_383 * step % 16_384;
+            driver.put(0x10_0000, last, Descriptor::new(DATA + 0x8000, 64, WRITE, 0));
+        }
+        driver.descriptor(0, 0x10_0000, 16_384 * 16, INDIRECT, 0);
+        driver.descriptor(1, 0x10_0000, 4094 * 16, INDIRECT, 0);
+        // As near to the budget as a chain leads, and then the longest there is.
+        let (mut times, mut descriptors) = (Vec::new(), 0);
+        for _ in 0..8 {
+            let mut command = Vec::new();
+            driver.offer(1);
+            driver.offer(0);
+            let time = || Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap();
+            let before = time();
+            let mut turn = driver.turn();
+            while let Next::Chain(token) = turn.next(&mut command).unwrap() {
+                turn.complete(token, b"no").unwrap();
+            }
+            descriptors = turn.cost.descriptors;
+            drop(turn);
+            times.push(time() - before);
+        }
+        times.sort_unstable();
+        println!("{name}: {descriptors} descriptors, {:?} to {:?}", times[0], times[7]);
+    }
 }
