@@ -3,14 +3,13 @@
 //!
 //! The answer fits its room and has a header; no engine panics; afterwards nothing is left on any device.
 
+use crate::engines::{DEVICES, Engines, JOB_LIMIT};
 use crate::script::{self, GPA, REGION};
 use crate::{exclusive, must};
 use std::sync::{Arc, LazyLock, Mutex};
-use std::time::{Duration, Instant};
-use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{AddressModel, Device, Events, FaultModel};
+use std::time::Instant;
 use virtio_gpu_svm::guest::{EventPort, Guest};
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Limits;
 use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
 use virtio_gpu_svm::protocol::control::{PAGE_RESP_SUCCESS, PageRun};
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord};
@@ -21,47 +20,19 @@ use zerocopy::{FromBytes, IntoBytes};
 
 const LIMITS: Limits =
     Limits { contexts: 4, pending_faults: 8, jobs: 8, mappings: 16, resources: 4, fault_deadline_ms: 0 };
-/// How long jobs may run.
-const MOMENT: Duration = Duration::from_millis(2);
 /// Bytes that an answer may have, by the input's first byte.
 const ROOMS: [usize; 6] = [64 << 10, 4096, 128, 48, 24, 0];
 
 struct Scene {
-    host: Arc<Host>,
-    devices: Vec<Arc<SoftDevice>>,
+    engines: Engines,
     memory: Arc<MemoryTable>,
 }
 
 static SCENE: LazyLock<Mutex<Scene>> = LazyLock::new(|| {
-    use {AddressModel::*, FaultModel::*};
-    let kinds = [(Replayable, Any), (FaultModel::None, Any), (Replayable, Identity)];
-    let devices: Vec<_> = (0..)
-        .zip(kinds)
-        .map(|(index, (fault_model, address_model))| {
-            SoftDevice::new(SoftConfig {
-                index,
-                name: format!("soft{index}"),
-                engines: 1,
-                va_bits: 48,
-                fault_model,
-                address_model,
-                ledger: Option::None,
-                job_limit: Some(MOMENT),
-            })
-        })
-        .collect();
-    let host = Host::new(devices.iter().map(|device| Arc::clone(device) as Arc<dyn Device>).collect());
-    for device in &devices {
-        let events: Arc<dyn Events> = Arc::<Host>::clone(&host);
-        device.start(Arc::downgrade(&events));
-        let device = Arc::clone(device);
-        // It serves until the process ends.
-        std::thread::spawn(move || device.run_engine(0));
-    }
     let identity = RegionIdentity { inode: (0, 1), offset: 0, size: REGION, gpa: GPA };
     let region = Region::new(identity, must(MmapRegion::new(must(usize::try_from(REGION)))));
     let memory = Arc::new(must(MemoryTable::new(vec![region])));
-    Mutex::new(Scene { host, devices, memory })
+    Mutex::new(Scene { engines: Engines::start(), memory })
 });
 
 struct Silent;
@@ -78,7 +49,7 @@ impl EventPort for Silent {
 pub fn run(bytes: &[u8]) {
     let Some((how, command)) = bytes.split_first() else { return };
     let scene = exclusive(&SCENE);
-    let guest = scene.host.open_guest("fuzz", LIMITS, &[0, 1, 2], Arc::new(Silent));
+    let guest = scene.engines.host.open_guest("fuzz", LIMITS, &DEVICES, Arc::new(Silent));
     guest.set_memory(Arc::clone(&scene.memory));
     furnish(&guest);
     let room = ROOMS[usize::from(*how) % ROOMS.len()];
@@ -92,12 +63,7 @@ pub fn run(bytes: &[u8]) {
     assert_eq!(answer.len() < size_of::<CtrlHdr>(), room < size_of::<CtrlHdr>());
     serve(&guest);
     guest.close();
-    for device in scene.host.devices() {
-        assert_eq!((device.gpu_vms, device.retiring), (0, 0), "left on {device:?}");
-    }
-    for device in &scene.devices {
-        assert_eq!(device.panics(), 0, "an engine panicked");
-    }
+    scene.engines.assert_idle();
 }
 
 /// Makes the objects that commands may name: context 1 with GPU VMs 1 to 3, resource 1.
@@ -156,7 +122,7 @@ fn request_of(cmd: u32, request: &[u8]) -> Vec<u8> {
 /// Answers the faults of jobs until there is no job, for a moment.
 fn serve(guest: &Arc<Guest>) {
     let (mut buf, mut answer) = (Vec::new(), Vec::new());
-    let until = Instant::now() + MOMENT;
+    let until = Instant::now() + JOB_LIMIT;
     while guest.contexts().iter().any(|context| context.jobs > 0) && Instant::now() < until {
         guest.fill_events(&mut buf, 4096);
         let records = buf.get(size_of::<EventHdr>()..).unwrap_or_default().chunks_exact(EVENT_RECORD_BYTES);

@@ -5,12 +5,13 @@
 //! * [`command`]: any bytes as one command, on devices whose engines run.
 //! * [`controlq`]: a guest's whole life on devices that the input plays: commands, faults, answers, checkpoints.
 //! * [`control_socket`]: any bytes on the operator's socket.
-//! * [`vhost_user`]: messages and descriptors of a VMM, good and bad.
+//! * [`vhost_user`]: messages and descriptors of a VMM, good and bad, and a guest behind it, on devices whose engines run.
 //! * [`pack`]: many inputs in one file.
 
 pub mod command;
 pub mod control_socket;
 pub mod controlq;
+mod engines;
 mod input;
 pub mod pack;
 mod puppet;

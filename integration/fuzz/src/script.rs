@@ -3,7 +3,7 @@
 use crate::input::Input;
 use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::gpu::*;
-use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::job::*;
 use virtio_gpu_svm::protocol::request::*;
 use zerocopy::IntoBytes;
 
@@ -166,6 +166,26 @@ pub(crate) fn question(input: &mut Input<'_>) -> Vec<u8> {
     }
 }
 
+/// Any that needs nothing of what was before.
+pub(crate) fn command(input: &mut Input<'_>) -> Vec<u8> {
+    match input.below(16) {
+        0 => hello(u64::from(input.below(4))),
+        1 => create_context(ctx_id(input)),
+        2 => destroy_context(ctx_id(input)),
+        3 => create_blob(input),
+        4 => resource(input),
+        5 => question(input),
+        6 => invalidate(input),
+        7 => {
+            let ctx_id = ctx_id(input);
+            let runs: Vec<_> = (0..=input.below(3)).map(|_| run(input, None, 0)).collect();
+            supply(ctx_id, &runs)
+        }
+        8 => input.take(64).to_vec(),
+        _ => submit(input),
+    }
+}
+
 /// A SUBMIT_3D with one to four requests.
 pub(crate) fn submit(input: &mut Input<'_>) -> Vec<u8> {
     let (mut payload, mut rsp_off) = (Vec::new(), 0_u32);
@@ -263,7 +283,7 @@ fn operation(input: &mut Input<'_>) -> BindOp {
 }
 
 fn exec(input: &mut Input<'_>) -> Vec<u8> {
-    let packets = vec![Packet::default(); usize::from(input.flag()) + 1];
+    let packets: Vec<_> = (0..=input.below(2)).map(|_| packet(input)).collect();
     let (vm_id, waits) = (vm_id(input), points(input));
     let head = Exec {
         vm_id,
@@ -275,4 +295,29 @@ fn exec(input: &mut Input<'_>) -> Vec<u8> {
     };
     let head = &head.as_bytes()[size_of::<ReqHdr>()..];
     list(&list(head, &waits), &packets)
+}
+
+/// Mostly one that a device takes: what an opcode does not name is left out.
+fn packet(input: &mut Input<'_>) -> Packet {
+    let opcode = input.below(10);
+    let (dst, src) = (c(input), c(input));
+    let (len, value) = (u64::from(input.u8()) * 8, u64::from(input.u8()));
+    let [no_src, no_len, no_value] = match opcode {
+        OP_COPY => [false, false, true],
+        OP_FILL => [true, false, false],
+        OP_REDUCE => [false, false, true],
+        OP_AXPY => [false; 3],
+        OP_CHASE => [false, true, false],
+        OP_ATOMIC_ADD | OP_SEM_WAIT | OP_SEM_SIGNAL => [true, true, false],
+        _ => [true; 3],
+    };
+    let of = |without: bool, field: u64| if without { 0 } else { field };
+    Packet {
+        opcode: opcode.into(),
+        dst: of(opcode == OP_NOP, dst).into(),
+        src: of(no_src, src).into(),
+        len: of(no_len, len).into(),
+        value: of(no_value, value).into(),
+        ..Packet::default()
+    }
 }

@@ -1,8 +1,10 @@
-//! Target: a session and its VMM, which sends messages with descriptors, good and bad, writes the rings and kicks.
+//! Target: a session and its VMM, which sends messages with descriptors, good and bad, writes the rings and kicks; the
+//! commands in them come to devices of every kind, whose faults are answered now and then.
 //!
-//! The session ends when the VMM has left, or before, and says why; no thread of it panics; it leaves no descriptor
-//! behind. (So nothing else may open descriptors in this process meanwhile.)
+//! The session ends when the VMM has left, or before, and says why; no thread of it panics, nor does an engine; it leaves
+//! nothing on a device and no descriptor behind. (So nothing else may open descriptors in this process meanwhile.)
 
+use crate::engines::{DEVICES, Engines};
 use crate::input::Input;
 use crate::script;
 use crate::{exclusive, must};
@@ -19,20 +21,31 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, LazyLock, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vhost::vhost_user::Listener;
-use virtio_gpu_svm::host::{Host, Limits};
-use virtio_gpu_svm::protocol::NUM_QUEUES;
+use virtio_gpu_svm::host::Limits;
+use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord};
+use virtio_gpu_svm::protocol::{EVENTQ, NUM_QUEUES};
+use zerocopy::FromBytes;
 
 /// After so long a session that should end hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Messages and deeds of one VMM at most.
 const STEPS: usize = 48;
-/// Bytes of guest memory; the frontend has it at [`BASE`].
-const MEMORY: u64 = 256 << 10;
+/// Bytes of guest memory; the frontend has it at [`BASE`]. Rings, commands and answers are in the first [`RINGS`], pages
+/// of processes where `script` looks for them.
+const MEMORY: u64 = 4 << 20;
+const RINGS: u64 = 256 << 10;
 const BASE: u64 = 0x7000_0000_0000;
 const RING: u16 = 16;
+/// Chains of a queue with buffers of their own; of more the buffers are used again.
+const CHAINS: u8 = 8;
+/// Bytes of each buffer.
+const ROOM: u32 = 0x1000;
+const REQUESTS_AT: u64 = 0x1_0000;
+const ANSWERS_AT: u64 = 0x2_0000;
+const BUFFERS_AT: u64 = 0x3_0000;
 const LIMITS: Limits =
     Limits { contexts: 4, pending_faults: 8, jobs: 8, mappings: 16, resources: 4, fault_deadline_ms: 0 };
 
@@ -54,6 +67,7 @@ const RESET_DEVICE: u32 = 34;
 const REQUESTS: u8 = 48;
 
 struct Door {
+    engines: Engines,
     listener: Mutex<Listener>,
     socket: std::path::PathBuf,
     _dir: TempDir,
@@ -63,7 +77,7 @@ static DOOR: LazyLock<Mutex<Arc<Door>>> = LazyLock::new(|| {
     let dir = must(tempfile::tempdir());
     let socket = dir.path().join("guest.sock");
     let listener = Mutex::new(Listener::from(must(UnixListener::bind(&socket))));
-    Mutex::new(Arc::new(Door { listener, socket, _dir: dir }))
+    Mutex::new(Arc::new(Door { engines: Engines::start(), listener, socket, _dir: dir }))
 });
 
 /// A VMM: its connection, its guest's memory, and events of each queue.
@@ -81,16 +95,17 @@ struct Vmm {
 /// # Panics
 /// If one of the module's statements does not hold.
 pub fn run(bytes: &[u8]) {
-    let door = Arc::clone(&exclusive(&DOOR));
+    let shared = exclusive(&DOOR);
+    let door = Arc::clone(&shared);
     let before = descriptors();
     let (ended, end) = mpsc::channel();
     let stream = must(UnixStream::connect(&door.socket));
     let server = std::thread::spawn(move || {
         let setup = Setup {
-            host: Host::new(Vec::new()),
+            host: Arc::clone(&door.engines.host),
             name: "fuzz".into(),
             limits: LIMITS,
-            devices: Vec::new(),
+            devices: DEVICES.to_vec(),
             allow_unsealed: false,
         };
         let mut listener = door.listener.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -112,7 +127,17 @@ pub fn run(bytes: &[u8]) {
     if let Err(failure) = &outcome {
         assert!(!matches!(**failure, Failure::Panicked(_)), "{failure}");
     }
-    assert_eq!(descriptors(), before, "descriptors before and after a session: {outcome:?}");
+    shared.engines.assert_idle();
+    await_descriptors(before, &outcome);
+}
+
+/// Engines and the housekeeper may hold what is left of a guest a moment longer than its session.
+fn await_descriptors(before: usize, outcome: &Result<(), Arc<Failure>>) {
+    let until = Instant::now() + PATIENCE;
+    while descriptors() != before {
+        assert!(Instant::now() < until, "{before} descriptors before, {} after: {outcome:?}", descriptors());
+        std::thread::yield_now();
+    }
 }
 
 /// How many this process has open.
@@ -153,17 +178,20 @@ impl Vmm {
             3 => self.number(GET_VRING_BASE, queue, 0),
             4 => self.send(RESET_DEVICE, 1, &[], &[]),
             5 => self.number(SET_VRING_ENABLE, queue, u32::from(input.u8() & 1)),
-            6..=9 => self.offer(queue, &script::hello(u64::from(input.u8()))),
-            10..=12 => self.offer(queue, &script::create_context(input.below(8))),
-            13..=16 => self.offer(queue, &script::submit(input)),
+            6 => self.offer(queue, &script::hello(u64::from(input.u8()))),
+            7..=8 => self.offer(0, &script::create_context(script::ctx_id(input))),
+            9..=14 => self.offer(0, &script::command(input)),
+            15 => self.offer(queue, &script::command(input)),
+            16 => self.offer_buffer(EVENTQ.into()),
             17 => {
-                // Anything anywhere in guest memory.
+                // Anything, among the rings or anywhere in guest memory.
                 let (at, bytes) = (input.u32(), input.u8());
-                let bytes = input.take(usize::from(bytes));
-                self.write(u64::from(at) % (MEMORY - 256), bytes);
+                let within = if bytes & 0x80 == 0 { RINGS } else { MEMORY };
+                let bytes = input.take(usize::from(bytes) & 0x7f);
+                self.write(u64::from(at) % (within - 256), bytes);
             }
             18 => self.kick(queue),
-            19..=20 => self.offer(queue, input.take(64)),
+            19..=20 => self.answer(input),
             21 => self.send(GET_CONFIG, 1, &[0, 128, 0].map(u32::to_le_bytes).concat(), &[]),
             // Everything so far is done when this is answered.
             _ => self.settle(),
@@ -234,16 +262,48 @@ impl Vmm {
     }
     /// Makes a command available, and room for its answer, and kicks.
     fn offer(&mut self, queue: usize, command: &[u8]) {
-        let (ring, request, answer) = (Self::ring_at(queue), 0x1_0000, 0x2_0000_u64);
-        self.write(request, command);
+        let place = self.place(queue);
+        self.write(REQUESTS_AT + place, command);
         let length = u32::try_from(command.len()).unwrap_or(u32::MAX);
-        let descriptor = |addr: u64, length: u32, flags: u16, next: u16| {
-            let [addr, rest] = [addr, u64::from(length) | u64::from(flags) << 32 | u64::from(next) << 48];
-            [addr, rest].map(u64::to_le_bytes).concat()
-        };
-        self.write(ring, &[descriptor(request, length, 1, 1), descriptor(answer, 4096, 2, 0)].concat());
+        self.make_available(queue, &[(REQUESTS_AT + place, length, 1), (ANSWERS_AT + place, ROOM, 2)]);
+    }
+    /// Makes a buffer for event records available, and kicks.
+    fn offer_buffer(&mut self, queue: usize) {
+        let place = self.place(queue);
+        self.make_available(queue, &[(BUFFERS_AT + place, ROOM, 2)]);
+    }
+    /// Answers a fault that an event buffer tells of.
+    fn answer(&mut self, input: &mut Input<'_>) {
+        let place = u64::from(ROOM) * u64::from(input.below(CHAINS));
+        let mut buffer = vec![0; must(usize::try_from(ROOM))];
+        must(self.memory.read_exact_at(&mut buffer, BUFFERS_AT + place));
+        let records = buffer.get(size_of::<EventHdr>()..).unwrap_or_default();
+        let mut faults = records
+            .chunks_exact(EVENT_RECORD_BYTES)
+            .filter_map(|record| FaultRecord::read_from_bytes(record).ok())
+            .filter(|record| record.kind.get() == EVENT_FAULT);
+        let Some(fault) = faults.nth(usize::from(input.u8() & 3)) else { return };
+        let seq = if input.flag() { 0 } else { u64::MAX };
+        let run = script::run(input, Some(fault.cpu_addr.get()), seq);
+        self.offer(0, &script::response(fault.ctx_id.get(), fault.cookie.get(), input.below(3), &[run]));
+    }
+    /// Where the next chain of a queue has its buffers, from the beginning of each kind.
+    fn place(&self, queue: usize) -> u64 {
+        u64::from(ROOM) * u64::from(self.avail[queue] % u16::from(CHAINS))
+    }
+    /// A chain of buffers (address, bytes, 2 for writable and 1 for readable).
+    fn make_available(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) {
+        let ring = Self::ring_at(queue);
+        let head = 2 * (self.avail[queue] % u16::from(CHAINS));
+        for ((index, &(addr, length, kind)), left) in
+            (head..).zip(buffers).zip((0..u16::try_from(buffers.len()).unwrap_or(0)).rev())
+        {
+            let flags = kind & 2 | u16::from(left > 0);
+            let rest = u64::from(length) | u64::from(flags) << 32 | u64::from(index + 1) << 48;
+            self.write(ring + 16 * u64::from(index), &[addr, rest].map(u64::to_le_bytes).concat());
+        }
         let slot = u64::from(self.avail[queue] % RING);
-        self.write(ring + 0x1004 + 2 * slot, &[0, 0]);
+        self.write(ring + 0x1004 + 2 * slot, &head.to_le_bytes());
         self.avail[queue] = self.avail[queue].wrapping_add(1);
         self.write(ring + 0x1002, &self.avail[queue].to_le_bytes());
         self.kick(queue);
