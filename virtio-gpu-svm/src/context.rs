@@ -27,11 +27,13 @@ use crate::memory::MemoryTable;
 use crate::population::{Populating, Population, take_away};
 use crate::protocol::errno::{EACCES, EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
+use crate::protocol::limit::Limit;
+use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::AtomicBool;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::timeline::{self, Timelines};
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 /// Slices of what may go on that a thread does which serves other guests too.
@@ -82,6 +84,9 @@ pub enum Error {
     /// A promise or a wait.
     #[error(transparent)]
     Point(timeline::Error),
+    /// Over a quota of the guest.
+    #[error(transparent)]
+    Full(#[from] Full),
     /// The device refused.
     #[error("the device refused")]
     Device(#[source] crate::device::Error),
@@ -99,7 +104,8 @@ impl Error {
             | Self::TooManyJobs(_)
             | Self::TooManyMappings(_)
             | Self::TooManyPages(_)
-            | Self::TooManyQueued(_) => ENOSPC,
+            | Self::TooManyQueued(_)
+            | Self::Full(_) => ENOSPC,
             Self::Detached => EACCES,
             Self::Point(timeline::Error::NoVm { .. }) => ENOENT,
             Self::Point(timeline::Error::Backwards { .. } | timeline::Error::Future { .. }) => EINVAL,
@@ -142,7 +148,7 @@ pub struct State {
     pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    pub(crate) retiring: HashSet<(usize, Asid)>,
+    pub(crate) retiring: HashMap<(usize, Asid), Charge>,
     /// Jobs and asynchronous binds that have not ended.
     pub(crate) timelines: Timelines,
     /// Binds that have started and wait for pages.
@@ -168,6 +174,7 @@ pub struct Context {
     pub capset_id: u32,
     pub(crate) label: VmLabel,
     pub(crate) limits: Limits,
+    pub(crate) quota: Arc<Quota>,
     pub(crate) host: Arc<Host>,
     guest: Weak<Guest>,
     /// Whether it stands in its guest's list of contexts with records; changed under that list's lock.
@@ -202,7 +209,7 @@ impl Context {
             faults: PendingFaults::default(),
             throttled: VecDeque::new(),
             invalidations: Invalidations::default(),
-            retiring: HashSet::new(),
+            retiring: HashMap::new(),
             timelines: Timelines::default(),
             populating: Vec::new(),
             undelivered_jobs: 0,
@@ -218,6 +225,7 @@ impl Context {
             capset_id: new.capset_id,
             label,
             limits: guest.limits(),
+            quota: Arc::clone(guest.quota()),
             host,
             guest: Arc::downgrade(guest),
             queued: AtomicBool::new(false),
@@ -269,12 +277,14 @@ impl Context {
     /// Creates the GPU VM on a device. Returns its id and asid. PROTOCOL 5.1.
     ///
     /// # Errors
-    /// [`Error::VmExists`], [`Error::NoAsid`], [`Error::Device`].
+    /// [`Error::VmExists`], [`Error::Full`], [`Error::NoAsid`], [`Error::Device`].
     pub fn vm_create(self: &Arc<Self>, dev_id: u32, device: usize) -> Result<(u32, Asid), Error> {
         let mut state = self.lock();
         if state.vms.values().any(|vm| vm.device == device) {
             return Err(Error::VmExists(dev_id));
         }
+        let mut charge = self.quota.charge(Limit::GpuVms);
+        charge.grow(1)?;
         let vm_id = state.next_vm;
         let owner = Owner { context: Arc::clone(self), vm_id };
         let router = self.host.router_of(device);
@@ -293,6 +303,7 @@ impl Context {
             jobs: 0,
             pending_faults: 0,
             population: Population::of_new_vm(self.host.device_of(device).as_ref()),
+            charge,
         };
         state.vms.insert(vm_id, vm);
         Ok((vm_id, asid))
@@ -330,7 +341,7 @@ impl Context {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
-        state.retiring.insert((vm.device, vm.asid));
+        state.retiring.insert((vm.device, vm.asid), vm.charge);
         self.host.device_of(vm.device).vm_destroy(vm.asid);
     }
 

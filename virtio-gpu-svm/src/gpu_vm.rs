@@ -40,6 +40,7 @@ use crate::addr::PageRange;
 use crate::device::{AddressModel, Asid, DeviceInfo};
 use crate::population::Population;
 use crate::protocol::{GUEST_VA_END, PAGE_SHIFT};
+use crate::quota::Charge;
 use crate::resource::Blob;
 use crate::sync::Arc;
 use std::collections::{BTreeMap, BTreeSet};
@@ -383,6 +384,8 @@ pub struct GpuVm {
     pub pending_faults: usize,
     /// What is to be on the device before a job touches it.
     pub population: Population,
+    /// Of the GPU VM itself; its retirement gives it back.
+    pub charge: Charge,
 }
 
 #[cfg(test)]

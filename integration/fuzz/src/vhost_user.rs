@@ -33,8 +33,15 @@ const STEPS: usize = 48;
 const MEMORY: u64 = 256 << 10;
 const BASE: u64 = 0x7000_0000_0000;
 const RING: u16 = 16;
-const LIMITS: Limits =
-    Limits { contexts: 4, pending_faults: 8, jobs: 8, mappings: 16, resources: 4, fault_deadline_ms: 0 };
+const LIMITS: Limits = Limits {
+    contexts: 4,
+    pending_faults: 8,
+    jobs: 8,
+    mappings: 16,
+    resources: 4,
+    fault_deadline_ms: 0,
+    ..Limits::DEFAULT
+};
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;

@@ -281,6 +281,7 @@ pub const LIMITS: Limits = Limits {
     mappings: 8,
     resources: 4,
     fault_deadline_ms: DEADLINE_MS,
+    ..Limits::DEFAULT
 };
 /// Short enough to wait for; nothing expires unless a test asks for it.
 pub const DEADLINE_MS: u32 = 20;
