@@ -231,6 +231,10 @@ impl Mappings {
     pub fn len(&self) -> usize {
         self.by_start.len()
     }
+    /// The same, as it is charged for.
+    pub fn count(&self) -> u64 {
+        u64::try_from(self.by_start.len()).unwrap_or(u64::MAX)
+    }
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.by_start.is_empty()
@@ -386,6 +390,8 @@ pub struct GpuVm {
     pub population: Population,
     /// Of the GPU VM itself; its retirement gives it back.
     pub charge: Charge,
+    /// Of its mappings.
+    pub mappings_charge: Charge,
 }
 
 #[cfg(test)]

@@ -648,8 +648,43 @@ impl Guest {
             memory_regions: regions.len(),
             pending_faults: inner.contexts.values().map(|c| c.load().1).fold(0, usize::saturating_add),
             frozen: inner.frozen,
-            limits: self.quota.status(|_| 0),
+            limits: self.quota.status(|limit| {
+                inner.contexts.values().map(|context| context.recount(limit)).max().unwrap_or(0)
+            }),
         }
+    }
+    /// What it holds, counted from the objects themselves: while nothing happens, what its quota says. For checks.
+    pub fn recount(&self) -> Vec<(Limit, u64)> {
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let inner = self.lock();
+        let outbox = self.lock_outbox();
+        let untold = outbox.notices.iter().filter(|notice| notice.kind == EVENT_CONTEXT_RETIRED).count();
+        let attached =
+            |resource: &Resource| count(resource.attached.len()).saturating_mul(Resource::ATTACHMENT_BYTES);
+        let bytes = |resource: &Resource| resource.blob.bytes().saturating_add(attached(resource));
+        let mut sums = vec![
+            (
+                Limit::Contexts,
+                count(inner.contexts.len().saturating_add(inner.retiring.len()).saturating_add(untold)),
+            ),
+            (Limit::Resources, count(inner.resources.len())),
+            (Limit::ResourceBytes, inner.resources.values().map(bytes).fold(0, u64::saturating_add)),
+        ];
+        let retiring = inner.retiring.values().map(|(context, _)| Arc::clone(context));
+        let contexts: Vec<_> = inner.contexts.values().cloned().chain(retiring).collect();
+        drop((inner, outbox));
+        for limit in [
+            Limit::GpuVms,
+            Limit::TotalMappings,
+            Limit::TableBytes,
+            Limit::TotalPendingFaults,
+            Limit::TotalJobs,
+            Limit::QueueBytes,
+        ] {
+            let of = |context: &Arc<Context>| context.recount(limit);
+            sums.push((limit, contexts.iter().map(of).fold(0, u64::saturating_add)));
+        }
+        sums
     }
     /// Its contexts with all their mappings, by id.
     pub fn contexts(&self) -> Vec<ContextStatus> {

@@ -5,12 +5,16 @@
 //! or is dropped, on whatever path. A collection has one charge for all that is in it, and not one for each element, so
 //! that a fault costs an addition and a subtraction.
 //!
-//! Limits of one context or GPU VM are compared with its own tables by whoever has their lock; here their refusals are
-//! counted.
+//! Limits of one context or GPU VM are compared with its own tables by whoever has their lock; here they are only
+//! counted: the most that any has had, and how often one was refused.
+//!
+//! No lock but the list of [`Starved`] contexts, under which nothing is called.
 
+use crate::context::Context;
 use crate::protocol::limit::Limit;
-use crate::sync::Arc;
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::VecDeque;
 
 /// Limits that an operator sets.
 const GAUGES: usize = 12;
@@ -121,6 +125,7 @@ impl Gauge {
     /// Adds, unless that is too much. A loop and not an addition that is taken back: that would refuse somebody else.
     fn add(&self, amount: u64) -> bool {
         let more = |used: u64| used.checked_add(amount).filter(|used| *used <= self.limit);
+        // Sequentially consistent, as the list of starved contexts needs it ([`Starved`]).
         let added = self.used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more);
         if let Ok(before) = added {
             self.note(before.saturating_add(amount));
@@ -148,6 +153,7 @@ pub struct Quota {
     reached: AtomicU32,
     /// Bit n: somebody has.
     told: AtomicU32,
+    pub(crate) starved: Starved,
 }
 
 impl Quota {
@@ -158,6 +164,7 @@ impl Quota {
             gauges: std::array::from_fn(|_| Gauge::new(all.next().unwrap_or(u64::MAX))),
             reached: AtomicU32::new(0),
             told: AtomicU32::new(0),
+            starved: Starved::default(),
         })
     }
     fn gauge(&self, limit: Limit) -> Option<&Gauge> {
@@ -181,6 +188,12 @@ impl Quota {
             gauge.refused.fetch_add(1, Ordering::Relaxed);
         }
         self.reached.fetch_or(1_u32.wrapping_shl(limit.to_wire().into()), Ordering::Relaxed);
+    }
+    /// A context or GPU VM holds so much of its own limit.
+    pub(crate) fn note(&self, limit: Limit, now: usize) {
+        if let Some(gauge) = self.gauge(limit) {
+            gauge.note(u64::try_from(now).unwrap_or(u64::MAX));
+        }
     }
     /// Limits that were reached for the first time since this was asked last.
     pub fn newly_reached(&self) -> Vec<Limit> {
@@ -260,6 +273,10 @@ impl Charge {
         }
         self.amount = self.amount.saturating_sub(amount);
     }
+    /// Gives back what is more than this.
+    pub fn shrink_to(&mut self, amount: u64) {
+        self.shrink(self.amount.saturating_sub(amount));
+    }
     /// Takes more or gives back.
     ///
     /// # Errors
@@ -268,7 +285,7 @@ impl Charge {
         match amount.checked_sub(self.amount) {
             Some(more) => self.grow(more),
             None => {
-                self.shrink(self.amount.saturating_sub(amount));
+                self.shrink_to(amount);
                 Ok(())
             }
         }
@@ -300,6 +317,50 @@ impl Drop for Charge {
 impl std::fmt::Debug for Charge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Charge({})", self.amount)
+    }
+}
+
+/// Contexts that have something to ask of the guest, and found its limit of pending faults reached.
+///
+/// Nobody is forgotten: who enters the list looks for room afterwards, who makes room looks into the list afterwards,
+/// and all of that is sequentially consistent.
+#[derive(Default)]
+pub(crate) struct Starved {
+    count: AtomicUsize,
+    /// Guards the list; each context is in it once.
+    list: Mutex<VecDeque<Weak<Context>>>,
+}
+
+impl Starved {
+    /// Whether there is one.
+    pub fn any(&self) -> bool {
+        self.count.load(Ordering::SeqCst) > 0
+    }
+    /// Puts a context at the end, unless it is there.
+    pub fn enter(&self, listed: &AtomicBool, context: &Weak<Context>) {
+        let mut list = self.lock();
+        if !listed.swap(true, Ordering::Relaxed) {
+            list.push_back(Weak::clone(context));
+            self.count.store(list.len(), Ordering::SeqCst);
+        }
+    }
+    /// Takes the first one that is still there.
+    pub fn take(&self, listed: impl Fn(&Context) -> &AtomicBool) -> Option<Arc<Context>> {
+        let mut list = self.lock();
+        let mut found = None;
+        while found.is_none()
+            && let Some(context) = list.pop_front()
+        {
+            found = context.upgrade();
+        }
+        self.count.store(list.len(), Ordering::SeqCst);
+        if let Some(context) = &found {
+            listed(context).store(false, Ordering::Relaxed);
+        }
+        found
+    }
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Weak<Context>>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -64,9 +64,10 @@ fn charge_of_nobody_is_never_refused() {
 #[test]
 fn limits_of_contexts_are_counted_where_they_are_refused() {
     let quota = Quota::new(&TINY);
+    quota.note(Limit::Jobs, 3);
     quota.refuse(Limit::Jobs);
     let LimitStatus { used, peak, limit, refused, .. } = row(&quota, Limit::Jobs);
-    assert_eq!((used, peak, limit, refused), (2, 0, 3, 1));
+    assert_eq!((used, peak, limit, refused), (2, 3, 3, 1));
 }
 
 #[test]

@@ -17,6 +17,7 @@ use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr,
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
 use virtio_gpu_svm::protocol::request::*;
+use virtio_gpu_svm::quota::Charge;
 use vm_memory::mmap::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -27,6 +28,9 @@ pub const MEMORY: u64 = 8 << 20;
 /// A and C of the tests: differ, and neither is aligned to a leaf.
 pub const A: u64 = 0x7f00_0001_0000;
 pub const C: u64 = 0x4_0002_0000;
+
+/// What the mock's tables take for each page.
+pub const TABLE_BYTES: u64 = 4096;
 
 /// What stands for the page of a null translation.
 pub const NULL_PAGE: u64 = u64::MAX;
@@ -41,6 +45,8 @@ pub struct Told {
     pub jobs: Vec<(Asid, JobId)>,
     pub destroyed: Vec<Asid>,
     pub frozen: BTreeSet<Asid>,
+    /// What is charged for `bound`, [`TABLE_BYTES`] a page.
+    pub tables: BTreeMap<Asid, Charge>,
     /// Calls of `unbind`.
     pub unbinds: usize,
     /// While set, unbinding leaves engines with old translations until `pass`.
@@ -56,6 +62,21 @@ pub struct Told {
 }
 
 impl Told {
+    fn pages_of(&self, asid: Asid) -> u64 {
+        self.bound.keys().filter(|(of, _)| *of == asid).count() as u64
+    }
+    /// Charges for pages before they are bound.
+    fn charge(&mut self, asid: Asid, pages: impl Iterator<Item = u64>) -> Result<(), Error> {
+        let new = pages.filter(|page| !self.bound.contains_key(&(asid, *page))).count() as u64;
+        let bytes = (self.pages_of(asid) + new) * TABLE_BYTES;
+        Ok(self.tables.get_mut(&asid).unwrap().resize(bytes)?)
+    }
+    fn give_back(&mut self, asid: Asid) {
+        let bytes = self.pages_of(asid) * TABLE_BYTES;
+        if let Some(charge) = self.tables.get_mut(&asid) {
+            charge.shrink_to(bytes);
+        }
+    }
     fn runs_jobs(&self, asid: Asid) -> bool {
         self.jobs.iter().any(|(of, _)| *of == asid)
     }
@@ -131,6 +152,7 @@ impl MockDevice {
         let destroyed = std::mem::take(&mut self.told().destroyed);
         for asid in destroyed {
             self.told().vms.remove(&asid);
+            self.told().tables.remove(&asid);
             host.retired(self.index, asid);
         }
     }
@@ -175,23 +197,27 @@ impl Device for MockDevice {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, label: VmLabel, tables: Charge) -> Result<(), Error> {
         self.attempt()?;
         let mut told = self.told();
         if told.full {
             return Err(Error::TooManyVms);
         }
+        told.tables.insert(asid, tables);
         assert!(told.vms.insert(asid, label).is_none());
         Ok(())
     }
     fn vm_destroy(&self, asid: Asid) {
         let mut told = self.told();
         told.bound.retain(|(a, _), _| *a != asid);
+        told.give_back(asid);
         told.destroyed.push(asid);
     }
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
         self.attempt()?;
         let mut page = addr.page();
+        let pages = extents.iter().map(|extent| extent.pages).sum::<u64>();
+        self.told().charge(asid, page..page + pages)?;
         for extent in extents {
             for n in 0..extent.pages {
                 let gpa_page = extent.region.gpa().page() + extent.offset / 4096 + n;
@@ -204,6 +230,7 @@ impl Device for MockDevice {
     fn bind_null(&self, asid: Asid, range: PageRange) -> Result<(), Error> {
         self.attempt()?;
         let mut told = self.told();
+        told.charge(asid, range.start..range.end)?;
         for page in range.start..range.end {
             told.bound.insert((asid, page), (NULL_PAGE, true));
         }
@@ -215,6 +242,7 @@ impl Device for MockDevice {
         assert!(!must_be_frozen || told.frozen.contains(&asid), "unbound under the jobs of {asid:?}");
         told.unbinds += 1;
         told.bound.retain(|(a, page), _| *a != asid || !range.contains(*page));
+        told.give_back(asid);
         Self::ticket(&mut told)
     }
     fn flush(&self, _asid: Asid) -> Flush {
@@ -224,7 +252,12 @@ impl Device for MockDevice {
         self.told().passed >= ticket.0
     }
     fn drop_region(&self, asid: Asid, _region_id: u64) {
-        self.told().bound.retain(|(a, _), _| *a != asid);
+        let mut told = self.told();
+        told.bound.retain(|(a, _), _| *a != asid);
+        told.give_back(asid);
+    }
+    fn table_bytes(&self, asid: Asid) -> u64 {
+        self.told().tables.get(&asid).map_or(0, Charge::amount)
     }
     fn resident_pages(&self, asid: Asid) -> u64 {
         self.told().bound.keys().filter(|(a, _)| *a == asid).count() as u64

@@ -17,6 +17,7 @@ use crate::device::{Access, Fault, JobEnd, JobId, Ticket};
 use crate::memory::{Region, RegionIdentity};
 use crate::protocol::job::*;
 use crate::protocol::{PAGE_SIZE, errno};
+use crate::quota::Charge;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -136,7 +137,7 @@ impl Rig {
     }
 
     fn vm(&self, asid: u32) -> Asid {
-        self.device.vm_create(Asid(asid), label(asid)).unwrap();
+        self.device.vm_create(Asid(asid), label(asid), Charge::default()).unwrap();
         Asid(asid)
     }
 
