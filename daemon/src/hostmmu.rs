@@ -43,6 +43,7 @@ use virtio_gpu_svm::device::{
     StopId, Ticket, Verdict, VmLabel, operands,
 };
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
+use virtio_gpu_svm::quota::Charge;
 use vm::VmState;
 
 /// Most address bits: a worker's own image, heap and stacks are above.
@@ -241,11 +242,11 @@ impl Device for HostMmuDevice {
         &self.0.info
     }
 
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, label: VmLabel, tables: Charge) -> Result<(), Error> {
         let bell =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|_| Error::OutOfMemory)?;
         let va_end = 1u64.wrapping_shl(self.0.info.va_bits);
-        let state = Mutex::new(VmState::new(va_end, self.0.budget, self.0.job_limit));
+        let state = Mutex::new(VmState::new(va_end, self.0.budget, self.0.job_limit, tables));
         let vm = Arc::new(Vm { asid, label, state, passed: Condvar::new(), bell });
         let mut vms = self.0.vms();
         if vms.contains_key(&asid) {
@@ -295,6 +296,10 @@ impl Device for HostMmuDevice {
 
     fn resident_pages(&self, asid: Asid) -> u64 {
         self.0.vm(asid).map_or(0, |vm| vm.with(|state| state.resident_pages()))
+    }
+
+    fn table_bytes(&self, asid: Asid) -> u64 {
+        self.0.vm(asid).map_or(0, |vm| vm.with(|state| state.table_bytes()))
     }
 
     fn resident_in(&self, asid: Asid, range: PageRange) -> u64 {

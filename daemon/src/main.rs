@@ -213,7 +213,7 @@ fn end_with_its_only_guest(registry: &Registry, shutdown: &Arc<Notify>) {
 
 fn limits(limits: config::Limits) -> Limits {
     let config::Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms } = limits;
-    Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms }
+    Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms, ..Limits::DEFAULT }
 }
 
 fn log_to_stderr(level: LogLevel) {

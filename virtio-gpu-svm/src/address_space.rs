@@ -7,6 +7,7 @@
 
 use crate::addr::PageRange;
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
+use crate::quota::Charge;
 use crate::seeded::{self, Bug};
 use std::collections::BTreeMap;
 
@@ -18,6 +19,11 @@ const LEAF_SLOTS: usize = 512;
 const _: () = assert!(LEAF_SLOTS.ilog2() == LEAF_PAGES_SHIFT);
 /// Most leaves of one address space.
 pub const MAX_LEAVES: usize = 65_536;
+
+/// What a leaf takes in the tree of leaves.
+const LEAF_BYTES: u64 = 96;
+/// What its pages take besides. A leaf that is one run is charged the same: an invalidation may cut it, and cannot fail.
+const PAGES_BYTES: u64 = 8 * LEAF_PAGES;
 
 const PRESENT: u64 = 1 << 63;
 const READONLY: u64 = 1 << 62;
@@ -67,6 +73,8 @@ pub enum Install {
     Conflict,
     /// Too many leaves; nothing of it was installed.
     Full,
+    /// The guest's tables take too many bytes; nothing of it was installed.
+    OverQuota,
 }
 
 enum Pages {
@@ -92,9 +100,23 @@ pub struct AddressSpace {
     /// Last invalidation that touched a leaf which does not exist.
     absent_invalidated: u64,
     known: u64,
+    /// Of all leaves.
+    charge: Charge,
 }
 
 impl AddressSpace {
+    /// Nothing is known; the charge is for what will be.
+    pub fn new(charge: Charge) -> Self {
+        Self { charge, ..Self::default() }
+    }
+    /// Bytes that its leaves are charged.
+    pub fn bytes(&self) -> u64 {
+        self.charge.amount()
+    }
+    /// The same, counted from the leaves themselves.
+    pub fn weigh(&self) -> u64 {
+        self.leaves.values().map(Leaf::bytes).fold(0, u64::saturating_add)
+    }
     /// Last invalidation accepted; the newest `as_of` that a run may carry.
     pub fn seq(&self) -> u64 {
         self.seq
@@ -118,35 +140,42 @@ impl AddressSpace {
     /// invalidations of this leaf. Without effect when there are too many leaves.
     pub fn keep_leaf(&mut self, page: u64) {
         let index = page >> LEAF_PAGES_SHIFT;
-        if self.leaves.len() < MAX_LEAVES {
+        if self.leaves.contains_key(&index) {
+            return;
+        }
+        if self.leaves.len() < MAX_LEAVES && self.charge.grow(LEAF_BYTES).is_ok() {
             self.obtain_leaf(index);
         }
     }
     /// Installs a run, all of it or nothing.
     pub fn install(&mut self, run: &Run) -> Install {
         let leaves = leaves_of(run.va);
-        let mut missing = 0_usize;
+        let (mut missing, mut bytes) = (0_usize, 0_u64);
         for index in leaves.clone() {
             let compared = if seeded::on(Bug::WrongLeaf) { index ^ 1 } else { index };
             let invalidated = match self.leaves.get(&compared) {
                 Some(leaf) => leaf.invalidated,
-                None => {
-                    missing = missing.saturating_add(1);
-                    self.absent_invalidated
-                }
+                None => self.absent_invalidated,
             };
             if invalidated > run.as_of && !seeded::on(Bug::InstallStale) {
                 return Install::Raced;
             }
         }
+        for index in leaves.clone() {
+            match self.leaves.get(&index) {
+                Some(leaf) if leaf.contradicts(run, index) => return Install::Conflict,
+                Some(leaf) => bytes = bytes.saturating_add(leaf.bytes_to_fill()),
+                None => {
+                    missing = missing.saturating_add(1);
+                    bytes = bytes.saturating_add(LEAF_BYTES + PAGES_BYTES);
+                }
+            }
+        }
         if self.leaves.len().saturating_add(missing) > MAX_LEAVES {
             return Install::Full;
         }
-        if leaves
-            .clone()
-            .any(|index| self.leaves.get(&index).is_some_and(|leaf| leaf.contradicts(run, index)))
-        {
-            return Install::Conflict;
+        if self.charge.grow(bytes).is_err() {
+            return Install::OverQuota;
         }
         for index in leaves {
             let (part, slots) = part_of(run.va, index);
@@ -164,16 +193,17 @@ impl AddressSpace {
         self.seq = self.seq.saturating_add(1);
         let (seq, leaves) = (self.seq, leaves_of(range));
         let wanted = leaves.end.wrapping_sub(leaves.start);
-        let mut emptied = Vec::new();
+        let (mut emptied, mut freed) = (Vec::new(), 0_u64);
         let mut existing = 0_u64;
         for (index, leaf) in self.leaves.range_mut(leaves) {
             existing = existing.saturating_add(1);
-            let before = leaf.known;
+            let (before, bytes) = (leaf.known, leaf.bytes());
             leaf.clear(part_of(range, *index).1);
             leaf.invalidated = seq;
             self.known = self.known.wrapping_sub(before.wrapping_sub(leaf.known));
             if leaf.known == 0 {
                 emptied.push(*index);
+                freed = freed.saturating_add(bytes);
             }
         }
         if existing < wanted || !emptied.is_empty() {
@@ -182,19 +212,26 @@ impl AddressSpace {
         for index in emptied {
             self.leaves.remove(&index);
         }
+        self.charge.shrink(freed);
         seq
     }
     /// Forgets every page for which `gone(gpa_page)` holds: its memory was taken away by the VMM.
     pub fn forget(&mut self, gone: impl Fn(u64) -> bool) {
+        let mut freed = 0_u64;
         for leaf in self.leaves.values_mut() {
-            let before = leaf.known;
+            let (before, bytes) = (leaf.known, leaf.bytes());
             for slot in 0..LEAF_PAGES {
                 if leaf.page(slot).is_some_and(|page| gone(page.gpa_page)) {
                     leaf.clear(slot..slot.saturating_add(1));
                 }
             }
+            if leaf.known == 0 {
+                leaf.pages = Pages::Empty;
+            }
             self.known = self.known.wrapping_sub(before.wrapping_sub(leaf.known));
+            freed = freed.saturating_add(bytes.saturating_sub(leaf.bytes()));
         }
+        self.charge.shrink(freed);
     }
     fn obtain_leaf(&mut self, index: u64) -> &mut Leaf {
         let invalidated = self.absent_invalidated;
@@ -203,6 +240,16 @@ impl AddressSpace {
 }
 
 impl Leaf {
+    fn bytes(&self) -> u64 {
+        match self.pages {
+            Pages::Empty => LEAF_BYTES,
+            Pages::Large(_) | Pages::Small(_) => LEAF_BYTES + PAGES_BYTES,
+        }
+    }
+    /// What it takes more once it has a page.
+    fn bytes_to_fill(&self) -> u64 {
+        (LEAF_BYTES + PAGES_BYTES).saturating_sub(self.bytes())
+    }
     fn page(&self, slot: u64) -> Option<Page> {
         match &self.pages {
             Pages::Empty => None,

@@ -95,7 +95,7 @@ impl Error {
             Self::Guest(error) => match error {
                 guest::Error::NoContext(_) | guest::Error::NoResource(_) => ENOENT,
                 guest::Error::ContextExists(_) | guest::Error::ResourceExists(_) => EEXIST,
-                guest::Error::TooManyContexts(_) | guest::Error::TooManyResources(_) => ENOSPC,
+                guest::Error::Full(_) => ENOSPC,
                 guest::Error::NotAttached(_) => EACCES,
             },
             Self::Context(error) => error.errno(),

@@ -14,7 +14,7 @@ pub use jobs::Launch;
 
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
-use crate::device::{Asid, Device, Extent, Flush, StopId, Ticket, Verdict, VmLabel};
+use crate::device::{self, Asid, Device, Extent, Flush, StopId, Ticket, Verdict, VmLabel};
 use crate::event::{Record, Stamp, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
 use crate::fault::{Outcome, PendingFaults, Throttled};
@@ -27,15 +27,20 @@ use crate::memory::MemoryTable;
 use crate::population::{Populating, Population, take_away};
 use crate::protocol::errno::{EACCES, EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
+use crate::protocol::limit::Limit;
+use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::AtomicBool;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::timeline::{self, Timelines};
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 /// Slices of what may go on that a thread does which serves other guests too.
 const SHARED_SLICES: usize = 4;
+
+/// Elements for which the empty lists of a context may keep their room.
+pub(crate) const KEPT: usize = 16;
 
 /// Whether a context still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,12 +87,38 @@ pub enum Error {
     /// A promise or a wait.
     #[error(transparent)]
     Point(timeline::Error),
+    /// Over a quota of the guest.
+    #[error(transparent)]
+    Full(#[from] Full),
     /// The device refused.
     #[error("the device refused")]
     Device(#[source] crate::device::Error),
 }
 
 impl Error {
+    /// The limit that -ENOSPC is about. PROTOCOL 9.
+    pub fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::NoAsid => Some(Limit::Asids),
+            Self::TooManyJobs(_) => Some(Limit::Jobs),
+            Self::TooManyMappings(_) | Self::TooManyQueued(_) => Some(Limit::Mappings),
+            Self::TooManyPages(_) => Some(Limit::ResidentPages),
+            Self::Full(Full(limit)) => Some(*limit),
+            Self::Device(device::Error::TooManyVms) => Some(Limit::DeviceGpuVms),
+            Self::Device(device::Error::OverQuota(Full(limit))) => Some(*limit),
+            Self::NoVm(_)
+            | Self::VmExists(_)
+            | Self::VmUnusable(_)
+            | Self::MirrorBusy
+            | Self::Detached
+            | Self::Point(_)
+            | Self::Device(_) => None,
+        }
+    }
+    /// Whether a charge has counted the refusal.
+    fn is_counted(&self) -> bool {
+        matches!(self, Self::Full(_) | Self::Device(device::Error::OverQuota(_)))
+    }
     /// On the wire. PROTOCOL 8.
     pub fn errno(&self) -> i32 {
         match self {
@@ -99,7 +130,8 @@ impl Error {
             | Self::TooManyJobs(_)
             | Self::TooManyMappings(_)
             | Self::TooManyPages(_)
-            | Self::TooManyQueued(_) => ENOSPC,
+            | Self::TooManyQueued(_)
+            | Self::Full(_) => ENOSPC,
             Self::Detached => EACCES,
             Self::Point(timeline::Error::NoVm { .. }) => ENOENT,
             Self::Point(timeline::Error::Backwards { .. } | timeline::Error::Future { .. }) => EINVAL,
@@ -120,6 +152,8 @@ pub struct After {
     pub announce: bool,
     /// Something may go on: jobs or binds can start, or GPU VMs want pages ([`crate::population`]).
     pub more: bool,
+    /// Accesses were let in that are going to take room for pending faults.
+    pub let_in: bool,
 }
 
 impl After {
@@ -142,13 +176,15 @@ pub struct State {
     pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    pub(crate) retiring: HashSet<(usize, Asid)>,
+    pub(crate) retiring: HashMap<(usize, Asid), Charge>,
     /// Jobs and asynchronous binds that have not ended.
     pub(crate) timelines: Timelines,
     /// Binds that have started and wait for pages.
     pub(crate) populating: Vec<Populating>,
     /// Of those that have, how many records wait.
     undelivered_jobs: usize,
+    /// Of both.
+    jobs_charge: Charge,
     pub(crate) waiting: VecDeque<Waiting>,
     pub(crate) memory: Arc<MemoryTable>,
     pub(crate) counters: Counters,
@@ -168,14 +204,18 @@ pub struct Context {
     pub capset_id: u32,
     pub(crate) label: VmLabel,
     pub(crate) limits: Limits,
+    pub(crate) quota: Arc<Quota>,
     pub(crate) host: Arc<Host>,
     guest: Weak<Guest>,
+    pub(crate) me: Weak<Self>,
     /// Whether it stands in its guest's list of contexts with records; changed under that list's lock.
     pub(crate) queued: AtomicBool,
     /// Whether something of it is left to the host's worker.
     pub(crate) left: AtomicBool,
+    /// The same for the list of contexts that wait for their guest's room.
+    pub(crate) starved: AtomicBool,
     /// Guards all of [`State`]. Taken by the guest's queue thread and by engines that fault for this context. Under it
-    /// a router's table may be locked, nothing else.
+    /// a router's table or the list of starved contexts may be locked, nothing else.
     state: Mutex<State>,
 }
 
@@ -194,36 +234,41 @@ impl Context {
     pub fn new(new: NewContext, guest: &Arc<Guest>, memory: Arc<MemoryTable>) -> Arc<Self> {
         let host = Arc::clone(guest.host());
         let generation = host.next_generation();
+        let quota = Arc::clone(guest.quota());
         let label = VmLabel { guest: guest.shared_name(), ctx_id: new.ctx_id, generation };
         let state = State {
             life: Life::Alive,
             frozen: false,
-            space: AddressSpace::default(),
+            space: AddressSpace::new(quota.charge(Limit::TableBytes)),
             vms: BTreeMap::new(),
             next_vm: 1,
-            faults: PendingFaults::default(),
+            faults: PendingFaults::new(quota.charge(Limit::TotalPendingFaults)),
             throttled: VecDeque::new(),
             invalidations: Invalidations::default(),
-            retiring: HashSet::new(),
-            timelines: Timelines::default(),
+            retiring: HashMap::new(),
+            timelines: Timelines::new(&quota),
             populating: Vec::new(),
             undelivered_jobs: 0,
+            jobs_charge: quota.charge(Limit::TotalJobs),
             waiting: VecDeque::new(),
             memory,
             counters: Counters::default(),
             extents: Vec::new(),
         };
-        Arc::new(Self {
+        Arc::new_cyclic(|me| Self {
             ctx_id: new.ctx_id,
             generation,
             name: new.name,
             capset_id: new.capset_id,
             label,
             limits: guest.limits(),
+            quota,
             host,
             guest: Arc::downgrade(guest),
+            me: Weak::clone(me),
             queued: AtomicBool::new(false),
             left: AtomicBool::new(false),
+            starved: AtomicBool::new(false),
             state: Mutex::new(state),
         })
     }
@@ -242,7 +287,30 @@ impl Context {
     }
     /// One slice of what may go on. Returns whether there is more.
     pub(crate) fn work(self: &Arc<Self>) -> bool {
+        self.take_turn();
         self.settle_slices(After { more: true, ..After::default() }, 1)
+    }
+    /// The guest may have room for what this context has to ask.
+    fn take_turn(self: &Arc<Self>) {
+        let mut after = After::default();
+        {
+            let mut state = self.lock();
+            state.vms.values_mut().for_each(|vm| vm.population.go_on());
+            self.let_throttled_in(&mut state, true, &mut after);
+        }
+        self.settle_slices(after, 0);
+    }
+    /// Gives the turn to a context that waits for the guest's room, if there is some.
+    fn pass_turn(&self) {
+        while self.quota.starved.any()
+            && self.quota.room(Limit::TotalPendingFaults) > 0
+            && let Some(next) = self.quota.starved.take(|context| &context.starved)
+        {
+            // One that ends passes the turn on itself, but perhaps it has done so before it was given the turn.
+            if next.lock().life == Life::Alive {
+                return self.host.leave_work(&next);
+            }
+        }
     }
     fn settle_slices(self: &Arc<Self>, mut after: After, mut slices: usize) -> bool {
         loop {
@@ -254,6 +322,9 @@ impl Context {
             {
                 guest.announce(self);
             }
+            if !after.let_in {
+                self.pass_turn();
+            }
             if !after.more || slices == 0 {
                 return after.more;
             }
@@ -262,6 +333,13 @@ impl Context {
             let mut state = self.lock();
             self.populate(&mut state, &mut after);
             self.advance(&mut state, &mut after);
+            self.let_throttled_in(&mut state, false, &mut after);
+        }
+    }
+    /// Counts what was refused for a limit that has no charge.
+    pub(crate) fn count_refusal(&self, error: &Error) {
+        if let Some(limit) = error.limit().filter(|_| !error.is_counted()) {
+            self.quota.refuse(limit);
         }
     }
     /// Invalidations done so far.
@@ -272,17 +350,32 @@ impl Context {
     /// Creates the GPU VM on a device. Returns its id and asid. PROTOCOL 5.1.
     ///
     /// # Errors
-    /// [`Error::VmExists`], [`Error::NoAsid`], [`Error::Device`].
+    /// [`Error::VmExists`], [`Error::Full`], [`Error::NoAsid`], [`Error::Device`].
     pub fn vm_create(self: &Arc<Self>, dev_id: u32, device: usize) -> Result<(u32, Asid), Error> {
-        let mut state = self.lock();
+        let created = self.vm_create_locked(&mut self.lock(), dev_id, device);
+        created.inspect_err(|error| self.count_refusal(error))
+    }
+
+    fn vm_create_locked(
+        self: &Arc<Self>,
+        state: &mut State,
+        dev_id: u32,
+        device: usize,
+    ) -> Result<(u32, Asid), Error> {
         if state.vms.values().any(|vm| vm.device == device) {
             return Err(Error::VmExists(dev_id));
         }
+        let tables = self.quota.charge(Limit::TableBytes);
+        let mappings = Mappings::of_new_vm(self.host.device_of(device).info());
+        let (mut charge, mut mappings_charge) =
+            (self.quota.charge(Limit::GpuVms), self.quota.charge(Limit::TotalMappings));
+        charge.grow(1)?;
+        mappings_charge.grow(mappings.count())?;
         let vm_id = state.next_vm;
         let owner = Owner { context: Arc::clone(self), vm_id };
         let router = self.host.router_of(device);
         let asid = router.take_asid(owner).ok_or(Error::NoAsid)?;
-        if let Err(error) = self.host.device_of(device).vm_create(asid, self.label.clone()) {
+        if let Err(error) = self.host.device_of(device).vm_create(asid, self.label.clone(), tables) {
             router.free_asid(asid);
             return Err(Error::Device(error));
         }
@@ -292,10 +385,15 @@ impl Context {
             dev_id,
             asid,
             state: VmState::Usable,
-            mappings: Mappings::of_new_vm(self.host.device_of(device).info()),
+            mappings,
             jobs: 0,
             pending_faults: 0,
-            population: Population::of_new_vm(self.host.device_of(device).as_ref()),
+            population: Population::of_new_vm(
+                self.host.device_of(device).as_ref(),
+                self.quota.charge(Limit::QueueBytes),
+            ),
+            charge,
+            mappings_charge,
         };
         state.vms.insert(vm_id, vm);
         Ok((vm_id, asid))
@@ -333,7 +431,7 @@ impl Context {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
-        state.retiring.insert((vm.device, vm.asid));
+        state.retiring.insert((vm.device, vm.asid), vm.charge);
         self.host.device_of(vm.device).vm_destroy(vm.asid);
     }
 
@@ -352,7 +450,10 @@ impl Context {
             state.counters.jobs_dropped = state.counters.jobs_dropped.saturating_add(dropped);
             state.timelines = Timelines::default();
             state.populating.clear();
-            state.waiting.clear();
+            state.throttled = VecDeque::new();
+            state.waiting = VecDeque::new();
+            state.undelivered_jobs = 0;
+            state.jobs_charge = Charge::default();
             state.space = AddressSpace::default();
             state.retiring.is_empty()
         };
@@ -461,6 +562,7 @@ impl Context {
                 }),
                 Waiting::Job(job) => {
                     state.undelivered_jobs = state.undelivered_jobs.saturating_sub(1);
+                    state.jobs_charge.shrink(1);
                     Some(job_record(self.ctx_id, &job, stamp()))
                 }
                 Waiting::InvalDone => {
@@ -472,6 +574,7 @@ impl Context {
                 }
             };
         }
+        trim(&mut state.waiting, KEPT);
         (record, !state.waiting.is_empty())
     }
     fn notice(&self, kind: u32, value: u64, errno: i32) -> crate::event::Notice {
@@ -495,5 +598,12 @@ impl Context {
         let state = self.lock();
         let vm = state.vms.get(&vm_id).ok_or(Error::NoVm(vm_id))?;
         Ok(read(vm, self.host.device_of(vm.device).resident_pages(vm.asid)))
+    }
+}
+
+/// Lets an empty list that was long go of its room: what a context has had once is not what it holds.
+pub(crate) fn trim<T>(list: &mut VecDeque<T>, kept: usize) {
+    if list.is_empty() && list.capacity() > kept {
+        *list = VecDeque::new();
     }
 }

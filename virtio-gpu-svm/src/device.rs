@@ -16,6 +16,7 @@ pub mod soft;
 use crate::addr::{GpuAddr, PageRange};
 use crate::memory::Region;
 use crate::protocol::job::Packet;
+use crate::quota::{Charge, Full};
 use crate::sync::Arc;
 
 /// How a device deals with an access that has no translation.
@@ -220,6 +221,9 @@ pub enum Error {
     /// No memory for tables.
     #[error("out of memory")]
     OutOfMemory,
+    /// The guest's tables take as many bytes as they may.
+    #[error(transparent)]
+    OverQuota(#[from] Full),
     /// The device has no such translations.
     #[error("the device has no such translations")]
     Unsupported,
@@ -246,11 +250,12 @@ pub trait Device: Send + Sync {
     /// What it is.
     fn info(&self) -> &DeviceInfo;
 
-    /// Creates an empty GPU VM.
+    /// Creates an empty GPU VM. What its tables take of this process' memory is added to `tables`, which is dropped with
+    /// them.
     ///
     /// # Errors
     /// [`Error::VmExists`], [`Error::OutOfMemory`], [`Error::TooManyVms`].
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error>;
+    fn vm_create(&self, asid: Asid, label: VmLabel, tables: Charge) -> Result<(), Error>;
 
     /// Begins to destroy a GPU VM: its jobs stop at their next checkpoint and are dropped, parked ones at once; no
     /// fault is raised any more. [`Events::retired`] follows.
@@ -260,14 +265,15 @@ pub trait Device: Send + Sync {
     /// unbound it, or it is the same). Whole aligned 2 MiB blocks become large leaves.
     ///
     /// # Errors
-    /// [`Error::NoVm`], [`Error::OutOfMemory`]; then no translation was added.
+    /// [`Error::NoVm`], [`Error::OutOfMemory`], [`Error::OverQuota`]; then no translation was added.
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error>;
 
     /// Makes translations that read as zero and swallow writes; replaces what stood there. Only for devices with
     /// [`DeviceInfo::null_mappings`].
     ///
     /// # Errors
-    /// [`Error::NoVm`], [`Error::OutOfMemory`], [`Error::Unsupported`]; then no translation was added.
+    /// [`Error::NoVm`], [`Error::OutOfMemory`], [`Error::OverQuota`], [`Error::Unsupported`]; then no translation was
+    /// added.
     fn bind_null(&self, _asid: Asid, _range: PageRange) -> Result<(), Error> {
         Err(Error::Unsupported)
     }
@@ -289,6 +295,11 @@ pub trait Device: Send + Sync {
 
     /// Pages of the range with a translation now. Costs what the tables hold there, not what the range spans.
     fn resident_in(&self, asid: Asid, range: PageRange) -> u64;
+
+    /// Bytes that the tables of a GPU VM take now.
+    fn table_bytes(&self, _asid: Asid) -> u64 {
+        0
+    }
 
     /// Checks packets as far as this can be done without memory.
     ///

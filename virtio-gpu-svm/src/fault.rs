@@ -17,7 +17,7 @@ pub mod response;
 pub mod router;
 
 use crate::address_space::AddressSpace;
-use crate::context::{After, Context, Life, State};
+use crate::context::{After, Context, KEPT, Life, State, trim};
 use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
 use crate::gpu_vm::{self, Backing, Behind, GpuVa};
 use crate::info::{FaultTrace, PendingStatus};
@@ -27,7 +27,9 @@ use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
 use crate::protocol::event::{
     FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
 };
+use crate::protocol::limit::Limit;
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
+use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use crate::sync::Arc;
 use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
@@ -162,9 +164,21 @@ pub struct PendingFaults {
     /// (GPU VM, first GPU page) -> cookie; those of one GPU VM do not overlap.
     by_page: BTreeMap<(u32, u64), u64>,
     next: u32,
+    charge: Charge,
 }
 
 impl PendingFaults {
+    /// None; the charge is for those to come.
+    pub fn new(charge: Charge) -> Self {
+        Self { charge, ..Self::default() }
+    }
+    /// Has room for one more in the guest.
+    ///
+    /// # Errors
+    /// [`Full`].
+    fn reserve(&mut self) -> std::result::Result<(), Full> {
+        self.charge.grow(1)
+    }
     /// How many records.
     pub fn count(&self) -> usize {
         self.by_cookie.len()
@@ -192,7 +206,8 @@ impl PendingFaults {
         let next = self.by_page.range((vm_id, start)..=(vm_id, u64::MAX)).next();
         PageRange { start, end: next.map_or(u64::MAX, |((_, page), _)| *page) }
     }
-    /// Cookies carry the generation of their context and are not used again while one is pending.
+    /// Makes pending what there was room for ([`Self::reserve`]). Cookies carry the generation of their context and are
+    /// not used again while one is pending.
     fn insert(&mut self, generation: u64, mut pending: Pending) -> u64 {
         let cookie = loop {
             self.next = self.next.wrapping_add(1);
@@ -211,6 +226,10 @@ impl PendingFaults {
     pub fn take(&mut self, cookie: u64) -> Option<Pending> {
         let pending = self.by_cookie.remove(&cookie)?;
         self.by_page.remove(&(pending.vm_id, pending.page));
+        self.charge.shrink(1);
+        if self.by_cookie.is_empty() && self.by_cookie.capacity() > KEPT {
+            self.by_cookie = HashMap::new();
+        }
         Some(pending)
     }
     /// Those of a GPU VM that have waited longest, for people.
@@ -282,8 +301,9 @@ struct Raised<'a> {
     fault: &'a Fault,
 }
 
-/// A parked access beyond the limit of pending faults. It was counted as throttled, and is raised again when there is
+/// A parked access beyond a limit of pending faults. It was counted as throttled, and is raised again when there is
 /// room.
+#[derive(Clone, Copy)]
 pub struct Throttled {
     device: usize,
     vm_id: u32,
@@ -327,14 +347,14 @@ impl Context {
                 Resolution::Gone => (Outcome::Dropped, Verdict::Fail(ECANCELED)),
                 Resolution::Ask(fault_type, cpu_page) => {
                     self.ask(&mut state, &raised, fault_type, cpu_page, &mut after);
-                    self.let_throttled_in(&mut state, &mut after);
+                    self.let_throttled_in(&mut state, false, &mut after);
                     drop(state);
                     return self.settle_shared(after);
                 }
             };
             after.resume(device, fault.stop, verdict);
             self.trace(&mut state, &raised, outcome);
-            self.let_throttled_in(&mut state, &mut after);
+            self.let_throttled_in(&mut state, false, &mut after);
         }
         self.settle_shared(after);
     }
@@ -351,7 +371,12 @@ impl Context {
             state.counters.faults_coalesced = state.counters.faults_coalesced.saturating_add(1);
             return;
         }
-        if state.faults.count() >= usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX) {
+        if self.own_room(state) == 0 || state.faults.reserve().is_err() {
+            if self.own_room(state) == 0 {
+                self.quota.refuse(Limit::PendingFaults);
+            } else {
+                self.starve();
+            }
             let (device, page) = (raised.device, raised.page());
             state.throttled.push_back(Throttled {
                 device,
@@ -389,9 +414,17 @@ impl Context {
         self.make_pending(state, pending, after);
     }
 
-    /// Asks for pages that no job waits for yet.
-    pub(crate) fn ask_ahead(&self, state: &mut State, prefetch: Prefetch, after: &mut After) {
-        let Some(vm) = state.vms.get(&prefetch.vm_id) else { return };
+    /// Asks for pages that no job waits for yet. Returns whether there was room.
+    pub(crate) fn ask_ahead(&self, state: &mut State, prefetch: Prefetch, after: &mut After) -> bool {
+        // Accesses that wait for their turn come first.
+        if self.own_room(state) == 0 || !state.throttled.is_empty() {
+            return false;
+        }
+        let Some(vm) = state.vms.get(&prefetch.vm_id) else { return false };
+        if state.faults.reserve().is_err() {
+            self.starve();
+            return false;
+        }
         let perm = prefetch.perm(self.host.device_of(vm.device).as_ref());
         let pending = Pending {
             cookie: 0,
@@ -414,6 +447,7 @@ impl Context {
             waiters: Vec::new(),
         };
         self.make_pending(state, pending, after);
+        true
     }
 
     fn make_pending(&self, state: &mut State, pending: Pending, after: &mut After) {
@@ -421,6 +455,7 @@ impl Context {
         state.space.keep_leaf(pending.cpu_page);
         state.space.keep_leaf(pending.cpu_page.saturating_add(pending.pages.saturating_sub(1)));
         let cookie = state.faults.insert(self.generation, pending);
+        self.quota.note(Limit::PendingFaults, state.faults.count());
         state.waiting.push_back(Waiting::Fault(cookie));
         self.count_pending(state, vm_id, true);
         after.announce = true;
@@ -447,7 +482,7 @@ impl Context {
         }
         state.count(outcome, count);
         if !seeded::on(Bug::LoseWakeUp) {
-            self.let_throttled_in(state, after);
+            self.let_throttled_in(state, false, after);
         }
         state.vms.values_mut().for_each(|vm| vm.population.go_on());
         if pending.prefetch
@@ -477,19 +512,43 @@ impl Context {
     /// Lets as many throttled accesses go on as there is room for, and those in front of them that need none any more.
     ///
     /// Called after every change that makes room or could have made a page known by a fault. So none is forgotten: one
-    /// that was let go on either faults again, which leads here, or its page was bound, and that led here too.
-    fn let_throttled_in(&self, state: &mut State, after: &mut After) {
-        let limit = usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX);
-        let mut room = limit.saturating_sub(state.faults.count());
+    /// that was let go on either faults again, which leads here, or its page was bound, and that led here too, or its GPU
+    /// VM is gone, and that led here as well.
+    ///
+    /// Where the guest's own room is what lacks, or other contexts wait for it, the context gets in line; `turn` says
+    /// that its turn has come.
+    pub(crate) fn let_throttled_in(&self, state: &mut State, turn: bool, after: &mut After) {
+        let mut room = self.own_room(state);
+        if room == 0 || state.throttled.is_empty() {
+            return;
+        }
+        let others = !turn && self.quota.starved.any();
+        let mut of_guest = if others { 0 } else { self.quota.room(Limit::TotalPendingFaults) };
         while room > 0
-            && let Some(throttled) = state.throttled.pop_front()
+            && let Some(Throttled { device, vm_id, page, access, stop }) = state.throttled.front().copied()
         {
-            let Throttled { device, vm_id, page, access, stop } = throttled;
             if matches!(state.resolve(vm_id, page, access), Resolution::Ask(..)) {
+                if of_guest == 0 {
+                    self.starve();
+                    break;
+                }
                 room = room.saturating_sub(1);
+                of_guest = of_guest.saturating_sub(1);
+                after.let_in = true;
             }
+            state.throttled.pop_front();
             after.resume(device, stop, Verdict::Retry);
         }
+        trim(&mut state.throttled, KEPT);
+    }
+    /// How many more faults may be pending in the context.
+    fn own_room(&self, state: &State) -> usize {
+        let limit = usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX);
+        limit.saturating_sub(state.faults.count())
+    }
+    /// Gets in line for the guest's room.
+    fn starve(&self) {
+        self.quota.starved.enter(&self.starved, &self.me);
     }
 
     /// Counts and traces a fault that did not become pending.
@@ -684,7 +743,7 @@ pub(crate) fn device_errno(error: crate::device::Error) -> i32 {
         Error::NoVm(_) | Error::VmExists(_) => ECANCELED,
         Error::OutOfMemory => crate::protocol::errno::ENOMEM,
         Error::Unsupported => crate::protocol::errno::EOPNOTSUPP,
-        Error::TooManyVms => crate::protocol::errno::ENOSPC,
+        Error::TooManyVms | Error::OverQuota(_) => crate::protocol::errno::ENOSPC,
         Error::UnknownOpcode { .. } | Error::BadOperand { .. } => EINVAL,
     }
 }

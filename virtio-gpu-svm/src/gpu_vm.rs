@@ -40,6 +40,7 @@ use crate::addr::PageRange;
 use crate::device::{AddressModel, Asid, DeviceInfo};
 use crate::population::Population;
 use crate::protocol::{GUEST_VA_END, PAGE_SHIFT};
+use crate::quota::Charge;
 use crate::resource::Blob;
 use crate::sync::Arc;
 use std::collections::{BTreeMap, BTreeSet};
@@ -230,6 +231,10 @@ impl Mappings {
     pub fn len(&self) -> usize {
         self.by_start.len()
     }
+    /// The same, as it is charged for.
+    pub fn count(&self) -> u64 {
+        u64::try_from(self.by_start.len()).unwrap_or(u64::MAX)
+    }
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.by_start.is_empty()
@@ -383,6 +388,10 @@ pub struct GpuVm {
     pub pending_faults: usize,
     /// What is to be on the device before a job touches it.
     pub population: Population,
+    /// Of the GPU VM itself; its retirement gives it back.
+    pub charge: Charge,
+    /// Of its mappings.
+    pub mappings_charge: Charge,
 }
 
 #[cfg(test)]

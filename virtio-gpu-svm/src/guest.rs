@@ -14,14 +14,16 @@ use crate::info::{ContextStatus, ContextSummary, Counters, GuestStatus, HostStat
 use crate::memory::{MemoryTable, Region};
 use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES, EventHdr};
 use crate::protocol::gpu::GpuConfig;
+use crate::protocol::limit::Limit;
 use crate::protocol::{
     CONFIG_SIZE, MAX_BINDS, MAX_COMMAND_BYTES, MAX_PACKETS, MAX_RUNS, SVM_CONFIG_OFFSET, SVM_MAGIC,
     SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
+use crate::quota::{Charge, Full, Quota};
 use crate::resource::Blob;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Bound;
 use std::time::Duration;
 use zerocopy::IntoBytes;
@@ -47,21 +49,18 @@ pub enum Error {
     /// There already.
     #[error("context {0} exists")]
     ContextExists(u32),
-    /// Over the quota.
-    #[error("{0} contexts exist, which is the limit")]
-    TooManyContexts(u32),
     /// Not there.
     #[error("no resource {0}")]
     NoResource(u32),
     /// There already.
     #[error("resource {0} exists")]
     ResourceExists(u32),
-    /// Over the quota.
-    #[error("{0} resources exist, which is the limit")]
-    TooManyResources(u32),
     /// There, but not attached.
     #[error("resource {0} is not attached to the context")]
     NotAttached(u32),
+    /// Over the quota.
+    #[error(transparent)]
+    Full(#[from] Full),
 }
 
 /// What a HELLO found.
@@ -75,8 +74,32 @@ pub struct Greeting {
 
 struct Resource {
     blob: Arc<Blob>,
-    /// Contexts that may use it.
-    attached: HashSet<u32>,
+    /// Contexts that may use it. Each an entry of its own: a hash table would keep the room of the most that there were.
+    attached: BTreeSet<u32>,
+    /// Of the resource itself, which goes with it.
+    _one: Charge,
+    /// Of what describes the blob, and of attachments.
+    bytes: Charge,
+}
+
+impl Resource {
+    /// What an attachment takes: an entry of a tree.
+    const ATTACHMENT_BYTES: u64 = 16;
+
+    fn attach(&mut self, ctx_id: u32) -> Result<(), Full> {
+        if !self.attached.contains(&ctx_id) {
+            self.bytes.grow(Self::ATTACHMENT_BYTES)?;
+            self.attached.insert(ctx_id);
+        }
+        Ok(())
+    }
+    fn detach(&mut self, ctx_id: u32) -> bool {
+        let was_attached = self.attached.remove(&ctx_id);
+        if was_attached {
+            self.bytes.shrink(Self::ATTACHMENT_BYTES);
+        }
+        was_attached
+    }
 }
 
 #[derive(Default)]
@@ -85,6 +108,8 @@ struct Inner {
     resources: HashMap<u32, Resource>,
     /// Destroyed, but a device still holds something of them; by generation.
     retiring: HashMap<u64, (Arc<Context>, Farewell)>,
+    /// Of the contexts in both lists.
+    contexts_charge: Charge,
     memory: Arc<MemoryTable>,
     /// Of the driver; 0 before its HELLO.
     incarnation: u64,
@@ -114,6 +139,8 @@ enum Farewell {
 #[derive(Default)]
 struct Outbox {
     notices: VecDeque<Notice>,
+    /// Contexts whose CONTEXT_RETIRED is among them: such records would pile up in front of a driver that fetches none.
+    retired_charge: Charge,
     /// Contexts with a record that waits, each once: one record a turn.
     ready: VecDeque<Arc<Context>>,
 }
@@ -124,6 +151,7 @@ pub struct Guest {
     host: Arc<Host>,
     epoch: u64,
     limits: Limits,
+    quota: Arc<Quota>,
     devices: Vec<usize>,
     port: Arc<dyn EventPort>,
     /// Guards contexts, resources, memory and the driver's life. Contexts and the outbox may be locked under it.
@@ -150,15 +178,19 @@ impl Guest {
         port: Arc<dyn EventPort>,
     ) -> Arc<Self> {
         let clock = RunClock::new(Arc::clone(host.clock()));
+        let quota = Quota::new(&limits);
+        let inner = Inner { contexts_charge: quota.charge(Limit::Contexts), ..Inner::default() };
+        let outbox = Outbox { retired_charge: quota.charge(Limit::Contexts), ..Outbox::default() };
         Arc::new(Self {
             name: name.into(),
             host,
             epoch,
             limits,
+            quota,
             devices,
             port,
-            inner: Mutex::default(),
-            outbox: Mutex::default(),
+            inner: Mutex::new(inner),
+            outbox: Mutex::new(outbox),
             sequence: AtomicU64::new(0),
             clock,
             expiring: AtomicBool::new(false),
@@ -182,6 +214,10 @@ impl Guest {
     }
     pub(crate) fn limits(&self) -> Limits {
         self.limits
+    }
+    /// What it holds.
+    pub fn quota(&self) -> &Arc<Quota> {
+        &self.quota
     }
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -269,12 +305,7 @@ impl Guest {
         if inner.contexts.contains_key(&new.ctx_id) {
             return Err(Error::ContextExists(new.ctx_id));
         }
-        let limit = usize::try_from(self.limits.contexts).unwrap_or(usize::MAX);
-        // A notice counts until it is fetched: they would pile up in front of a driver that fetches none.
-        let untold = self.lock_outbox().notices.len();
-        if inner.contexts.len().saturating_add(inner.retiring.len()).saturating_add(untold) >= limit {
-            return Err(Error::TooManyContexts(self.limits.contexts));
-        }
+        inner.contexts_charge.grow(1)?;
         let memory = Arc::clone(&inner.memory);
         inner.contexts.insert(new.ctx_id, Context::new(new, self, memory));
         Ok(())
@@ -292,7 +323,7 @@ impl Guest {
             let mut inner = self.lock();
             let context = inner.contexts.remove(&ctx_id).ok_or(Error::NoContext(ctx_id))?;
             for resource in inner.resources.values_mut() {
-                resource.attached.remove(&ctx_id);
+                resource.detach(ctx_id);
             }
             // Records are for drivers of this protocol; another one posts no buffers for them.
             let farewell = if inner.incarnation == 0 { Farewell::None } else { Farewell::Record };
@@ -318,9 +349,17 @@ impl Guest {
             let retired = Notice { kind: EVENT_CONTEXT_RETIRED, ctx_id: context.ctx_id, value: 0, errno: 0 };
             let value = inner.incarnation;
             let quiet = quiet.then_some(Notice { kind: EVENT_QUIET, ctx_id: 0, value, errno: 0 });
-            let notices = [(farewell == Farewell::Record).then_some(retired), quiet];
+            let told = farewell == Farewell::Record;
+            let notices = [told.then_some(retired), quiet];
             // Queued before the guest's lock is released, so that a new incarnation drops it or never sees it.
-            self.lock_outbox().notices.extend(notices.into_iter().flatten());
+            let mut outbox = self.lock_outbox();
+            outbox.notices.extend(notices.into_iter().flatten());
+            if told {
+                outbox.retired_charge.take_from(&mut inner.contexts_charge, 1);
+            } else {
+                inner.contexts_charge.shrink(1);
+            }
+            drop(outbox);
             // In the same step as it leaves the list, so that sums count it once at any time.
             inner.past.add(&context.counters());
         }
@@ -334,10 +373,12 @@ impl Guest {
         if inner.resources.contains_key(&id) {
             return Err(Error::ResourceExists(id));
         }
-        if inner.resources.len() >= usize::try_from(self.limits.resources).unwrap_or(usize::MAX) {
-            return Err(Error::TooManyResources(self.limits.resources));
-        }
-        inner.resources.insert(id, Resource { blob: Arc::new(blob), attached: HashSet::new() });
+        let mut one = self.quota.charge(Limit::Resources);
+        one.grow(1)?;
+        let mut bytes = self.quota.charge(Limit::ResourceBytes);
+        bytes.grow(blob.bytes())?;
+        let resource = Resource { blob: Arc::new(blob), attached: BTreeSet::new(), _one: one, bytes };
+        inner.resources.insert(id, resource);
         Ok(())
     }
     /// PROTOCOL 3.5.
@@ -347,8 +388,7 @@ impl Guest {
             return Err(Error::NoContext(ctx_id));
         }
         let resource = inner.resources.get_mut(&resource_id).ok_or(Error::NoResource(resource_id))?;
-        resource.attached.insert(ctx_id);
-        Ok(())
+        Ok(resource.attach(ctx_id)?)
     }
     /// PROTOCOL 3.5: its mappings in the context are unmapped.
     pub(crate) fn resource_detach(&self, ctx_id: u32, resource_id: u32) -> Result<(), Error> {
@@ -356,7 +396,7 @@ impl Guest {
             let mut inner = self.lock();
             let context = inner.contexts.get(&ctx_id).cloned().ok_or(Error::NoContext(ctx_id))?;
             let resource = inner.resources.get_mut(&resource_id).ok_or(Error::NoResource(resource_id))?;
-            if !resource.attached.remove(&ctx_id) {
+            if !resource.detach(ctx_id) {
                 return Err(Error::NotAttached(resource_id));
             }
             context
@@ -433,6 +473,7 @@ impl Guest {
             let context = {
                 let mut outbox = self.lock_outbox();
                 if let Some(notice) = outbox.notices.pop_front() {
+                    outbox.retired_charge.shrink((notice.kind == EVENT_CONTEXT_RETIRED).into());
                     return Some(notice_record(notice, stamp()));
                 }
                 outbox.next()?
@@ -532,7 +573,7 @@ impl Guest {
             contexts
         };
         contexts.iter().for_each(|context| self.end_context(context));
-        *self.lock_outbox() = Outbox::default();
+        self.lock_outbox().clear();
     }
 
     /// Its own time: what has passed while its rings ran.
@@ -632,7 +673,43 @@ impl Guest {
             memory_regions: regions.len(),
             pending_faults: inner.contexts.values().map(|c| c.load().1).fold(0, usize::saturating_add),
             frozen: inner.frozen,
+            limits: self.quota.status(|limit| {
+                inner.contexts.values().map(|context| context.recount(limit)).max().unwrap_or(0)
+            }),
         }
+    }
+    /// What it holds, counted from the objects themselves: while nothing happens, what its quota says. For checks.
+    pub fn recount(&self) -> Vec<(Limit, u64)> {
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let inner = self.lock();
+        let outbox = self.lock_outbox();
+        let untold = outbox.notices.iter().filter(|notice| notice.kind == EVENT_CONTEXT_RETIRED).count();
+        let attached =
+            |resource: &Resource| count(resource.attached.len()).saturating_mul(Resource::ATTACHMENT_BYTES);
+        let bytes = |resource: &Resource| resource.blob.bytes().saturating_add(attached(resource));
+        let mut sums = vec![
+            (
+                Limit::Contexts,
+                count(inner.contexts.len().saturating_add(inner.retiring.len()).saturating_add(untold)),
+            ),
+            (Limit::Resources, count(inner.resources.len())),
+            (Limit::ResourceBytes, inner.resources.values().map(bytes).fold(0, u64::saturating_add)),
+        ];
+        let retiring = inner.retiring.values().map(|(context, _)| Arc::clone(context));
+        let contexts: Vec<_> = inner.contexts.values().cloned().chain(retiring).collect();
+        drop((inner, outbox));
+        for limit in [
+            Limit::GpuVms,
+            Limit::TotalMappings,
+            Limit::TableBytes,
+            Limit::TotalPendingFaults,
+            Limit::TotalJobs,
+            Limit::QueueBytes,
+        ] {
+            let of = |context: &Arc<Context>| context.recount(limit);
+            sums.push((limit, contexts.iter().map(of).fold(0, u64::saturating_add)));
+        }
+        sums
     }
     /// Its contexts with all their mappings, by id.
     pub fn contexts(&self) -> Vec<ContextStatus> {
@@ -656,6 +733,9 @@ impl Guest {
 }
 
 impl Outbox {
+    fn clear(&mut self) {
+        *self = Self { retired_charge: self.retired_charge.sibling(), ..Self::default() };
+    }
     fn queue(&mut self, context: &Arc<Context>) {
         if !context.queued.swap(true, Ordering::Relaxed) {
             self.ready.push_back(Arc::clone(context));

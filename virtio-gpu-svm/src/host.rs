@@ -13,28 +13,13 @@ use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use crate::quota::Limits;
+
 /// Faults that are remembered for people.
 pub const RECENT_FAULTS: usize = 1024;
 
 /// Slices of what is left to the worker that are done before the clock is looked at again.
 const WORK_SLICES: usize = 256;
-
-/// What one guest may use at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Contexts.
-    pub contexts: u32,
-    /// Faults of one context that wait for an answer.
-    pub pending_faults: u32,
-    /// Jobs of one context in flight.
-    pub jobs: u32,
-    /// Mappings of one GPU VM.
-    pub mappings: u32,
-    /// Blob resources.
-    pub resources: u32,
-    /// Milliseconds of the guest's own time ([`crate::clock`]) in which a fault must be answered; 0: any time will do.
-    pub fault_deadline_ms: u32,
-}
 
 struct Slot {
     device: Arc<dyn Device>,

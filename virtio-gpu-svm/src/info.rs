@@ -1,6 +1,8 @@
 //! Snapshots for people and tools: what a host, guest, context, GPU VM or fault looks like from outside. Plain data,
 //! taken under the owner's lock and then free of it. With the `serde` feature they serialise under these names.
 
+use crate::quota::LimitStatus;
+
 /// A host device.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -51,6 +53,8 @@ pub struct GuestStatus {
     pub pending_faults: usize,
     /// Whether its rings are stopped and its jobs with them.
     pub frozen: bool,
+    /// What it may use, and what it uses.
+    pub limits: Vec<LimitStatus>,
 }
 
 /// A context: one guest process.

@@ -96,7 +96,7 @@ impl Context {
         }
         // Engines may be in a slice of a GPU VM that was destroyed: nothing of it is sure before it has retired.
         let mut flushes: Vec<_> =
-            state.retiring.iter().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
+            state.retiring.keys().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
         for vm in state.vms.values_mut().take(if seeded::on(Bug::ZapOneVm) { 1 } else { usize::MAX }) {
             let device = self.host.device_of(vm.device).as_ref();
             let shown: Vec<_> = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();

@@ -46,6 +46,8 @@ pub mod page_table;
 #[cfg(feature = "device")]
 pub mod population;
 #[cfg(feature = "device")]
+pub mod quota;
+#[cfg(feature = "device")]
 pub mod resource;
 #[cfg(feature = "device")]
 mod seeded;

@@ -22,6 +22,7 @@ pub mod memory;
 pub mod page_table;
 pub mod population;
 pub mod protocol;
+pub mod quota;
 pub mod resource;
 #[path = "../model/seeded.rs"]
 pub mod seeded;

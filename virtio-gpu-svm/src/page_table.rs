@@ -17,6 +17,7 @@
 
 use crate::addr::PageRange;
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -45,10 +46,16 @@ const LEAF_BYTES: usize = size_of::<[AtomicU64; FANOUT]>();
 const BLOCKS_BYTES: usize = size_of::<[Block; FANOUT]>();
 const DIRECTORY_BYTES: usize = size_of::<[OnceLock<Node>; FANOUT]>();
 
-/// No memory for a table, or the table's bound is reached.
+/// Why a table was not made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no memory for page tables")]
-pub struct OutOfMemory;
+pub enum NoTable {
+    /// No memory for it, or the bound of this page table is reached.
+    #[error("no memory for page tables")]
+    OutOfMemory,
+    /// The guest's tables take as many bytes as they may.
+    #[error(transparent)]
+    OverQuota(#[from] Full),
+}
 
 /// Pages that follow each other both in the GPU's space and in the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,9 +107,9 @@ enum Node {
 }
 
 /// What editors share and readers do not need.
-#[derive(Default)]
 struct Books {
-    table_bytes: usize,
+    /// Of all tables.
+    charge: Charge,
     /// Blocks that may have tables without any page: first pages of blocks, in units of blocks.
     emptied: Vec<u64>,
 }
@@ -120,8 +127,14 @@ pub struct PageTable {
 }
 
 impl PageTable {
-    /// An empty table for addresses below `1 << va_bits` (22 to 57), whose tables never take more bytes than this.
+    /// An empty table for addresses below `1 << va_bits` (22 to 57), whose tables never take more bytes than this, and are
+    /// charged to nobody.
     pub fn new(va_bits: u32, max_table_bytes: usize) -> Self {
+        Self::charged(va_bits, max_table_bytes, Charge::default())
+    }
+
+    /// The same, charged for.
+    pub fn charged(va_bits: u32, max_table_bytes: usize, charge: Charge) -> Self {
         assert!((22..=57).contains(&va_bits), "a GPU VM of {va_bits} address bits");
         let page_bits = va_bits.saturating_sub(PAGE_SHIFT);
         Self {
@@ -131,7 +144,7 @@ impl PageTable {
             root: OnceLock::new(),
             resident: AtomicU64::new(0),
             emptied: AtomicUsize::new(0),
-            books: Mutex::default(),
+            books: Mutex::new(Books { charge, emptied: Vec::new() }),
         }
     }
 
@@ -151,8 +164,8 @@ impl PageTable {
     }
 
     /// Bytes of all tables.
-    pub fn table_bytes(&self) -> usize {
-        self.books().table_bytes
+    pub fn table_bytes(&self) -> u64 {
+        self.books().charge.amount()
     }
 
     /// Begins to look up.
@@ -172,7 +185,7 @@ impl PageTable {
         emptied.sort_unstable();
         emptied.dedup();
         let freed = prune(&mut self.root, self.top, &emptied);
-        books.table_bytes = books.table_bytes.saturating_sub(freed);
+        books.charge.shrink(u64::try_from(freed).unwrap_or(u64::MAX));
         *self.emptied.get_mut() = books.emptied.len();
     }
 
@@ -303,12 +316,12 @@ impl<'a> Edit<'a> {
     /// Makes every table that [`Edit::commit`] of a run at `page` needs.
     ///
     /// # Errors
-    /// [`OutOfMemory`]; what was made is freed by the next reclaim, unless it is used until then.
-    pub fn prepare(&mut self, page: u64, pages: u64) -> Result<(), OutOfMemory> {
+    /// [`NoTable`]; what was made is freed by the next reclaim, unless it is used until then.
+    pub fn prepare(&mut self, page: u64, pages: u64) -> Result<(), NoTable> {
         // A null run may be as large as the space: what cannot fit even alone is refused before the first table.
         let tables = usize::try_from(pages >> (2 * FANOUT_BITS)).unwrap_or(usize::MAX);
         if tables.saturating_mul(BLOCKS_BYTES) > self.table.max_table_bytes {
-            return Err(OutOfMemory);
+            return Err(NoTable::OutOfMemory);
         }
         for part in blocks_of(PageRange { start: page, end: page.saturating_add(pages) }) {
             let made = self.prepare_block(part);
@@ -381,7 +394,7 @@ impl<'a> Edit<'a> {
         });
     }
 
-    fn prepare_block(&mut self, part: PageRange) -> Result<(), OutOfMemory> {
+    fn prepare_block(&mut self, part: PageRange) -> Result<(), NoTable> {
         let block = self.obtain_block(part.start >> FANOUT_BITS)?;
         if part.pages() < BLOCK_PAGES && block.leaf.get().is_none() {
             let leaf = self.allocate(LEAF_BYTES, AtomicU64::default)?;
@@ -390,7 +403,7 @@ impl<'a> Edit<'a> {
         Ok(())
     }
 
-    fn obtain_block(&mut self, number: u64) -> Result<&'a Block, OutOfMemory> {
+    fn obtain_block(&mut self, number: u64) -> Result<&'a Block, NoTable> {
         assert!(number < self.table.end >> FANOUT_BITS, "block {number:#x} is beyond the space");
         let blocks = match self.hot {
             Some((hot, blocks)) if hot == number >> FANOUT_BITS => blocks,
@@ -401,7 +414,7 @@ impl<'a> Edit<'a> {
     }
 
     /// The block table that has this block.
-    fn obtain_blocks(&mut self, number: u64) -> Result<&'a [Block; FANOUT], OutOfMemory> {
+    fn obtain_blocks(&mut self, number: u64) -> Result<&'a [Block; FANOUT], NoTable> {
         let table = self.table;
         let (mut cell, mut level) = (&table.root, table.top);
         loop {
@@ -420,7 +433,7 @@ impl<'a> Edit<'a> {
         }
     }
 
-    fn allocate_node(&mut self, level: u32) -> Result<Node, OutOfMemory> {
+    fn allocate_node(&mut self, level: u32) -> Result<Node, NoTable> {
         Ok(if level <= 1 {
             Node::Blocks(self.allocate(BLOCKS_BYTES, Block::default)?)
         } else {
@@ -429,16 +442,17 @@ impl<'a> Edit<'a> {
     }
 
     /// A table of empty entries, within the bound.
-    fn allocate<T>(&mut self, bytes: usize, empty: fn() -> T) -> Result<Box<[T; FANOUT]>, OutOfMemory> {
-        let total = self.books.table_bytes.saturating_add(bytes);
-        if total > self.table.max_table_bytes {
-            return Err(OutOfMemory);
+    fn allocate<T>(&mut self, bytes: usize, empty: fn() -> T) -> Result<Box<[T; FANOUT]>, NoTable> {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let total = self.books.charge.amount().saturating_add(bytes);
+        if usize::try_from(total).is_ok_and(|total| total > self.table.max_table_bytes) {
+            return Err(NoTable::OutOfMemory);
         }
         let mut entries = Vec::new();
-        entries.try_reserve_exact(FANOUT).map_err(|_| OutOfMemory)?;
+        entries.try_reserve_exact(FANOUT).map_err(|_| NoTable::OutOfMemory)?;
         entries.resize_with(FANOUT, empty);
-        let entries = entries.into_boxed_slice().try_into().map_err(|_| OutOfMemory)?;
-        self.books.table_bytes = total;
+        let entries = entries.into_boxed_slice().try_into().map_err(|_| NoTable::OutOfMemory)?;
+        self.books.charge.grow(bytes)?;
         Ok(entries)
     }
 

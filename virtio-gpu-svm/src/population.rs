@@ -11,7 +11,7 @@
 
 use crate::addr::{GpuAddr, PageRange};
 use crate::address_space::LEAF_PAGES;
-use crate::context::{After, Bind, Context, State};
+use crate::context::{After, Bind, Context, KEPT, State};
 use crate::device::{Device, FaultModel, Flush, JobId};
 use crate::fault::{self, Prefetch};
 use crate::gpu_vm::{self, Behind, GpuVm};
@@ -20,6 +20,7 @@ use crate::invalidation::bounded;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EFAULT, EPIPE};
 use crate::protocol::event::{PERM_READ, PERM_WRITE};
+use crate::quota::Charge;
 use crate::seeded::{self, Bug};
 use crate::sync::{Arc, preempt};
 
@@ -33,6 +34,10 @@ const SLICE_PAGES: u64 = 8 * LEAF_PAGES;
 const STEP_PAGES: u64 = 64;
 /// Ranges that are wanted one by one.
 const MAX_WANTED: usize = 1 << 14;
+/// Ranges that a GPU VM may want without being charged for them: so there is always one.
+const FREE_RANGES: u64 = 4;
+const RANGE_BYTES: u64 = 16;
+const _: () = assert!(size_of::<PageRange>() == 16);
 /// Pages that one prefetch fault asks for.
 const ASK_PAGES: u64 = LEAF_PAGES;
 /// Prefetch faults of one GPU VM that wait for the guest at once.
@@ -51,12 +56,23 @@ pub struct Population {
     /// Whether the device has no faults: every page that is mapped is wanted, with the right to write if its mapping has
     /// it, and large leaves as a whole, since to bind a part of one drops its rest.
     all: bool,
+    /// Of the room of `wanted`, beyond [`FREE_RANGES`].
+    charge: Charge,
 }
 
 impl Population {
-    /// Of a new GPU VM on a device.
-    pub fn of_new_vm(device: &dyn Device) -> Self {
-        Self { all: lacks_faults(device), ..Self::default() }
+    /// Of a new GPU VM on a device; the charge is for what it will want.
+    pub fn of_new_vm(device: &dyn Device, charge: Charge) -> Self {
+        Self { all: lacks_faults(device), charge, ..Self::default() }
+    }
+    /// What the charge must be.
+    pub fn weigh(&self) -> u64 {
+        let ranges = u64::try_from(self.wanted.capacity()).unwrap_or(u64::MAX);
+        ranges.saturating_sub(FREE_RANGES).saturating_mul(RANGE_BYTES)
+    }
+    /// Bytes that it is charged.
+    pub fn bytes(&self) -> u64 {
+        self.charge.amount()
     }
     /// Pages of the ranges that are still wanted; those that the guest was asked for are not among them.
     pub fn wanted_pages(&self) -> u64 {
@@ -81,19 +97,30 @@ impl Population {
         let whole = self.all && !seeded::on(Bug::BindPart);
         wanted.extend(ranges.map(|range| if whole { leaves(range) } else { range }));
         self.wanted = PageRange::merge(wanted);
+        self.wanted.shrink_to_fit();
         if self.wanted.len() > MAX_WANTED {
-            self.coarsen();
+            self.coarsen(MAX_WANTED);
         }
+        if self.charge.resize(self.weigh()).is_err() {
+            self.coarsen(usize::try_from(FREE_RANGES).unwrap_or(1));
+            self.charge.shrink_to(self.weigh());
+        }
+    }
+    /// Everything that was wanted is done with.
+    fn done(&mut self) {
+        self.wanted = Vec::new();
+        self.charge.shrink_to(0);
     }
     /// There are too many ranges. Where all that is mapped is wanted, what lies between them may be as well; else it is
     /// advice, and some of it is dropped.
-    fn coarsen(&mut self) {
+    fn coarsen(&mut self, most: usize) {
         let whole = self.wanted.first().zip(self.wanted.last());
         let whole = whole.map(|(first, last)| PageRange { start: first.start, end: last.end });
         if self.all {
             self.wanted = whole.into_iter().collect();
         } else {
-            self.wanted.truncate(MAX_WANTED);
+            self.wanted.truncate(most);
+            self.wanted.shrink_to_fit();
         }
     }
     /// A prefetch fault has ended; its range is wanted again if there is hope.
@@ -117,8 +144,14 @@ impl Population {
         if let Some(last) = self.wanted.last_mut() {
             last.start = page;
             if last.pages() == 0 {
-                self.wanted.pop();
+                self.drop_last();
             }
+        }
+    }
+    fn drop_last(&mut self) {
+        self.wanted.pop();
+        if self.wanted.is_empty() {
+            self.done();
         }
     }
 }
@@ -269,11 +302,13 @@ impl Context {
                 if !vm.population.all && device.resident_in(vm.asid, range) == range.pages() =>
             {
                 state.extents.clear();
+                state.extents.shrink_to(KEPT);
                 Ok(Some(range))
             }
             Step::Bind(range) => {
                 let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), &state.extents);
                 state.extents.clear();
+                state.extents.shrink_to(KEPT);
                 bound.map(|()| Some(range)).map_err(|error| failed(range, error))
             }
             Step::BindNull(range) => {
@@ -284,16 +319,14 @@ impl Context {
             Step::Hole => Ok(Some(PageRange { start: 0, end: 0 })),
             Step::Lost(range) => Err((range, EFAULT)),
             Step::Ask(prefetch) => {
-                // Accesses that wait for their turn come first.
-                let room = state.faults.count() < usize::try_from(self.limits.pending_faults).unwrap_or(0)
-                    && state.throttled.is_empty();
-                if !room || vm.population.asked >= MAX_ASKED {
+                let range = prefetch.range;
+                let asked = vm.population.asked < MAX_ASKED && self.ask_ahead(state, prefetch, after);
+                let Some(vm) = state.vms.get_mut(&vm_id) else { return Ok(None) };
+                if !asked {
                     vm.population.stalled = true;
                     return Ok(None);
                 }
                 vm.population.asked = vm.population.asked.saturating_add(1);
-                let range = prefetch.range;
-                self.ask_ahead(state, prefetch, after);
                 Ok(Some(range))
             }
         }
@@ -318,7 +351,7 @@ impl Context {
     /// Nothing is wanted of an unusable GPU VM any more; its jobs go on and find that it is.
     pub(crate) fn give_up_population(&self, state: &mut State, vm_id: u32) {
         let Some(vm) = state.vms.get_mut(&vm_id) else { return };
-        vm.population.wanted.clear();
+        vm.population.done();
         if vm.population.held {
             self.release(state, vm_id);
         }
@@ -362,7 +395,7 @@ impl State {
         let Some(range) = population.wanted.last().copied() else { return Step::Nothing };
         let found = mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?)));
         let Some((va, part)) = found else {
-            population.wanted.pop();
+            population.drop_last();
             return Step::Hole;
         };
         population.advance(part.start);

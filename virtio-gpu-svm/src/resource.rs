@@ -13,6 +13,9 @@ pub struct Blob {
     runs: Vec<(u64, u64)>,
 }
 
+/// What a blob takes besides its runs: itself, and its place in the guest's table.
+const FIXED_BYTES: u64 = 192;
+
 impl Blob {
     /// A blob from its entries, (guest-physical page, pages) each, in order; contiguous entries become one run.
     pub fn new(resource_id: u32, entries: impl Iterator<Item = (u64, u64)>) -> Self {
@@ -26,7 +29,14 @@ impl Blob {
             }
             pages = pages.saturating_add(count);
         }
+        // It may be kept for long, and is counted by what it holds.
+        runs.shrink_to_fit();
         Self { resource_id, pages, runs }
+    }
+    /// Bytes that describe it here.
+    pub fn bytes(&self) -> u64 {
+        let runs = self.runs.capacity().saturating_mul(size_of::<(u64, u64)>());
+        u64::try_from(runs).unwrap_or(u64::MAX).saturating_add(FIXED_BYTES)
     }
     /// The guest-physical page behind a page of the blob.
     pub fn gpa_page(&self, page: u64) -> Option<u64> {

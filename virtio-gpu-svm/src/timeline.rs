@@ -13,11 +13,21 @@
 //! queue a ring, found by the timeline it waits for; who is awake is *ready*, and is looked at by whoever next has the
 //! lock, a slice at a time ([`Timelines::take_ready`]).
 
-use crate::context::Bind;
+use crate::context::{Bind, KEPT, trim};
 use crate::device::{JobEnd, JobId};
 use crate::protocol::job::Packet;
+use crate::protocol::limit::Limit;
+use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
+use crate::sync::Arc;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+/// What a ring takes from its first item on until its GPU VM goes: its entry, and the room that its lists keep.
+const RING_BYTES: u64 = 2048;
+/// Items for which its empty lists may keep their room.
+const KEPT_IN_RING: usize = 4;
+/// What an item takes besides its lists.
+const ITEM_BYTES: u64 = 512;
 
 /// A ring of a GPU VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,6 +83,33 @@ pub struct Turn {
     pub user_data: u64,
     /// The point that it promises, or 0.
     pub signal: u64,
+    /// What it holds of the guest's quota.
+    pub weight: Weight,
+}
+
+/// What an item holds until it has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weight {
+    /// Bytes of its lists, here or at the device.
+    pub bytes: u64,
+    /// Mappings that it may add; only until it starts.
+    pub mappings: u64,
+}
+
+/// Charges for items of a context's timelines.
+#[derive(Debug, Default)]
+pub struct QueueCharges {
+    /// Of all bytes.
+    pub bytes: Charge,
+    /// Of mappings that queued binds may add.
+    pub mappings: Charge,
+}
+
+impl QueueCharges {
+    fn absorb(&mut self, other: Self) {
+        self.bytes.absorb(other.bytes);
+        self.mappings.absorb(other.mappings);
+    }
 }
 
 /// What an item does.
@@ -99,6 +136,19 @@ impl Work {
         match self {
             Self::Job(_) => true,
             Self::Bind { binds, .. } => binds.iter().any(Bind::needs_usable),
+        }
+    }
+    /// What it holds with so many points that it waits for. A MAP into the middle of a mapping makes three of one.
+    pub fn weight(&self, waits: usize) -> Weight {
+        let bytes = match self {
+            Self::Job(packets) => size_of::<Packet>().saturating_mul(packets.len()),
+            Self::Bind { binds, .. } => size_of::<Bind>().saturating_mul(binds.len()),
+        };
+        let bytes = bytes.saturating_add(size_of::<Point>().saturating_mul(waits));
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        Weight {
+            bytes: count(bytes).saturating_add(ITEM_BYTES),
+            mappings: count(self.operations()).saturating_mul(2),
         }
     }
     fn operations(&self) -> usize {
@@ -173,9 +223,40 @@ pub struct Timelines {
     ready: VecDeque<Timeline>,
     items: usize,
     queued_operations: usize,
+    /// For all items and rings.
+    pub(crate) charges: QueueCharges,
 }
 
 impl Timelines {
+    /// None was used yet.
+    pub fn new(quota: &Arc<Quota>) -> Self {
+        let (bytes, mappings) = (quota.charge(Limit::QueueBytes), quota.charge(Limit::TotalMappings));
+        Self { charges: QueueCharges { bytes, mappings }, ..Self::default() }
+    }
+    /// Charges for an item that is going to stand on a timeline.
+    ///
+    /// # Errors
+    /// [`Full`].
+    pub fn hold(&self, timeline: Timeline, weight: Weight) -> Result<QueueCharges, Full> {
+        let ring = if self.rings.contains_key(&timeline) { 0 } else { RING_BYTES };
+        let mut charges =
+            QueueCharges { bytes: self.charges.bytes.sibling(), mappings: self.charges.mappings.sibling() };
+        charges.bytes.grow(weight.bytes.saturating_add(ring))?;
+        charges.mappings.grow(weight.mappings)?;
+        Ok(charges)
+    }
+    /// What the charges must be, counted from the items and rings themselves: bytes and mappings.
+    pub fn weigh(&self) -> (u64, u64) {
+        let mut sum = (0_u64, 0_u64);
+        for ring in self.rings.values() {
+            let queued = ring.queued.iter().map(|item| item.turn.weight.bytes);
+            let started = ring.started.iter().map(|started| started.turn.weight.bytes);
+            sum.0 = queued.chain(started).fold(sum.0, u64::saturating_add).saturating_add(RING_BYTES);
+            let mappings = ring.queued.iter().map(|item| item.turn.weight.mappings);
+            sum.1 = mappings.fold(sum.1, u64::saturating_add);
+        }
+        sum
+    }
     /// Jobs and asynchronous binds that have not ended.
     pub fn len(&self) -> usize {
         self.items
@@ -225,7 +306,8 @@ impl Timelines {
         self.rings.get(&timeline).is_none_or(free) && waits.iter().all(|point| self.is_reached(*point))
     }
     /// Puts an item at the end of its ring's queue.
-    pub fn queue(&mut self, timeline: Timeline, item: Item) {
+    pub fn queue(&mut self, timeline: Timeline, item: Item, charges: QueueCharges) {
+        self.charges.absorb(charges);
         self.items = self.items.saturating_add(1);
         self.queued_operations = self.queued_operations.saturating_add(item.work.operations());
         let ring = self.rings.entry(timeline).or_default();
@@ -234,7 +316,8 @@ impl Timelines {
         self.list(timeline);
     }
     /// A job has started without having been queued.
-    pub fn start(&mut self, timeline: Timeline, turn: Turn) {
+    pub fn start(&mut self, timeline: Timeline, turn: Turn, charges: QueueCharges) {
+        self.charges.absorb(charges);
         self.items = self.items.saturating_add(1);
         let ring = self.rings.entry(timeline).or_default();
         ring.promised = ring.promised.max(turn.signal);
@@ -296,9 +379,15 @@ impl Timelines {
         let before = ring.reached;
         while let Some(Started { turn, end: Some(end) }) = ring.started.front() {
             tell(timeline, *turn, *end);
+            self.charges.bytes.shrink(turn.weight.bytes);
             ring.reached = ring.reached.max(turn.signal);
             self.items = self.items.saturating_sub(1);
             ring.started.pop_front();
+        }
+        trim(&mut ring.started, KEPT_IN_RING);
+        trim(&mut ring.queued, KEPT_IN_RING);
+        if self.started.is_empty() && self.started.capacity() > KEPT {
+            self.started = HashMap::new();
         }
         let reached = ring.reached;
         self.list(timeline);
@@ -312,15 +401,19 @@ impl Timelines {
         let mut dropped = Vec::new();
         for timeline in self.of_vm(vm_id) {
             let Some(ring) = self.rings.remove(&timeline) else { continue };
+            self.charges.bytes.shrink(RING_BYTES);
             if let Some(point) = ring.waits_for {
                 self.waiting.remove(&(point.timeline, point.seqno, timeline));
             }
             for started in ring.started {
                 self.started.remove(&started.turn.id);
+                self.charges.bytes.shrink(started.turn.weight.bytes);
                 dropped.push((timeline, started.turn));
             }
             for item in ring.queued {
                 self.queued_operations = self.queued_operations.saturating_sub(item.work.operations());
+                self.charges.bytes.shrink(item.turn.weight.bytes);
+                self.charges.mappings.shrink(item.turn.weight.mappings);
                 dropped.push((timeline, item.turn));
             }
             if !seeded::on(Bug::LosePoint) {
@@ -381,7 +474,7 @@ mod tests {
     const DONE: JobEnd = JobEnd { errno: 0, packet: 0, addr: GpuAddr(0), access: Access::Read };
 
     fn turn(id: u64, signal: u64) -> Turn {
-        Turn { id: JobId(id), bind: false, user_data: 0, signal }
+        Turn { id: JobId(id), bind: false, user_data: 0, signal, weight: Weight::default() }
     }
 
     #[test]
@@ -389,10 +482,10 @@ mod tests {
         let (gate, waiter) = (Timeline { vm_id: 1, ring_idx: 0 }, Timeline { vm_id: 2, ring_idx: 0 });
         let mut lines = Timelines::default();
         for round in 1..=3 {
-            lines.start(gate, turn(2 * round, round));
+            lines.start(gate, turn(2 * round, round), QueueCharges::default());
             let waits = vec![Point { timeline: gate, seqno: round }];
             let item = Item { turn: turn(2 * round + 1, 0), waits, work: Work::Job(Vec::new()) };
-            lines.queue(waiter, item);
+            lines.queue(waiter, item, QueueCharges::default());
             assert!(lines.take_ready(|_| true).is_none());
             assert_eq!(lines.waiting.len(), 1);
             lines.end(JobId(2 * round), DONE, |_, _, _| {});

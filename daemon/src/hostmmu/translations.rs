@@ -1,11 +1,18 @@
 //! Which GPU pages a worker has mapped: runs of pages, within a budget.
 //!
 //! A process has about 65,530 mappings. A run costs one, and the gap behind it another, so runs are counted, and beyond
-//! the budget the oldest go; what is touched again faults again. Owned by a GPU VM, under its lock.
+//! the budget the oldest go; what is touched again faults again. The same where its guest's tables take as many bytes
+//! as they may. Owned by a GPU VM, under its lock.
 
 use std::collections::BTreeMap;
 use virtio_gpu_svm::addr::PageRange;
 use virtio_gpu_svm::protocol::PAGE_SHIFT;
+use virtio_gpu_svm::quota::Charge;
+
+/// Runs that nobody is charged for: what a job has in hand must find room, or it would fault for ever.
+const FREE_RUNS: usize = 64;
+/// What a run takes in both trees.
+const RUN_BYTES: u64 = 128;
 
 /// Consecutive pages of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,12 +49,24 @@ pub struct Translations {
     ages: BTreeMap<u64, u64>,
     clock: u64,
     pages: u64,
+    charge: Charge,
 }
 
 impl Translations {
-    /// None yet; at most `budget` runs.
-    pub fn new(budget: usize) -> Self {
-        Self { budget, runs: BTreeMap::new(), ages: BTreeMap::new(), clock: 0, pages: 0 }
+    /// None yet; at most `budget` runs, which are charged for.
+    pub fn new(budget: usize, charge: Charge) -> Self {
+        Self { budget, runs: BTreeMap::new(), ages: BTreeMap::new(), clock: 0, pages: 0, charge }
+    }
+
+    /// Bytes that are charged.
+    pub fn bytes(&self) -> u64 {
+        self.charge.amount()
+    }
+
+    /// Bytes that are to be.
+    fn due(&self) -> u64 {
+        let runs = self.runs.len().saturating_sub(FREE_RUNS);
+        u64::try_from(runs).unwrap_or(u64::MAX).saturating_mul(RUN_BYTES)
     }
 
     /// Pages with a translation.
@@ -126,9 +145,9 @@ impl Translations {
         ranges
     }
 
-    /// Takes out the oldest run, if there are more than the budget allows.
+    /// Takes out the oldest run, if there are more than the budget or the guest's quota allows.
     pub fn evict(&mut self) -> Option<PageRange> {
-        if self.runs.len() <= self.budget {
+        if self.runs.len() <= self.budget && self.charge.resize(self.due()).is_ok() {
             return None;
         }
         let start = *self.ages.first_key_value()?.1;
@@ -150,6 +169,7 @@ impl Translations {
         let (run, age) = self.runs.remove(&first)?;
         self.ages.remove(&age);
         self.pages -= run.pages;
+        self.charge.shrink_to(self.due());
         Some(run)
     }
 }
@@ -158,6 +178,9 @@ impl Translations {
 mod tests {
     use super::*;
     use std::collections::HashMap;
+    use virtio_gpu_svm::host::Limits;
+    use virtio_gpu_svm::protocol::limit::Limit;
+    use virtio_gpu_svm::quota::Quota;
 
     fn run(pages: u64, offset_page: u64) -> Run {
         Run { pages, region: 1, offset: offset_page << PAGE_SHIFT, writable: true }
@@ -165,7 +188,7 @@ mod tests {
 
     #[test]
     fn neighbours_that_go_on_are_joined() {
-        let mut all = Translations::new(8);
+        let mut all = Translations::new(8, Charge::default());
         all.insert(10, run(2, 0));
         all.insert(14, run(1, 4));
         all.insert(12, run(2, 2));
@@ -181,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_cut_run_keeps_both_ends() {
-        let mut all = Translations::new(8);
+        let mut all = Translations::new(8, Charge::default());
         all.insert(10, run(10, 0));
         let gone = all.remove(PageRange { start: 13, end: 15 });
         assert_eq!(gone, Some(PageRange { start: 13, end: 15 }));
@@ -191,7 +214,7 @@ mod tests {
 
     #[test]
     fn beyond_the_budget_the_oldest_goes() {
-        let mut all = Translations::new(2);
+        let mut all = Translations::new(2, Charge::default());
         for first in [30, 10, 20] {
             all.insert(first, run(1, first + 100));
         }
@@ -202,10 +225,28 @@ mod tests {
         assert_eq!(all.remove_region(2), [PageRange { start: 50, end: 51 }]);
     }
 
+    #[test]
+    fn beyond_the_quota_the_oldest_goes() {
+        let quota = Quota::new(&Limits { table_bytes: 2 * RUN_BYTES, ..Limits::DEFAULT });
+        let mut all = Translations::new(1 << 20, quota.charge(Limit::TableBytes));
+        let used = || quota.used(Limit::TableBytes);
+        for n in 0..66 {
+            all.insert(2 * n, run(1, 3 * n));
+            assert_eq!(all.evict(), None);
+        }
+        assert_eq!(used(), 2 * RUN_BYTES);
+        all.insert(200, run(1, 0));
+        assert_eq!(all.evict(), Some(PageRange { start: 0, end: 1 }));
+        assert_eq!((all.evict(), used()), (None, 2 * RUN_BYTES));
+        all.remove(PageRange { start: 0, end: 5 });
+        assert_eq!(used(), 0, "the first ones are free");
+    }
+
     /// Against one entry a page.
     #[test]
     fn random_changes_agree_with_a_map_of_pages() {
-        let (mut all, mut pages, mut seed) = (Translations::new(1 << 20), HashMap::new(), 0x5eed_u64);
+        let (mut all, mut pages, mut seed) =
+            (Translations::new(1 << 20, Charge::default()), HashMap::new(), 0x5eed_u64);
         println!("seed {seed:#x}");
         let mut random = |below: u64| {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -23,6 +23,7 @@ use virtio_gpu_svm::memory::Region;
 use virtio_gpu_svm::protocol::errno::{ECANCELED, ETIMEDOUT};
 use virtio_gpu_svm::protocol::job::{OP_ATOMIC_ADD, Packet};
 use virtio_gpu_svm::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use virtio_gpu_svm::quota::Charge;
 
 /// Whether there is a worker.
 enum Life {
@@ -112,14 +113,14 @@ pub struct Stopped {
 }
 
 impl VmState {
-    /// Empty, without a worker; `budget` is how many runs of pages it may have.
-    pub fn new(va_end: u64, budget: usize, job_limit: Option<Duration>) -> Self {
+    /// Empty, without a worker; `budget` is how many runs of pages it may have, and `tables` is for them.
+    pub fn new(va_end: u64, budget: usize, job_limit: Option<Duration>, tables: Charge) -> Self {
         Self {
             life: Life::Idle,
             frozen: false,
             dying: false,
             va_end,
-            translations: Translations::new(budget),
+            translations: Translations::new(budget, tables),
             regions: HashMap::new(),
             shared: HashSet::new(),
             rings: BTreeMap::new(),
@@ -163,6 +164,11 @@ impl VmState {
     /// Pages with a translation.
     pub fn resident_pages(&self) -> u64 {
         self.translations.pages()
+    }
+
+    /// Bytes that its translations are charged.
+    pub fn table_bytes(&self) -> u64 {
+        self.translations.bytes()
     }
 
     /// Pages of the range with a translation.
@@ -226,11 +232,16 @@ impl VmState {
             self.map(page, run);
             page += extent.pages;
         }
+        self.keep_budget();
+        self.deliver();
+        Ok(())
+    }
+
+    /// Lets go of the oldest runs, if there are too many.
+    fn keep_budget(&mut self) {
         while let Some(range) = self.translations.evict() {
             self.unmap(range);
         }
-        self.deliver();
-        Ok(())
     }
 
     /// The core has checked both; what is behind a region in its file may be another guest's.
@@ -251,6 +262,8 @@ impl VmState {
     pub fn unbind(&mut self, range: PageRange) -> Flush {
         if let Some(covered) = self.translations.remove(range) {
             self.unmap(covered);
+            // A run that was cut is two.
+            self.keep_budget();
             self.fence();
             self.deliver();
         }

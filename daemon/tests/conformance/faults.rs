@@ -11,6 +11,7 @@ use virtio_gpu_svm::device::{Access, Asid, Error, Flush, Verdict};
 use virtio_gpu_svm::protocol::errno;
 use virtio_gpu_svm::protocol::job::*;
 use virtio_gpu_svm::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use virtio_gpu_svm::quota::Charge;
 
 #[test]
 fn a_missing_page_parks_the_job_until_it_is_bound() {
@@ -191,7 +192,7 @@ fn a_destroyed_vm_retires_with_its_parked_job_and_its_asid_serves_again() {
         let (vm, memory) = (rig.vm(1), Memory::new(1));
         let dropped = rig.submit(vm, 0, &[fill(C, 8, 1)]);
         let fault = rig.fault(0);
-        assert_eq!(rig.device.vm_create(vm, label(1)), Err(Error::VmExists(1)));
+        assert_eq!(rig.device.vm_create(vm, label(1), Charge::default()), Err(Error::VmExists(1)));
         rig.device.vm_destroy(vm);
         rig.wait_retired(vm);
         rig.device.resume(fault.stop, Verdict::Retry);

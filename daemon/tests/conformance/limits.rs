@@ -11,6 +11,7 @@ use virtio_gpu_svm::device::{Asid, Error, Verdict};
 use virtio_gpu_svm::protocol::errno::ETIMEDOUT;
 use virtio_gpu_svm::protocol::job::*;
 use virtio_gpu_svm::protocol::{PAGE_SIZE, errno};
+use virtio_gpu_svm::quota::Charge;
 
 /// Soon over for a job that never ends.
 const SHORT: Duration = Duration::from_millis(50);
@@ -129,7 +130,7 @@ fn beyond_its_workers_hostmmu_takes_no_vm_until_one_has_retired() {
     let rig = Rig::with_workers(HostMmuConfig { workers: 2, ..hostmmu_config() });
     let memory = Memory::new(1);
     let (first, second) = (rig.vm(1), rig.vm(2));
-    assert_eq!(rig.device.vm_create(Asid(3), label(3)), Err(Error::TooManyVms));
+    assert_eq!(rig.device.vm_create(Asid(3), label(3), Charge::default()), Err(Error::TooManyVms));
     for vm in [first, second] {
         rig.bind(vm, C, &memory, 0, 1);
         assert_eq!(rig.run(vm, &[word_op(OP_ATOMIC_ADD, C, 1)]).errno, 0);

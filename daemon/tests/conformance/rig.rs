@@ -13,6 +13,7 @@ use virtio_gpu_svm::device::*;
 use virtio_gpu_svm::memory::{Region, RegionIdentity};
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::{PAGE_SIZE, errno};
+use virtio_gpu_svm::quota::Charge;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{FileOffset, VolatileMemory};
 
@@ -162,7 +163,7 @@ impl Rig {
     }
 
     pub fn vm(&self, asid: u32) -> Asid {
-        self.device.vm_create(Asid(asid), label(asid)).unwrap();
+        self.device.vm_create(Asid(asid), label(asid), Charge::default()).unwrap();
         Asid(asid)
     }
 

@@ -9,6 +9,7 @@ use virtio_gpu_svm::device::{
     Ticket, Verdict, VmLabel,
 };
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::quota::Charge;
 
 /// A device of this name panics when it is asked for its ledger.
 pub const BROKEN: &str = "broken";
@@ -41,7 +42,7 @@ impl Device for Idle {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
-    fn vm_create(&self, asid: Asid, _label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, _label: VmLabel, _tables: Charge) -> Result<(), Error> {
         self.resident.lock().unwrap().insert(asid);
         Ok(())
     }

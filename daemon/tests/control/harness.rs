@@ -18,8 +18,15 @@ use virtio_gpu_svm::host::{Host, Limits};
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Of every guest.
-pub const LIMITS: Limits =
-    Limits { contexts: 4, pending_faults: 16, jobs: 16, mappings: 64, resources: 16, fault_deadline_ms: 0 };
+pub const LIMITS: Limits = Limits {
+    contexts: 4,
+    pending_faults: 16,
+    jobs: 16,
+    mappings: 64,
+    resources: 16,
+    fault_deadline_ms: 0,
+    ..Limits::DEFAULT
+};
 
 /// A registry and its control socket, without guests, in a folder of its own.
 pub struct Server {

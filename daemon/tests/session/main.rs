@@ -38,6 +38,7 @@ impl Daemon {
             mappings: 64,
             resources: 16,
             fault_deadline_ms: 0,
+            ..Limits::DEFAULT
         };
         let runtime_dirs = vec![dir.path().to_owned()];
         let registry = Registry::new(Host::new(Vec::new()), Options { runtime_dirs, limits, allow_unsealed });

@@ -18,8 +18,15 @@ use virtio_gpu_svm::protocol::request::*;
 use vm_memory::mmap::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
-const LIMITS: Limits =
-    Limits { contexts: 4, pending_faults: 8, jobs: 8, mappings: 16, resources: 4, fault_deadline_ms: 0 };
+const LIMITS: Limits = Limits {
+    contexts: 4,
+    pending_faults: 8,
+    jobs: 8,
+    mappings: 16,
+    resources: 4,
+    fault_deadline_ms: 0,
+    ..Limits::DEFAULT
+};
 /// Bytes that an answer may have, by the input's first byte.
 const ROOMS: [usize; 6] = [64 << 10, 4096, 128, 48, 24, 0];
 

@@ -23,8 +23,15 @@ use virtio_gpu_svm::host::{Host, Limits};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What an input calls the folder in which guests may have sockets.
 const FOLDER: &[u8] = b"/DIR/";
-const LIMITS: Limits =
-    Limits { contexts: 4, pending_faults: 8, jobs: 8, mappings: 16, resources: 4, fault_deadline_ms: 0 };
+const LIMITS: Limits = Limits {
+    contexts: 4,
+    pending_faults: 8,
+    jobs: 8,
+    mappings: 16,
+    resources: 4,
+    fault_deadline_ms: 0,
+    ..Limits::DEFAULT
+};
 
 struct Server {
     registry: Arc<Registry>,

@@ -33,8 +33,15 @@ const STEPS: usize = 96;
 /// Records that the guest keeps to answer them.
 const OPEN: usize = 16;
 /// Small, so that they are met; and no more faults than are shown.
-const LIMITS: Limits =
-    Limits { contexts: 3, pending_faults: 5, jobs: 6, mappings: 8, resources: 3, fault_deadline_ms: 1 };
+const LIMITS: Limits = Limits {
+    contexts: 3,
+    pending_faults: 5,
+    jobs: 6,
+    mappings: 8,
+    resources: 3,
+    fault_deadline_ms: 1,
+    ..Limits::DEFAULT
+};
 
 static REGIONS: LazyLock<Mutex<[Arc<Region>; 3]>> = LazyLock::new(|| {
     let region = |(inode, gpa)| {

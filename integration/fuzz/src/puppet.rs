@@ -11,6 +11,7 @@ use virtio_gpu_svm::device::{
 };
 use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
+use virtio_gpu_svm::quota::Charge;
 
 /// Most pages of a group of page requests.
 const MAX_GROUP: u64 = 8;
@@ -208,7 +209,7 @@ impl Device for Puppet {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
-    fn vm_create(&self, asid: Asid, _label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, _label: VmLabel, _tables: Charge) -> Result<(), Error> {
         let mut told = self.told();
         told.attempt()?;
         assert!(!told.dying.contains(&asid) && told.alive.insert(asid), "{asid:?} is in use");

@@ -46,8 +46,15 @@ const ROOM: u32 = 0x1000;
 const REQUESTS_AT: u64 = 0x1_0000;
 const ANSWERS_AT: u64 = 0x2_0000;
 const BUFFERS_AT: u64 = 0x3_0000;
-const LIMITS: Limits =
-    Limits { contexts: 4, pending_faults: 8, jobs: 8, mappings: 16, resources: 4, fault_deadline_ms: 0 };
+const LIMITS: Limits = Limits {
+    contexts: 4,
+    pending_faults: 8,
+    jobs: 8,
+    mappings: 16,
+    resources: 4,
+    fault_deadline_ms: 0,
+    ..Limits::DEFAULT
+};
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;

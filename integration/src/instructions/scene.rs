@@ -72,6 +72,7 @@ impl Scene {
             mappings: 65_536,
             resources: 16,
             fault_deadline_ms: 0,
+            ..Limits::DEFAULT
         };
         let guest = host.open_guest("vm0", limits, &[0], Arc::new(Silent));
         let identity = RegionIdentity { inode: (0, 1), offset: 0, size: MEMORY, gpa: GPA };

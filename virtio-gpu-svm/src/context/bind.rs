@@ -10,6 +10,7 @@ use crate::fault::Outcome;
 use crate::gpu_vm::{Backing, Change, GpuVa, State as VmState};
 use crate::invalidation::{ONE_BY_ONE, bounded};
 use crate::population::{self, hold, lacks_faults, take_away};
+use crate::protocol::limit::Limit;
 use crate::sync::Arc;
 
 /// One checked operation of a VM_BIND.
@@ -96,12 +97,13 @@ impl Context {
     /// Carries out operations, all or none. PROTOCOL 5.3.
     ///
     /// # Errors
-    /// [`Error::NoVm`], [`Error::VmUnusable`] for a MAP, [`Error::TooManyMappings`], [`Error::MirrorBusy`].
+    /// [`Error::NoVm`], [`Error::VmUnusable`] for a MAP, [`Error::TooManyMappings`], [`Error::Full`],
+    /// [`Error::MirrorBusy`].
     pub fn bind(self: &Arc<Self>, vm_id: u32, binds: &[Bind]) -> Result<(), Refused> {
         let mut after = After::default();
         let result = self.bind_locked(&mut self.lock(), vm_id, binds, &mut after);
         self.settle(after);
-        result
+        result.inspect_err(|refused| self.count_refusal(&refused.error))
     }
 
     pub(super) fn bind_locked(
@@ -124,7 +126,8 @@ impl Context {
         let all_resident = lacks_faults(device);
         let (mut change, mut wanted) = (Change::default(), Vec::new());
         // The operations since which there is too much: a later one may make room again.
-        let (mut over, mut over_pages) = (None, None);
+        let (mut over, mut over_all, mut over_pages) = (None, None, None);
+        let most_of_all = vm.mappings_charge.most();
         for (op, bind) in binds.iter().enumerate() {
             match bind {
                 Bind::Map(va) | Bind::MapImmediate(va) => vm.mappings.map(va.clone(), &mut change),
@@ -133,6 +136,7 @@ impl Context {
                 Bind::Prefetch(_) => {}
             }
             over = over.or(Some(op)).filter(|_| vm.mappings.len() > most);
+            over_all = over_all.or(Some(op)).filter(|_| vm.mappings.count() > most_of_all);
             let beyond = all_resident && vm.mappings.pages() > population::MAX_POPULATED_PAGES;
             over_pages = over_pages.or(Some(op)).filter(|_| beyond);
             wanted.extend(bind.to_populate(all_resident));
@@ -152,6 +156,13 @@ impl Context {
             vm.mappings.undo(change);
             return Err(Refused::busy(binds, busy, is_resident));
         }
+        // The last thing that can be refused. Unless others have taken the room meanwhile, it is the operation since which
+        // there is too much.
+        if let Err(full) = vm.mappings_charge.resize(vm.mappings.count()) {
+            vm.mappings.undo(change);
+            return Err(refused(over_all.unwrap_or(0), Error::Full(full)));
+        }
+        self.quota.note(Limit::Mappings, vm.mappings.len());
         change.zapped(|range| zapped.push(range));
         let zapped = PageRange::merge(zapped);
         // What engines still have in hand is theirs for one slice; who frees memory invalidates and waits.

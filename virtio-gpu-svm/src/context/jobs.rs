@@ -13,8 +13,10 @@ use crate::event::{DoneJob, Waiting};
 use crate::gpu_vm::State as VmState;
 use crate::protocol::errno::{ECANCELED, EPIPE};
 use crate::protocol::job::Packet;
+use crate::protocol::limit::Limit;
+use crate::quota::Charge;
 use crate::sync::Arc;
-use crate::timeline::{Item, Point, Timeline, Turn, Work};
+use crate::timeline::{Item, Point, QueueCharges, Timeline, Turn, Weight, Work};
 
 /// What is started under one hold of the context's lock: jobs, and operations of binds.
 const SLICE: usize = 64;
@@ -32,9 +34,15 @@ pub struct Launch {
     pub waits: Vec<Point>,
 }
 
+/// Charges of a job or bind, until it is accepted.
+struct Held {
+    one: Charge,
+    queue: QueueCharges,
+}
+
 impl Launch {
-    fn turn(&self, id: JobId, bind: bool) -> Turn {
-        Turn { id, bind, user_data: self.user_data, signal: self.signal }
+    fn turn(&self, id: JobId, bind: bool, weight: Weight) -> Turn {
+        Turn { id, bind, user_data: self.user_data, signal: self.signal, weight }
     }
 }
 
@@ -42,12 +50,13 @@ impl Context {
     /// Launches a job. Returns its id. PROTOCOL 5.4.
     ///
     /// # Errors
-    /// [`Error::NoVm`], [`Error::Point`], [`Error::VmUnusable`], [`Error::TooManyJobs`], [`Error::Device`].
+    /// [`Error::NoVm`], [`Error::Point`], [`Error::VmUnusable`], [`Error::TooManyJobs`], [`Error::Full`],
+    /// [`Error::Device`].
     pub fn exec(self: &Arc<Self>, launch: Launch, packets: Vec<Packet>) -> Result<JobId, Error> {
         let mut after = After::default();
         let result = self.exec_locked(&mut self.lock(), launch, packets, &mut after);
         self.settle(after);
-        result
+        result.inspect_err(|error| self.count_refusal(error))
     }
 
     fn exec_locked(
@@ -60,18 +69,24 @@ impl Context {
         let (device, asid) = self.admit(state, &launch, true)?;
         let device = self.host.device_of(device);
         device.check_packets(&packets).map_err(Error::Device)?;
+        let work = Work::Job(packets);
+        let weight = work.weight(launch.waits.len());
+        let held = self.hold_job(state, launch.timeline, weight)?;
         let (id, timeline) = (self.host.next_job(), launch.timeline);
-        let turn = launch.turn(id, false);
-        if state.timelines.starts_at_once(timeline, &launch.waits) {
-            let job = Job { id, ring_idx: timeline.ring_idx, packets };
-            device.submit(asid, job).map_err(Error::Device)?;
-            state.timelines.start(timeline, turn);
-            state.count_launched(timeline);
-        } else {
-            let item = Item { turn, waits: launch.waits, work: Work::Job(packets) };
-            state.timelines.queue(timeline, item);
-            state.count_launched(timeline);
-            self.advance(state, after);
+        let turn = launch.turn(id, false, weight);
+        match work {
+            Work::Job(packets) if state.timelines.starts_at_once(timeline, &launch.waits) => {
+                let job = Job { id, ring_idx: timeline.ring_idx, packets };
+                device.submit(asid, job).map_err(Error::Device)?;
+                state.timelines.start(timeline, turn, held.queue);
+                self.count_launched(state, timeline, held.one);
+            }
+            work => {
+                let item = Item { turn, waits: launch.waits, work };
+                state.timelines.queue(timeline, item, held.queue);
+                self.count_launched(state, timeline, held.one);
+                self.advance(state, after);
+            }
         }
         Ok(id)
     }
@@ -80,12 +95,12 @@ impl Context {
     ///
     /// # Errors
     /// [`Error::NoVm`], [`Error::Point`], [`Error::VmUnusable`] for a MAP, [`Error::TooManyJobs`],
-    /// [`Error::TooManyQueued`].
+    /// [`Error::TooManyQueued`], [`Error::Full`].
     pub fn bind_async(self: &Arc<Self>, launch: Launch, binds: Vec<Bind>) -> Result<JobId, Error> {
         let mut after = After::default();
         let result = self.bind_async_locked(&mut self.lock(), launch, binds, &mut after);
         self.settle(after);
-        result
+        result.inspect_err(|error| self.count_refusal(error))
     }
 
     fn bind_async_locked(
@@ -101,13 +116,30 @@ impl Context {
         if operations > usize::try_from(limit).unwrap_or(usize::MAX) {
             return Err(Error::TooManyQueued(limit));
         }
+        let work = Work::Bind { binds, detached: None };
+        let weight = work.weight(launch.waits.len());
+        let held = self.hold_job(state, launch.timeline, weight)?;
         let (id, timeline) = (self.host.next_job(), launch.timeline);
-        let turn = launch.turn(id, true);
-        let item = Item { turn, waits: launch.waits, work: Work::Bind { binds, detached: None } };
-        state.timelines.queue(timeline, item);
-        state.count_launched(timeline);
+        let item = Item { turn: launch.turn(id, true, weight), waits: launch.waits, work };
+        state.timelines.queue(timeline, item, held.queue);
+        self.count_launched(state, timeline, held.one);
         self.advance(state, after);
         Ok(id)
+    }
+
+    /// Charges for a job or bind that is about to be accepted.
+    fn hold_job(&self, state: &State, timeline: Timeline, weight: Weight) -> Result<Held, Error> {
+        let mut one = self.quota.charge(Limit::TotalJobs);
+        one.grow(1)?;
+        Ok(Held { one, queue: state.timelines.hold(timeline, weight)? })
+    }
+    fn count_launched(&self, state: &mut State, timeline: Timeline, one: Charge) {
+        state.jobs_charge.absorb(one);
+        self.quota.note(Limit::Jobs, state.timelines.len().saturating_add(state.undelivered_jobs));
+        if let Some(vm) = state.vms.get_mut(&timeline.vm_id) {
+            vm.jobs = vm.jobs.saturating_add(1);
+        }
+        state.counters.jobs_submitted = state.counters.jobs_submitted.saturating_add(1);
     }
 
     /// Checks what jobs and asynchronous binds have in common. Returns where they run.
@@ -152,6 +184,7 @@ impl Context {
                 }
             }
             Work::Bind { binds, detached } => {
+                state.lend_mappings(timeline.vm_id, turn.weight);
                 let applied = match detached {
                     Some(op) if state.is_usable(timeline.vm_id) => {
                         Err(Refused::at(&binds, op, Error::Detached))
@@ -164,6 +197,8 @@ impl Context {
                     }
                     return;
                 };
+                state.settle_mappings(timeline.vm_id);
+                self.count_refusal(&refused.error);
                 let (errno, op, addr) = (refused.error.errno(), refused.op, refused.addr);
                 // The end's record goes before the notice that the GPU VM is unusable: it is the more precise one.
                 self.end(state, turn.id, failed(errno, op, addr), after);
@@ -216,11 +251,17 @@ impl State {
     fn is_usable(&self, vm_id: u32) -> bool {
         self.vms.get(&vm_id).is_some_and(|vm| vm.state == VmState::Usable)
     }
-    fn count_launched(&mut self, timeline: Timeline) {
-        if let Some(vm) = self.vms.get_mut(&timeline.vm_id) {
-            vm.jobs = vm.jobs.saturating_add(1);
+    /// What a queued bind had put by for its mappings is its GPU VM's now.
+    fn lend_mappings(&mut self, vm_id: u32, weight: Weight) {
+        if let Some(vm) = self.vms.get_mut(&vm_id) {
+            vm.mappings_charge.take_from(&mut self.timelines.charges.mappings, weight.mappings);
         }
-        self.counters.jobs_submitted = self.counters.jobs_submitted.saturating_add(1);
+    }
+    /// A bind that was refused has not used it.
+    fn settle_mappings(&mut self, vm_id: u32) {
+        if let Some(vm) = self.vms.get_mut(&vm_id) {
+            vm.mappings_charge.shrink_to(vm.mappings.count());
+        }
     }
     /// Ends everything of a GPU VM that has been taken out of the context.
     pub(super) fn cancel_jobs(&mut self, vm_id: u32, dev_id: u32) {
@@ -235,7 +276,7 @@ impl State {
 }
 
 fn done(timeline: Timeline, turn: Turn, dev_id: u32, end: JobEnd) -> DoneJob {
-    let Turn { id, bind, user_data, signal } = turn;
+    let Turn { id, bind, user_data, signal, .. } = turn;
     DoneJob { bind, job_id: id.0, user_data, dev_id, timeline, point: signal, end }
 }
 

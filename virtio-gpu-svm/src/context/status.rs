@@ -6,6 +6,7 @@ use crate::device::Asid;
 use crate::gpu_vm::{Backing, GpuVa, GpuVm, State as VmState};
 use crate::info::{ContextStatus, ContextSummary, MappingStatus, VmStatus, VmSummary};
 use crate::protocol::PAGE_SHIFT;
+use crate::protocol::limit::Limit;
 
 impl Context {
     /// What it looks like.
@@ -62,6 +63,39 @@ impl Context {
             jobs: state.timelines.len(),
             vms,
             counters: state.counters,
+        }
+    }
+    /// What it holds of a limit, counted from the objects themselves; of a limit of GPU VMs, the most that any holds.
+    pub(crate) fn recount(&self, limit: Limit) -> u64 {
+        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let state = self.lock();
+        let vms = || state.vms.values();
+        match limit {
+            Limit::GpuVms => count(state.vms.len().saturating_add(state.retiring.len())),
+            Limit::Mappings => vms().map(|vm| vm.mappings.count()).max().unwrap_or(0),
+            Limit::TotalMappings => {
+                vms().map(|vm| vm.mappings.count()).fold(state.timelines.weigh().1, u64::saturating_add)
+            }
+            Limit::TableBytes => {
+                let retiring = state.retiring.keys().copied();
+                let all = vms().map(|vm| (vm.device, vm.asid)).chain(retiring);
+                let bytes = all.map(|(device, asid)| self.host.device_of(device).table_bytes(asid));
+                bytes.fold(state.space.weigh(), u64::saturating_add)
+            }
+            Limit::PendingFaults | Limit::TotalPendingFaults => count(state.faults.count()),
+            Limit::Jobs | Limit::TotalJobs => {
+                count(state.timelines.len().saturating_add(state.undelivered_jobs))
+            }
+            Limit::QueueBytes => {
+                vms().map(|vm| vm.population.weigh()).fold(state.timelines.weigh().0, u64::saturating_add)
+            }
+            Limit::Contexts
+            | Limit::Resources
+            | Limit::ResourceBytes
+            | Limit::Leaves
+            | Limit::ResidentPages
+            | Limit::Asids
+            | Limit::DeviceGpuVms => 0,
         }
     }
     fn vm_summary(&self, vm_id: u32, vm: &GpuVm) -> VmSummary {

@@ -32,7 +32,9 @@ use super::{
     StopId, Ticket, Verdict, VmLabel,
 };
 use crate::addr::{GpuAddr, PageRange};
+use crate::page_table::NoTable;
 use crate::protocol::job::{OPCODES, Packet};
+use crate::quota::Charge;
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, preempt};
@@ -288,12 +290,13 @@ impl Device for SoftDevice {
         &self.info
     }
 
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, label: VmLabel, tables: Charge) -> Result<(), Error> {
         let max_group = match self.info.address_model {
             AddressModel::Any => 1,
             AddressModel::Identity => MAX_GROUP_PAGES,
         };
-        let vm = Arc::new(Vm { asid, label, memory: VmMemory::new(self.info.va_bits, max_group) });
+        let memory = VmMemory::new(self.info.va_bits, max_group, tables);
+        let vm = Arc::new(Vm { asid, label, memory });
         self.sched().vm_create(vm)
     }
 
@@ -304,7 +307,7 @@ impl Device for SoftDevice {
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
         assert_eq!(addr, addr.page_start(), "bind at an address within a page");
         let vm = self.sched().live_vm(asid)?;
-        vm.memory.bind(addr.page(), extents).map_err(|_| Error::OutOfMemory)
+        Ok(vm.memory.bind(addr.page(), extents)?)
     }
 
     fn bind_null(&self, asid: Asid, range: PageRange) -> Result<(), Error> {
@@ -312,7 +315,7 @@ impl Device for SoftDevice {
             return Err(Error::Unsupported);
         }
         let vm = self.sched().live_vm(asid)?;
-        vm.memory.bind_null(range).map_err(|_| Error::OutOfMemory)
+        Ok(vm.memory.bind_null(range)?)
     }
 
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
@@ -359,6 +362,11 @@ impl Device for SoftDevice {
         vm.map_or(0, |vm| vm.memory.resident_in(range))
     }
 
+    fn table_bytes(&self, asid: Asid) -> u64 {
+        let vm = self.sched().vm(asid);
+        vm.map_or(0, |vm| vm.memory.table_bytes())
+    }
+
     fn check_packets(&self, packets: &[Packet]) -> Result<(), Error> {
         operands::check(packets, 1u64.wrapping_shl(self.info.va_bits))
     }
@@ -380,6 +388,15 @@ impl Device for SoftDevice {
     fn ledger(&self) -> (Vec<LedgerEntry>, u64) {
         let Some(ledger) = &self.ledger else { return (Vec::new(), 0) };
         ledger.lock().unwrap_or_else(PoisonError::into_inner).snapshot()
+    }
+}
+
+impl From<NoTable> for Error {
+    fn from(error: NoTable) -> Self {
+        match error {
+            NoTable::OutOfMemory => Self::OutOfMemory,
+            NoTable::OverQuota(full) => Self::OverQuota(full),
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::gpu_vm;
 use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
 use crate::protocol::errno::{EFAULT, ENOSPC, EPIPE, ETIMEDOUT};
 use crate::protocol::event::PERM_WRITE;
+use crate::protocol::limit::Limit;
 use crate::seeded::{self, Bug};
 use crate::sync::Arc;
 use std::time::Duration;
@@ -95,6 +96,12 @@ pub enum Error {
         /// Which run.
         index: u32,
     },
+    /// Over the guest's quota of bytes for tables.
+    #[error("run {index} needs more bytes of tables than the guest may have")]
+    OverQuota {
+        /// Which run.
+        index: u32,
+    },
 }
 
 impl Context {
@@ -105,7 +112,13 @@ impl Context {
     pub fn supply(&self, runs: &[Run]) -> Result<Supplied, Error> {
         let mut state = self.lock();
         state.check_runs(runs)?;
-        state.install_runs(runs)
+        state.install_runs(runs).inspect_err(|error| self.count_full(error))
+    }
+    /// Counts what was refused for a limit that has no charge.
+    fn count_full(&self, error: &Error) {
+        if let Error::Full { .. } = error {
+            self.quota.refuse(Limit::Leaves);
+        }
     }
 
     /// Answers a fault. PROTOCOL 4.4.
@@ -156,7 +169,7 @@ impl Context {
         if !covered && !state.space.lookup(cpu_page).is_some_and(serves) {
             return Err(Error::NotCovered { cpu_page });
         }
-        let mut supplied = state.install_runs(runs)?;
+        let mut supplied = state.install_runs(runs).inspect_err(|error| self.count_full(error))?;
         if state.space.lookup(cpu_page).is_some_and(serves) {
             supplied.pending = false;
             // A prefetch is bound as it was wanted, in slices.
@@ -276,6 +289,7 @@ impl State {
                 }
                 Install::Conflict => return Err(Error::Conflict { index }),
                 Install::Full => return Err(Error::Full { index }),
+                Install::OverQuota => return Err(Error::OverQuota { index }),
             }
             Ok(())
         });
@@ -299,7 +313,21 @@ impl Error {
             | Self::FutureSequence { .. } => EINVAL,
             Self::NoMemory { .. } => EFAULT,
             Self::Conflict { .. } => EEXIST,
-            Self::Full { .. } => ENOSPC,
+            Self::Full { .. } | Self::OverQuota { .. } => ENOSPC,
+        }
+    }
+    /// The limit that -ENOSPC is about. PROTOCOL 9.
+    pub fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::Full { .. } => Some(Limit::Leaves),
+            Self::OverQuota { .. } => Some(Limit::TableBytes),
+            Self::Lost
+            | Self::UnknownCookie(_)
+            | Self::NotCovered { .. }
+            | Self::UnexpectedRuns
+            | Self::NoMemory { .. }
+            | Self::FutureSequence { .. }
+            | Self::Conflict { .. } => None,
         }
     }
     /// The run that it is about.
@@ -308,7 +336,8 @@ impl Error {
             Self::NoMemory { index }
             | Self::FutureSequence { index }
             | Self::Conflict { index }
-            | Self::Full { index } => *index,
+            | Self::Full { index }
+            | Self::OverQuota { index } => *index,
             Self::Lost | Self::UnknownCookie(_) | Self::NotCovered { .. } | Self::UnexpectedRuns => 0,
         }
     }

@@ -26,19 +26,19 @@ fn run(host_page: u64, pages: u64) -> Run {
     Run { host: host_page << PAGE_SHIFT, pages, writable: true }
 }
 
-fn bind(table: &PageTable, page: u64, run: Run) -> Result<(), OutOfMemory> {
+fn bind(table: &PageTable, page: u64, run: Run) -> Result<(), NoTable> {
     let mut edit = table.edit();
     edit.prepare(page, run.pages)?;
     edit.commit(page, run);
     Ok(())
 }
 
-fn bind_null(table: &PageTable, range: PageRange) -> Result<(), OutOfMemory> {
+fn bind_null(table: &PageTable, range: PageRange) -> Result<(), NoTable> {
     let mut edit = table.edit();
     let made = edit.prepare(range.start, range.pages());
     match made {
         Ok(()) => edit.commit_null(range),
-        Err(OutOfMemory) => edit.abandon(range),
+        Err(_) => edit.abandon(range),
     }
     made
 }
@@ -160,7 +160,7 @@ fn whole_block_becomes_large_leaf() {
         found,
         Translation { host: 8 << PAGE_SHIFT, pages: 507, writable: true, null: false, level: 1 }
     );
-    assert!(table.table_bytes() < 3 * BLOCKS_BYTES + 1, "no leaf table under a large leaf");
+    assert!(table.table_bytes() < (3 * BLOCKS_BYTES + 1) as u64, "no leaf table under a large leaf");
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn large_leaf_over_pages_replaces_them() {
     assert_eq!((table.resident_pages(), host_page(&table, 701)), (512, Some(0x1000 + 189)));
     let before = table.table_bytes();
     table.reclaim(usize::MAX);
-    assert_eq!(before - table.table_bytes(), LEAF_BYTES);
+    assert_eq!(before - table.table_bytes(), LEAF_BYTES as u64);
     assert_eq!(host_page(&table, 701), Some(0x1000 + 189));
 }
 
@@ -209,7 +209,7 @@ fn bound_on_tables_refuses_and_abandon_gives_back() {
     let mut table = PageTable::new(48, 3 * DIRECTORY_BYTES + LEAF_BYTES);
     let range = PageRange { start: 511, end: 513 };
     let mut edit = table.edit();
-    assert_eq!(edit.prepare(range.start, range.pages()), Err(OutOfMemory));
+    assert_eq!(edit.prepare(range.start, range.pages()), Err(NoTable::OutOfMemory));
     edit.abandon(range);
     drop(edit);
     assert_eq!(table.resident_pages(), 0);
@@ -222,7 +222,7 @@ fn bound_on_tables_refuses_and_abandon_gives_back() {
 #[test]
 fn failed_prepare_leaves_no_directory_behind() {
     let mut table = PageTable::new(48, 2 * DIRECTORY_BYTES);
-    assert_eq!(bind(&table, 0, run(1, 1)), Err(OutOfMemory));
+    assert_eq!(bind(&table, 0, run(1, 1)), Err(NoTable::OutOfMemory));
     table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);
 }
@@ -323,7 +323,7 @@ fn large_null_range_costs_block_tables_and_one_note_each() {
     let range = PageRange { start: 100, end: (8 << 18) + 100 };
     bind_null(&table, range).unwrap();
     let expected = 2 * DIRECTORY_BYTES + 9 * BLOCKS_BYTES + 2 * LEAF_BYTES;
-    assert_eq!((table.table_bytes(), table.resident_pages()), (expected, 8 << 18));
+    assert_eq!((table.table_bytes(), table.resident_pages()), (expected as u64, 8 << 18));
     clear(&table, 0, table.end());
     // The two leaves may be the ones that stand for their tables.
     assert!(table.emptied_blocks() <= 9 + 2, "{} notes", table.emptied_blocks());
@@ -334,10 +334,10 @@ fn large_null_range_costs_block_tables_and_one_note_each() {
 #[test]
 fn null_range_that_cannot_fit_makes_no_table() {
     let mut table = PageTable::new(57, 100 * BLOCKS_BYTES);
-    assert_eq!(bind_null(&table, PageRange { start: 0, end: table.end() }), Err(OutOfMemory));
+    assert_eq!(bind_null(&table, PageRange { start: 0, end: table.end() }), Err(NoTable::OutOfMemory));
     assert_eq!(table.table_bytes(), 0);
     // Alone it would fit.
-    assert_eq!(bind_null(&table, PageRange { start: 0, end: 100 << 18 }), Err(OutOfMemory));
+    assert_eq!(bind_null(&table, PageRange { start: 0, end: 100 << 18 }), Err(NoTable::OutOfMemory));
     assert_eq!(table.resident_pages(), 0);
     table.reclaim(usize::MAX);
     assert_eq!(table.table_bytes(), 0);

@@ -9,6 +9,7 @@
 //! * [`job`]: packets that engines execute (PROTOCOL 6).
 //! * [`event`]: records on the event queue (PROTOCOL 7).
 //! * [`errno`]: status values (PROTOCOL 8).
+//! * [`limit`]: names of limits (PROTOCOL 9).
 
 /// A struct of the wire: little-endian fields, no padding that has no name, and its size asserted. Whoever uses it has
 /// zerocopy's derives in scope.
@@ -33,6 +34,7 @@ pub mod errno;
 pub mod event;
 pub mod gpu;
 pub mod job;
+pub mod limit;
 pub mod request;
 
 use zerocopy::little_endian::{U16, U32, U64};

@@ -12,7 +12,7 @@ use virtio_gpu_svm::timeline::{Point, Timeline};
 const MANY: u32 = 30;
 /// Contexts of the other one.
 const FEW: u32 = 3;
-const ROOM: Limits = Limits { contexts: 64, jobs: 4096, ..LIMITS };
+const ROOM: Limits = Limits { contexts: 64, jobs: 4096, total_jobs: 65_536, ..LIMITS };
 /// Jobs that one end sets free: more than an engine starts by itself.
 const JOBS: u32 = 600;
 /// Jobs of a slice.

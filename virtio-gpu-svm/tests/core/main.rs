@@ -7,6 +7,7 @@ mod ends;
 mod faults;
 mod fences;
 mod kinds;
+mod limits;
 mod mirrors;
 mod mock;
 mod populate;

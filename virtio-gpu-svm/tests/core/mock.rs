@@ -19,6 +19,7 @@ use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr,
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
 use virtio_gpu_svm::protocol::request::*;
+use virtio_gpu_svm::quota::Charge;
 use vm_memory::mmap::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -29,6 +30,9 @@ pub const MEMORY: u64 = 8 << 20;
 /// A and C of the tests: differ, and neither is aligned to a leaf.
 pub const A: u64 = 0x7f00_0001_0000;
 pub const C: u64 = 0x4_0002_0000;
+
+/// What the mock's tables take for each page.
+pub const TABLE_BYTES: u64 = 4096;
 
 /// What stands for the page of a null translation.
 pub const NULL_PAGE: u64 = u64::MAX;
@@ -43,6 +47,8 @@ pub struct Told {
     pub jobs: Vec<(Asid, JobId)>,
     pub destroyed: Vec<Asid>,
     pub frozen: BTreeSet<Asid>,
+    /// What is charged for `bound`, [`TABLE_BYTES`] a page.
+    pub tables: BTreeMap<Asid, Charge>,
     /// Calls of `unbind`.
     pub unbinds: usize,
     /// While set, unbinding leaves engines with old translations until `pass`.
@@ -58,6 +64,21 @@ pub struct Told {
 }
 
 impl Told {
+    fn pages_of(&self, asid: Asid) -> u64 {
+        self.bound.keys().filter(|(of, _)| *of == asid).count() as u64
+    }
+    /// Charges for pages before they are bound.
+    fn charge(&mut self, asid: Asid, pages: impl Iterator<Item = u64>) -> Result<(), Error> {
+        let new = pages.filter(|page| !self.bound.contains_key(&(asid, *page))).count() as u64;
+        let bytes = (self.pages_of(asid) + new) * TABLE_BYTES;
+        Ok(self.tables.get_mut(&asid).unwrap().resize(bytes)?)
+    }
+    fn give_back(&mut self, asid: Asid) {
+        let bytes = self.pages_of(asid) * TABLE_BYTES;
+        if let Some(charge) = self.tables.get_mut(&asid) {
+            charge.shrink_to(bytes);
+        }
+    }
     fn runs_jobs(&self, asid: Asid) -> bool {
         self.jobs.iter().any(|(of, _)| *of == asid)
     }
@@ -133,6 +154,7 @@ impl MockDevice {
         let destroyed = std::mem::take(&mut self.told().destroyed);
         for asid in destroyed {
             self.told().vms.remove(&asid);
+            self.told().tables.remove(&asid);
             host.retired(self.index, asid);
         }
     }
@@ -177,23 +199,27 @@ impl Device for MockDevice {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, label: VmLabel, tables: Charge) -> Result<(), Error> {
         self.attempt()?;
         let mut told = self.told();
         if told.full {
             return Err(Error::TooManyVms);
         }
+        told.tables.insert(asid, tables);
         assert!(told.vms.insert(asid, label).is_none());
         Ok(())
     }
     fn vm_destroy(&self, asid: Asid) {
         let mut told = self.told();
         told.bound.retain(|(a, _), _| *a != asid);
+        told.give_back(asid);
         told.destroyed.push(asid);
     }
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error> {
         self.attempt()?;
         let mut page = addr.page();
+        let pages = extents.iter().map(|extent| extent.pages).sum::<u64>();
+        self.told().charge(asid, page..page + pages)?;
         for extent in extents {
             for n in 0..extent.pages {
                 let gpa_page = extent.region.gpa().page() + extent.offset / 4096 + n;
@@ -206,6 +232,7 @@ impl Device for MockDevice {
     fn bind_null(&self, asid: Asid, range: PageRange) -> Result<(), Error> {
         self.attempt()?;
         let mut told = self.told();
+        told.charge(asid, range.start..range.end)?;
         for page in range.start..range.end {
             told.bound.insert((asid, page), (NULL_PAGE, true));
         }
@@ -217,6 +244,7 @@ impl Device for MockDevice {
         assert!(!must_be_frozen || told.frozen.contains(&asid), "unbound under the jobs of {asid:?}");
         told.unbinds += 1;
         told.bound.retain(|(a, page), _| *a != asid || !range.contains(*page));
+        told.give_back(asid);
         Self::ticket(&mut told)
     }
     fn flush(&self, _asid: Asid) -> Flush {
@@ -226,7 +254,12 @@ impl Device for MockDevice {
         self.told().passed >= ticket.0
     }
     fn drop_region(&self, asid: Asid, _region_id: u64) {
-        self.told().bound.retain(|(a, _), _| *a != asid);
+        let mut told = self.told();
+        told.bound.retain(|(a, _), _| *a != asid);
+        told.give_back(asid);
+    }
+    fn table_bytes(&self, asid: Asid) -> u64 {
+        self.told().tables.get(&asid).map_or(0, Charge::amount)
     }
     fn resident_pages(&self, asid: Asid) -> u64 {
         self.told().bound.keys().filter(|(a, _)| *a == asid).count() as u64
@@ -284,6 +317,7 @@ pub const LIMITS: Limits = Limits {
     mappings: 8,
     resources: 4,
     fault_deadline_ms: DEADLINE_MS,
+    ..Limits::DEFAULT
 };
 /// Time stands still unless a test lets it pass.
 pub const DEADLINE_MS: u32 = 20_000;

@@ -38,6 +38,7 @@ pub const LIMITS: Limits = Limits {
     resources: 4,
     // Nothing may depend on time.
     fault_deadline_ms: 0,
+    ..Limits::DEFAULT
 };
 
 /// Guest memory, kept from schedule to schedule. What a page holds says whose it is.

@@ -13,7 +13,7 @@ const ADDR: u64 = 0x40_0000;
 fn running(job_limit: Option<Duration>) -> (VmState, OwnedFd) {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    let mut state = VmState::new(1 << 30, 8, job_limit);
+    let mut state = VmState::new(1 << 30, 8, job_limit, Charge::default());
     state.submit(Job { id: JobId(1), ring_idx: RING, packets: vec![Packet::default()] });
     state.attach(Arc::new(ours));
     assert_eq!(orders(&theirs), [Order::Job { ring: RING, job: 1 }]);

@@ -21,8 +21,9 @@ use crate::addr::PageRange;
 use crate::device::operands::WORD;
 use crate::device::{Access, Extent};
 use crate::memory::Region;
-use crate::page_table::{OutOfMemory, PageTable, Run, Translation, Walk};
+use crate::page_table::{NoTable, PageTable, Run, Translation, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
+use crate::quota::Charge;
 use crate::seeded;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, preempt};
@@ -65,9 +66,10 @@ pub struct VmMemory {
 }
 
 impl VmMemory {
-    /// Nothing is mapped.
-    pub fn new(va_bits: u32, max_group: u8) -> Self {
-        let inner = Inner { table: PageTable::new(va_bits, MAX_TABLE_BYTES), regions: Mutex::default() };
+    /// Nothing is mapped; the charge is for tables.
+    pub fn new(va_bits: u32, max_group: u8, tables: Charge) -> Self {
+        let table = PageTable::charged(va_bits, MAX_TABLE_BYTES, tables);
+        let inner = Inner { table, regions: Mutex::default() };
         Self { inner: RwLock::new(inner), emptied: AtomicUsize::new(0), max_group }
     }
 
@@ -75,16 +77,16 @@ impl VmMemory {
     /// then stores, which cannot.
     ///
     /// # Errors
-    /// [`OutOfMemory`].
+    /// [`NoTable`].
     ///
     /// # Panics
     /// If an extent is not within its region, or the range not within the space: the core checks both.
-    pub fn bind(&self, first: u64, extents: &[Extent]) -> Result<(), OutOfMemory> {
+    pub fn bind(&self, first: u64, extents: &[Extent]) -> Result<(), NoTable> {
         // Once more: what was empty may have been freed by the first try, and not before.
-        self.try_bind(first, extents).or_else(|OutOfMemory| self.try_bind(first, extents))
+        self.try_bind(first, extents).or_else(|_| self.try_bind(first, extents))
     }
 
-    fn try_bind(&self, first: u64, extents: &[Extent]) -> Result<(), OutOfMemory> {
+    fn try_bind(&self, first: u64, extents: &[Extent]) -> Result<(), NoTable> {
         let inner = self.read();
         let pages = extents.iter().try_fold(0u64, |sum, e| sum.checked_add(e.pages));
         let end = pages.and_then(|pages| first.checked_add(pages)).filter(|end| *end <= inner.table.end());
@@ -122,18 +124,18 @@ impl VmMemory {
     /// Makes null translations for a range: all or none.
     ///
     /// # Errors
-    /// [`OutOfMemory`].
+    /// [`NoTable`].
     ///
     /// # Panics
     /// If the range is not within the space: the core checks it.
-    pub fn bind_null(&self, range: PageRange) -> Result<(), OutOfMemory> {
+    pub fn bind_null(&self, range: PageRange) -> Result<(), NoTable> {
         let inner = self.read();
         assert!(range.end <= inner.table.end(), "null pages up to {:#x} do not fit in the space", range.end);
         let mut edit = inner.table.edit();
         let made = edit.prepare(range.start, range.pages());
         match made {
             Ok(()) => edit.commit_null(range),
-            Err(OutOfMemory) => edit.abandon(range),
+            Err(_) => edit.abandon(range),
         }
         drop(edit);
         self.finish_edit(inner);
@@ -177,6 +179,11 @@ impl VmMemory {
     /// Pages with a translation now.
     pub fn resident_pages(&self) -> u64 {
         self.read().table.resident_pages()
+    }
+
+    /// Bytes of tables now.
+    pub fn table_bytes(&self) -> u64 {
+        self.read().table.table_bytes()
     }
 
     /// Pages of the range with a translation now.

@@ -18,6 +18,7 @@ use crate::device::{Access, Fault, JobEnd, JobId, Ticket};
 use crate::memory::{Region, RegionIdentity};
 use crate::protocol::job::*;
 use crate::protocol::{PAGE_SIZE, errno};
+use crate::quota::Charge;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -137,12 +138,13 @@ impl Rig {
     }
 
     fn vm(&self, asid: u32) -> Asid {
-        self.device.vm_create(Asid(asid), label(asid)).unwrap();
+        self.device.vm_create(Asid(asid), label(asid), Charge::default()).unwrap();
         Asid(asid)
     }
 
     fn vm_of(&self, guest: &str, asid: u32) -> Asid {
-        self.device.vm_create(Asid(asid), VmLabel { guest: guest.into(), ..label(asid) }).unwrap();
+        let label = VmLabel { guest: guest.into(), ..label(asid) };
+        self.device.vm_create(Asid(asid), label, Charge::default()).unwrap();
         Asid(asid)
     }
 

@@ -21,7 +21,7 @@ fn extent(region: &Arc<Region>, page: u64, pages: u64) -> Extent {
 
 #[test]
 fn bind_without_room_for_tables_changes_nothing() {
-    let memory = VmMemory::new(57, 1);
+    let memory = VmMemory::new(57, 1, Charge::default());
     let region = region(1024);
     // A leaf and a block table for each page, until no more fit.
     let mut bound = 0u64;
@@ -30,7 +30,7 @@ fn bind_without_room_for_tables_changes_nothing() {
     }
     let first = (bound << 18) - 3;
     let beyond: Vec<_> = (0..6).map(|page| extent(&region, page, 1)).collect();
-    assert_eq!(memory.bind(first, &beyond), Err(OutOfMemory));
+    assert_eq!(memory.bind(first, &beyond), Err(NoTable::OutOfMemory));
     assert_eq!(memory.resident_pages(), bound);
 
     memory.unbind(PageRange { start: 0, end: 1 << 45 });
@@ -42,7 +42,7 @@ fn bind_without_room_for_tables_changes_nothing() {
 fn extent_beyond_its_region_is_not_bound() {
     let region = region(4);
     for (offset, pages) in [(0, 5), (PAGE_SIZE, 4), (8, 1), (!4095, 2), (0, u64::MAX), (0, 0)] {
-        let memory = VmMemory::new(48, 1);
+        let memory = VmMemory::new(48, 1, Charge::default());
         let bad = Extent { region: Arc::clone(&region), offset, pages, writable: true };
         let bind = || memory.bind(0, &[extent(&region, 0, 1), bad]);
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(bind)).is_err(), "{offset:#x}+{pages}");
@@ -53,7 +53,7 @@ fn extent_beyond_its_region_is_not_bound() {
 
 #[test]
 fn empty_tables_wait_for_the_view_to_end() {
-    let memory = VmMemory::new(48, 1);
+    let memory = VmMemory::new(48, 1, Charge::default());
     let region = region(1);
     let view = memory.view();
     for block in 0..RECLAIM_PRESSURE as u64 {
@@ -71,7 +71,7 @@ fn empty_tables_wait_for_the_view_to_end() {
 
 #[test]
 fn vm_is_taken_apart_in_batches_and_lets_go_of_its_regions() {
-    let memory = VmMemory::new(48, 1);
+    let memory = VmMemory::new(48, 1, Charge::default());
     let region = region(1);
     let blocks = 3 * FREE_BATCH as u64;
     for block in 0..blocks {
@@ -88,7 +88,7 @@ fn vm_is_taken_apart_in_batches_and_lets_go_of_its_regions() {
 
 #[test]
 fn span_ends_with_its_translation() {
-    let memory = VmMemory::new(48, 1);
+    let memory = VmMemory::new(48, 1, Charge::default());
     let region = region(1024);
     memory.bind(511, &[extent(&region, 0, 513)]).unwrap();
     let view = memory.view();

@@ -62,7 +62,7 @@ fn miss_of_a_frozen_vm_is_repeated_once_it_is_thawed() {
 fn miss_under_a_freeze_that_is_over_is_repeated() {
     let (mut sched, asid, memory) = (Sched::new(1, false), Asid(1), Memory::new(1));
     sched.start();
-    let vm = Arc::new(Vm { asid, label: label(1), memory: VmMemory::new(48, 1) });
+    let vm = Arc::new(Vm { asid, label: label(1), memory: VmMemory::new(48, 1, Charge::default()) });
     sched.vm_create(Arc::clone(&vm)).unwrap();
     let job = Job { id: JobId(1), ring_idx: 0, packets: vec![fill(C, 8, 5)] };
     sched.submit(asid, 0, Box::new(ActiveJob::new(job))).unwrap();

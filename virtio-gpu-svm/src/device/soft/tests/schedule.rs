@@ -211,7 +211,7 @@ fn destroyed_vm_retires_once_and_says_nothing_after() {
     let job = Job { id: JobId(99), ring_idx: 0, packets: Vec::new() };
     assert_eq!(rig.device.submit(asid, job), Err(Error::NoVm(1)));
     assert_eq!(rig.device.bind(asid, GpuAddr(C), &[memory.extent(0, 1, true)]), Err(Error::NoVm(1)));
-    assert_eq!(rig.device.vm_create(asid, label(1)), Err(Error::VmExists(1)));
+    assert_eq!(rig.device.vm_create(asid, label(1), Charge::default()), Err(Error::VmExists(1)));
     let ticket = pending(rig.device.unbind(asid, ALL));
     assert!(retired(&rig.log()).is_empty(), "an engine is inside");
 
@@ -254,7 +254,7 @@ fn vm_does_not_retire_while_its_fault_is_being_told() {
         device.vm_destroy(fault.asid);
         // Give the other engine every chance to retire the VM too early.
         for asid in 100..200 {
-            device.vm_create(Asid(asid), label(asid)).unwrap();
+            device.vm_create(Asid(asid), label(asid), Charge::default()).unwrap();
             device.vm_destroy(Asid(asid));
             std::thread::yield_now();
         }
