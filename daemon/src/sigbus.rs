@@ -6,7 +6,7 @@
 //! then ends. The access is repeated and goes on with zeros: no thread has to leave the code it is in. Any other address
 //! is a bug of ours, and ends the process as SIGBUS does.
 //!
-//! [`watch_region`] and [`WatchedMap`] own what they watch, so a [`Guard`] never outlives its mapping, and no address in the
+//! [`watch_region`] and [`WatchedMap`] own what they watch, so a guard never outlives its mapping, and no address in the
 //! table is anybody else's. The handler takes no lock, allocates nothing and frees nothing: slots are never freed, and
 //! each says by its version whether it was read whole. The slot of the mapping that is being touched does not change
 //! meanwhile, because whoever touches it holds it.
