@@ -1,0 +1,132 @@
+//! What one guest's operations cost beside guests that do the worst they may: each operation timed alone, and then beside
+//! each kind of hostile guest, on a daemon of its own with one soft device of one engine.
+//!
+//! Figures, not tests: how long something takes on this machine now. What holds on any machine (whose turn it is) is
+//! tested by counting. Hostile drivers run in this process at the lowest priority; what the daemon spends is told apart.
+
+mod hostile;
+mod victim;
+
+pub use hostile::Hostility;
+
+use crate::svmd::{Options, Svmd};
+use anyhow::{Context, Result, ensure};
+use hostile::Crowd;
+use std::fmt;
+use std::time::Duration;
+use victim::{Operation, Victim};
+
+/// The longest that another guest's slice may delay an operation by, beside half of what it takes alone.
+const SLICE: Duration = Duration::from_micros(30);
+/// Clock ticks of /proc a second, on every Linux that runs this.
+const TICKS: u64 = 100;
+
+/// Times of one operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    count: usize,
+    p50: Duration,
+    p99: Duration,
+    max: Duration,
+}
+
+impl Times {
+    fn of(mut samples: Vec<Duration>) -> Result<Self> {
+        samples.sort_unstable();
+        let count = samples.len();
+        let at = |share: usize| samples.get((count * share / 100).min(count.saturating_sub(1))).copied();
+        let (p50, p99) = (at(50), at(99));
+        let (p50, p99, max) = (p50.context("no samples")?, p99.context("no samples")?, samples[count - 1]);
+        Ok(Self { count, p50, p99, max })
+    }
+}
+
+/// One operation beside one kind of company.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    hostility: Hostility,
+    operation: Operation,
+    times: Times,
+    alone: Times,
+    /// CPU time of the daemon, in hundredths of one CPU.
+    daemon_cpu: u64,
+}
+
+impl Row {
+    /// Whether the slow ones are no slower than 1.5 times those alone and a slice.
+    pub fn holds(&self) -> bool {
+        self.times.p99 <= self.alone.p99.mul_f64(1.5) + SLICE
+    }
+}
+
+/// What stands above rows.
+pub const HEADER: &str =
+    "beside       operation    times    p50 us    p99 us    max us   ratio  cpu %  within";
+
+/// Measures the operations alone and beside each of these, each for so long, and tells each row as it comes.
+///
+/// # Errors
+/// The daemon, or the guest that is measured, fails.
+pub fn run(
+    hostilities: &[Hostility],
+    each: Duration,
+    engines: u32,
+    mut tell: impl FnMut(&Row),
+) -> Result<()> {
+    let (alone, _) = measure(Hostility::None, each, engines)?;
+    for hostility in [Hostility::None].iter().chain(hostilities) {
+        let (times, daemon_cpu) = measure(*hostility, each, engines)?;
+        for ((operation, times), (_, alone)) in times.into_iter().zip(&alone) {
+            tell(&Row { hostility: *hostility, operation, times, alone: *alone, daemon_cpu });
+        }
+    }
+    Ok(())
+}
+
+fn measure(hostility: Hostility, each: Duration, engines: u32) -> Result<(Vec<(Operation, Times)>, u64)> {
+    let guests = hostile::guests().chain(["victim".to_owned()]).collect();
+    let options = Options { guests, devices: 1, engines, ledger: 0, ..Options::default() };
+    let daemon = Svmd::launch(&options)?;
+    // It answers when all guests' sockets are there.
+    daemon.call("guest.list", serde_json::json!({}))?;
+    let mut victim = Victim::connect(&daemon.socket("victim"))?;
+    let crowd = Crowd::gather(&daemon, hostility)?;
+    victim.run(each / 10)?;
+    let before = cpu_ticks(daemon.pid())?;
+    let samples = victim.run(each)?;
+    let spent = cpu_ticks(daemon.pid())?.saturating_sub(before);
+    crowd.disperse()?;
+    let daemon_cpu = spent * 100 * 1000 / TICKS / u64::try_from(each.as_millis())?.max(1);
+    let times = samples.into_iter().map(|(operation, samples)| Ok((operation, Times::of(samples)?)));
+    Ok((times.collect::<Result<_>>()?, daemon_cpu))
+}
+
+/// What a process has used so far.
+fn cpu_ticks(pid: u32) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Fields 14 and 15; the second one, the name, is in brackets and may contain anything.
+    let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
+    let times: Vec<u64> = fields.split_whitespace().skip(11).take(2).filter_map(|n| n.parse().ok()).collect();
+    ensure!(times.len() == 2, "no times in {stat:?}");
+    Ok(times.iter().sum())
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Times { count, p50, p99, max } = self.times;
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        write!(
+            f,
+            "{:<12} {:<10} {:>7} {:>9.0} {:>9.0} {:>9.0} {:>7.2} {:>6}  {}",
+            self.hostility.name(),
+            self.operation.name(),
+            count,
+            us(p50),
+            us(p99),
+            us(max),
+            p99.as_secs_f64() / self.alone.p99.as_secs_f64(),
+            self.daemon_cpu,
+            if self.holds() { "yes" } else { "no" },
+        )
+    }
+}
