@@ -287,6 +287,7 @@ fn help_explains() {
     for words in [
         "--socket-path",
         "--control-socket",
+        "--control-socket-ro",
         "--runtime-dir",
         "--fd",
         "--sandbox",
