@@ -6,6 +6,7 @@
 mod args;
 mod inherited;
 
+use anyhow::Context;
 use args::Args;
 use clap::Parser;
 use config::{Config, LogLevel, Sandbox};
@@ -19,11 +20,15 @@ use daemon::socket::{ListeningSocket, PRIVATE};
 use rustix::fs::Mode;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
 use virtio_gpu_svm::host::Limits;
 
+/// Longer than any daemon runs.
+const FOR_EVER: Duration = Duration::from_hours(1 << 20);
 /// Exit status for a bad command line or configuration; clap uses the same.
 const USAGE: u8 = 2;
 
@@ -77,6 +82,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     rustix::process::umask(Mode::from_raw_mode(0o777) - modes);
     // Before any other thread: they are confined as the one that starts them.
     confine(&config)?;
+    let runtime = start_runtime().map_err(Failure::Runtime)?;
 
     let (host, devices) = Devices::start(&config.devices()).map_err(|e| Failure::Runtime(e.into()))?;
     #[cfg(feature = "sabotage")]
@@ -92,18 +98,40 @@ fn run(args: &Args) -> Result<(), Failure> {
             allow_unsealed: config.daemon.allow_unsealed,
         },
     );
-    let served = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(control::METHOD_THREADS)
-        .build()
-        .map_err(|e| Failure::Runtime(e.into()))
-        .and_then(|runtime| runtime.block_on(serve(&registry, &config, inherited.zip(args.fd))));
-    // Sessions first: closing a guest waits for the engines. For the same reason a `guest.remove` that was under way is
-    // waited for: with the end of the runtime above, which joins it.
+    let served = runtime.block_on(serve(&registry, &config, inherited.zip(args.fd)));
+    // A `guest.remove` that is under way has its thread in there, which is waited for.
+    drop(runtime);
+    // Sessions before devices: closing a guest waits for the engines.
     registry.shutdown();
     housekeeper.stop();
     devices.stop();
     served
+}
+
+/// The runtime of control sockets and signals, with one thread for methods, which stays: a thread more that cannot be had
+/// is then a request that waits, and no panic. What the runtime itself cannot have is one, and is made an error of; it is
+/// the only thread that could panic yet, so nobody else's panic goes unheard.
+fn start_runtime() -> anyhow::Result<Runtime> {
+    let start = || {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_all().max_blocking_threads(control::METHOD_THREADS).thread_keep_alive(FOR_EVER);
+        let runtime = builder.build()?;
+        // It has nothing to say.
+        drop(runtime.spawn_blocking(|| ()));
+        std::io::Result::Ok(runtime)
+    };
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let started = std::panic::catch_unwind(start);
+    std::panic::set_hook(hook);
+    match started {
+        Ok(started) => Ok(started.context("cannot start the runtime")?),
+        Err(panic) => {
+            let reason =
+                panic.downcast_ref::<String>().map_or("out of descriptors or threads", String::as_str);
+            anyhow::bail!("cannot start the runtime: {reason}")
+        }
+    }
 }
 
 /// Enters the sandbox. What of it is not in force is told, and is an error if all of it was asked for.

@@ -5,9 +5,12 @@
 #![expect(clippy::too_many_arguments, reason = "a descriptor has that many fields")]
 
 mod contexts;
+mod data_plane;
 mod device;
 mod events;
 mod greedy;
+#[path = "../failing_calls/guest.rs"]
+mod guest;
 mod harness;
 mod methods;
 mod process;
