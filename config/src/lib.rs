@@ -24,6 +24,8 @@ const MAX_WORKERS: u32 = 1 << 15;
 const DEFAULT_WORKERS: u32 = 256;
 /// Most entries of a device's ledger.
 pub const MAX_LEDGER: usize = 1 << 24;
+/// The user id that the kernel tells of users who have none here.
+const NOBODY: u32 = 65534;
 /// Most bytes of a device's name: what the wire has room for.
 pub const MAX_DEVICE_NAME: usize = 32;
 
@@ -72,11 +74,17 @@ pub struct Config {
 }
 
 /// `[daemon]`: the process.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Daemon {
     /// Where the operator's commands arrive; none when absent.
     pub control_socket: Option<PathBuf>,
+    /// User ids, besides the daemon's own and root, that may use it.
+    pub control_users: Vec<u32>,
+    /// Where anybody whom its mode lets in may look; none when absent.
+    pub control_socket_ro: Option<PathBuf>,
+    /// Mode of that one.
+    pub control_socket_ro_mode: u32,
     /// Folders below which guest sockets may be made.
     pub runtime_dirs: Vec<PathBuf>,
     /// What is logged.
@@ -85,6 +93,21 @@ pub struct Daemon {
     pub allow_unsealed: bool,
     /// How the daemon confines itself.
     pub sandbox: Sandbox,
+}
+
+impl Default for Daemon {
+    fn default() -> Self {
+        Self {
+            control_socket: None,
+            control_users: Vec::new(),
+            control_socket_ro: None,
+            control_socket_ro_mode: 0o660,
+            runtime_dirs: Vec::new(),
+            log: LogLevel::default(),
+            allow_unsealed: false,
+            sandbox: Sandbox::default(),
+        }
+    }
 }
 
 /// How the daemon confines itself.
@@ -335,6 +358,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), Error> {
+        self.daemon.check()?;
         self.check_devices()?;
         self.limits.check()?;
         let known: HashSet<String> = self.devices().into_iter().map(|d| d.name).collect();
@@ -399,6 +423,27 @@ impl Config {
             if device.ledger > MAX_LEDGER {
                 return Err(value(key("ledger"), format!("{} entries, at most {MAX_LEDGER}", device.ledger)));
             }
+        }
+        Ok(())
+    }
+}
+
+impl Daemon {
+    fn check(&self) -> Result<(), Error> {
+        if self.control_users.contains(&NOBODY) {
+            let problem = format!("{NOBODY} is every user of whom nothing is known; name a user of its own");
+            return Err(value("daemon.control_users", problem));
+        }
+        let mode = self.control_socket_ro_mode;
+        if mode & !0o666 != 0 || mode & 0o600 != 0o600 {
+            let problem = format!("0o{mode:o} is not 0o600 with rights to read and write for others");
+            return Err(value("daemon.control_socket_ro_mode", problem));
+        }
+        if self.control_socket.is_some() && self.control_socket == self.control_socket_ro {
+            return Err(value(
+                "daemon.control_socket_ro",
+                "is the control socket; name another path".to_owned(),
+            ));
         }
         Ok(())
     }

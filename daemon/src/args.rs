@@ -26,6 +26,11 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
 
+    /// Make a second socket, for looking only, with the mode of daemon.control_socket_ro_mode. Overrides
+    /// daemon.control_socket_ro of the configuration.
+    #[arg(long, value_name = "PATH")]
+    pub control_socket_ro: Option<PathBuf>,
+
     /// Read this configuration file. Default: two software devices with one engine each, no guests.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -116,6 +121,7 @@ impl Args {
         }
         let daemon = &mut config.daemon;
         daemon.control_socket = self.control_socket.clone().or(daemon.control_socket.take());
+        daemon.control_socket_ro = self.control_socket_ro.clone().or(daemon.control_socket_ro.take());
         daemon.allow_unsealed |= self.allow_unsealed;
         daemon.log = self.log.map_or(daemon.log, LogLevel::from);
         daemon.sandbox = self.sandbox.map_or(daemon.sandbox, Sandbox::from);
@@ -128,6 +134,9 @@ impl Args {
             anyhow::bail!(
                 "runtime folder {missing:?} does not exist; make it, or name another with --runtime-dir"
             );
+        }
+        if daemon.control_socket.is_some() && daemon.control_socket == daemon.control_socket_ro {
+            anyhow::bail!("the control socket and the read-only one have the same path; name another");
         }
         let serves = !config.guest.is_empty() || daemon.control_socket.is_some() || self.fd.is_some();
         if !serves && !self.print_sandbox {

@@ -10,6 +10,7 @@ use crate::relay::Relay;
 use crate::session::{self, Session, Setup};
 use crate::socket::ListeningSocket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vhost::vhost_user::Listener;
@@ -70,8 +71,8 @@ impl Seat {
 
 /// Where VMMs come in.
 pub(crate) enum Door {
-    /// By a listening socket, one after the other.
-    Listening(ListeningSocket),
+    /// By a listening socket, one after the other; the framework accepts by a descriptor of its own.
+    Listening(ListeningSocket, Listener),
     /// One that was connected before we began.
     Connected(Relay),
 }
@@ -81,12 +82,15 @@ impl Door {
     ///
     /// # Errors
     /// [`AddError::SocketInUse`], [`AddError::Io`].
-    pub fn open(endpoint: Endpoint) -> Result<Self, AddError> {
-        match endpoint {
-            Endpoint::Path(path) => ListeningSocket::make(&path).map(Self::Listening),
-            Endpoint::Listener(fd) => Ok(Self::Listening(ListeningSocket::inherited(fd))),
-            Endpoint::Connected(relay) => Ok(Self::Connected(relay)),
-        }
+    pub fn open(endpoint: Endpoint, label: &str) -> Result<Self, AddError> {
+        let socket = match endpoint {
+            Endpoint::Path(path) => ListeningSocket::make(&path)?,
+            Endpoint::Listener(fd) => ListeningSocket::inherited(fd),
+            Endpoint::Connected(relay) => return Ok(Self::Connected(relay)),
+        };
+        let failed = |source| AddError::Io { action: "duplicate", path: PathBuf::from(label), source };
+        let accepting = Listener::from(socket.listener().try_clone().map_err(failed)?);
+        Ok(Self::Listening(socket, accepting))
     }
 }
 
@@ -101,11 +105,7 @@ impl Attendant {
     /// Serves until told to stop. Owns the door, and with it the socket's file.
     pub fn run(self, door: Door) {
         match door {
-            Door::Listening(socket) => {
-                let Ok(listener) = socket.listener().try_clone() else {
-                    return tracing::error!(guest = %self.seat.name, "out of descriptors");
-                };
-                let mut listener = Listener::from(listener);
+            Door::Listening(socket, mut listener) => {
                 while self.wait_for_vmm(&socket) {
                     self.serve(&mut listener);
                 }

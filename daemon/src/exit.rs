@@ -13,30 +13,32 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-/// Makes the exit event and remembers what the framework will leak of it.
-#[derive(Debug, Default)]
+/// An exit event made before the framework asks for it, which waits for ever where it gets none, and what the framework
+/// will leak of it.
+#[derive(Debug)]
 pub struct ExitEvent {
+    /// Guards the pair until the framework has it; a section is one move.
+    pair: Mutex<Option<(EventConsumer, EventNotifier)>>,
     /// Guards the number; a section is one move.
     consumer: Mutex<Option<RawFd>>,
 }
 
 impl ExitEvent {
-    /// The pair that [`VhostUserBackend::exit_event`](vhost_user_backend::VhostUserBackend::exit_event) returns. Called
-    /// by the framework once per queue thread, of which there is one. `None` only when the host is out of descriptors;
-    /// the caller must then not start.
-    pub fn make(&self) -> Option<(EventConsumer, EventNotifier)> {
-        let mut slot = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_some() {
-            return None;
-        }
-        let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
-        *slot = Some(pair.0.as_raw_fd());
-        Some(pair)
+    /// Makes one.
+    ///
+    /// # Errors
+    /// The host is out of descriptors.
+    pub fn new() -> std::io::Result<Self> {
+        let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+        Ok(Self { pair: Mutex::new(Some(pair)), consumer: Mutex::new(None) })
     }
 
-    /// Whether the event was made.
-    pub fn is_made(&self) -> bool {
-        self.consumer.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// The pair that [`VhostUserBackend::exit_event`](vhost_user_backend::VhostUserBackend::exit_event) returns. Called
+    /// by the framework once per queue thread, of which there is one; `None` after that.
+    pub fn take(&self) -> Option<(EventConsumer, EventNotifier)> {
+        let pair = self.pair.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        *self.consumer.lock().unwrap_or_else(PoisonError::into_inner) = Some(pair.0.as_raw_fd());
+        Some(pair)
     }
 
     /// Closes what the framework left open. To be called when its queue thread has ended, or was never begun.

@@ -135,7 +135,7 @@ impl Fuse {
 
 /// Admits one line in [`LogLimit::PAUSE`].
 #[derive(Default)]
-struct LogLimit {
+pub(crate) struct LogLimit {
     /// Guards the time of the last line; a section is one comparison.
     last: Mutex<Option<Instant>>,
 }
@@ -143,7 +143,7 @@ struct LogLimit {
 impl LogLimit {
     const PAUSE: Duration = Duration::from_secs(10);
 
-    fn admits(&self) -> bool {
+    pub fn admits(&self) -> bool {
         let now = Instant::now();
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let admitted = last.is_none_or(|then| now.duration_since(then) >= Self::PAUSE);

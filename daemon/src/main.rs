@@ -6,22 +6,29 @@
 mod args;
 mod inherited;
 
+use anyhow::Context;
 use args::Args;
 use clap::Parser;
 use config::{Config, LogLevel, Sandbox};
-use daemon::control::{self, ControlState};
+use daemon::control::methods::Rights;
+use daemon::control::{self, ControlState, Users};
 use daemon::devices::Devices;
 use daemon::housekeeper::Housekeeper;
 use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use daemon::sandbox::{self, Profile};
-use daemon::socket::ListeningSocket;
+use daemon::socket::{ListeningSocket, PRIVATE};
+use rustix::fs::Mode;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
 use virtio_gpu_svm::host::Limits;
 
+/// Longer than any daemon runs.
+const FOR_EVER: Duration = Duration::from_hours(1 << 20);
 /// Exit status for a bad command line or configuration; clap uses the same.
 const USAGE: u8 = 2;
 
@@ -70,8 +77,12 @@ fn run(args: &Args) -> Result<(), Failure> {
     let inherited = args.fd.map(inherited::take).transpose().map_err(Failure::Usage)?;
     let config = args.configuration().map_err(Failure::Usage)?;
     log_to_stderr(config.daemon.log);
+    // Sockets are made with a mode of their own each; nothing else is made, so this takes away what none of them has.
+    let modes = control_mode(&config.daemon) | read_only_mode(&config.daemon) | PRIVATE;
+    rustix::process::umask(Mode::from_raw_mode(0o777) - modes);
     // Before any other thread: they are confined as the one that starts them.
     confine(&config)?;
+    let runtime = start_runtime().map_err(Failure::Runtime)?;
 
     let (host, devices) = Devices::start(&config.devices()).map_err(|e| Failure::Runtime(e.into()))?;
     #[cfg(feature = "sabotage")]
@@ -87,17 +98,40 @@ fn run(args: &Args) -> Result<(), Failure> {
             allow_unsealed: config.daemon.allow_unsealed,
         },
     );
-    let served = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| Failure::Runtime(e.into()))
-        .and_then(|runtime| runtime.block_on(serve(&registry, &config, inherited.zip(args.fd))));
-    // Sessions first: closing a guest waits for the engines. For the same reason a `guest.remove` that was under way is
-    // waited for: with the end of the runtime above, which joins it.
+    let served = runtime.block_on(serve(&registry, &config, inherited.zip(args.fd)));
+    // A `guest.remove` that is under way has its thread in there, which is waited for.
+    drop(runtime);
+    // Sessions before devices: closing a guest waits for the engines.
     registry.shutdown();
     housekeeper.stop();
     devices.stop();
     served
+}
+
+/// The runtime of control sockets and signals, with one thread for methods, which stays: a thread more that cannot be had
+/// is then a request that waits, and no panic. What the runtime itself cannot have is one, and is made an error of; it is
+/// the only thread that could panic yet, so nobody else's panic goes unheard.
+fn start_runtime() -> anyhow::Result<Runtime> {
+    let start = || {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_all().max_blocking_threads(control::METHOD_THREADS).thread_keep_alive(FOR_EVER);
+        let runtime = builder.build()?;
+        // It has nothing to say.
+        drop(runtime.spawn_blocking(|| ()));
+        std::io::Result::Ok(runtime)
+    };
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let started = std::panic::catch_unwind(start);
+    std::panic::set_hook(hook);
+    match started {
+        Ok(started) => Ok(started.context("cannot start the runtime")?),
+        Err(panic) => {
+            let reason =
+                panic.downcast_ref::<String>().map_or("out of descriptors or threads", String::as_str);
+            anyhow::bail!("cannot start the runtime: {reason}")
+        }
+    }
 }
 
 /// Enters the sandbox. What of it is not in force is told, and is an error if all of it was asked for.
@@ -141,28 +175,62 @@ async fn serve(
     let shutdown = Arc::new(Notify::new());
     let state = ControlState::new(Arc::clone(registry), Arc::clone(&shutdown));
 
-    let control_socket = config.daemon.control_socket.as_deref();
-    let control_socket = control_socket.map(ListeningSocket::make_anywhere).transpose().map_err(refused)?;
+    let doors = Doors::open(&config.daemon)?;
     add_guests(registry, config)?;
     if let Some((socket, number)) = inherited {
-        if matches!(socket, Endpoint::Connected(_)) && control_socket.is_none() && config.guest.is_empty() {
+        if matches!(socket, Endpoint::Connected(_)) && doors.0.is_empty() && config.guest.is_empty() {
             end_with_its_only_guest(registry, &shutdown);
         }
         add(registry, GuestSpec { name: format!("fd{number}"), socket, devices: None })?;
     }
-    let control = async {
-        match &control_socket {
-            Some(socket) => control::serve(socket.to_tokio()?, state, control::Options::default()).await,
-            None => std::future::pending().await,
-        }
-        std::io::Result::Ok(())
-    };
+    let control = doors.serve(&state);
     tokio::select! {
         ended = control => ended.map_err(|e| Failure::Runtime(e.into())),
         () = shutdown.notified() => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     }
+}
+
+/// The sockets for operators, and what each of them is for.
+struct Doors(Vec<(ListeningSocket, control::Options)>);
+
+impl Doors {
+    fn open(config: &config::Daemon) -> Result<Self, Failure> {
+        let mut doors = Vec::new();
+        if let Some(path) = &config.control_socket {
+            let socket = ListeningSocket::make_anywhere(path, control_mode(config)).map_err(refused)?;
+            let users = Users::Only(config.control_users.clone());
+            doors.push((socket, control::Options { users, ..control::Options::default() }));
+        }
+        if let Some(path) = &config.control_socket_ro {
+            let socket = ListeningSocket::make_anywhere(path, read_only_mode(config)).map_err(refused)?;
+            let (rights, users) = (Rights::ReadOnly, Users::All);
+            doors.push((socket, control::Options { rights, users, ..control::Options::default() }));
+        }
+        Ok(Self(doors))
+    }
+
+    /// Until one of them cannot be served; for ever where there is none.
+    async fn serve(&self, state: &Arc<ControlState>) -> std::io::Result<()> {
+        let mut serving = tokio::task::JoinSet::new();
+        for (socket, options) in &self.0 {
+            serving.spawn(control::serve(socket.to_tokio()?, Arc::clone(state), options.clone()));
+        }
+        match serving.join_next().await {
+            Some(ended) => ended.map_err(std::io::Error::other),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// The peers' user ids decide where other users than our own may come.
+fn control_mode(config: &config::Daemon) -> Mode {
+    if config.control_users.is_empty() { PRIVATE } else { Mode::from_raw_mode(0o666) }
+}
+
+fn read_only_mode(config: &config::Daemon) -> Mode {
+    Mode::from_raw_mode(config.control_socket_ro_mode)
 }
 
 fn listen_for(kind: SignalKind) -> Result<Signal, Failure> {

@@ -217,7 +217,7 @@ impl Registry {
             return Err(AddError::SocketInUse(path.clone()));
         }
         let failed = |action, source| AddError::Io { action, path: PathBuf::from(&label), source };
-        let door = Door::open(endpoint)?;
+        let door = Door::open(endpoint, &label)?;
         let stop = Waker::new().map_err(|e| failed("make an event for", e))?;
         let seat = Arc::new(Seat {
             name: spec.name.clone(),

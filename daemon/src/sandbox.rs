@@ -16,6 +16,7 @@ use crate::socket::folder_of;
 use config::{Config, DeviceKind};
 use std::fmt::{Display, Formatter};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 /// What a daemon must still be able to do.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +42,18 @@ pub struct Measure {
 #[derive(Clone, Debug)]
 pub struct Report(Vec<Measure>);
 
+/// What became of [`enter`], for whoever asks later.
+static ENTERED: OnceLock<bool> = OnceLock::new();
+
+/// How much of the sandbox this process is in: `none`, `part` or `full`.
+pub fn in_force() -> &'static str {
+    match ENTERED.get() {
+        None => "none",
+        Some(false) => "part",
+        Some(true) => "full",
+    }
+}
+
 /// Gives everything up but the profile, for good.
 pub fn enter(profile: &Profile) -> Report {
     let mut measures = vec![alone()];
@@ -51,7 +64,10 @@ pub fn enter(profile: &Profile) -> Report {
     measures.push(Measure::of("system calls (seccomp)", calls::restrict(profile), |()| {
         format!("a list, {left}; any other kills the process")
     }));
-    Report(measures)
+    let report = Report(measures);
+    // The first time decides: what is given up stays given up.
+    ENTERED.get_or_init(|| report.lacking().next().is_none());
+    report
 }
 
 /// Other threads would stay outside of what is not the process' own but a thread's.
@@ -68,7 +84,8 @@ impl Profile {
     /// What this configuration takes.
     pub fn of(config: &Config) -> Self {
         let mut folders = config.daemon.runtime_dirs.clone();
-        folders.extend(config.daemon.control_socket.as_deref().map(|path| folder_of(path).to_owned()));
+        let control = [&config.daemon.control_socket, &config.daemon.control_socket_ro];
+        folders.extend(control.into_iter().flatten().map(|path| folder_of(path).to_owned()));
         let workers = config.devices().iter().any(|device| device.kind == DeviceKind::Hostmmu);
         Self { folders, workers }
     }

@@ -124,6 +124,7 @@ pub fn serve(
 impl Session {
     fn open(setup: &Setup) -> Result<Arc<Self>, Arc<Failure>> {
         let waker = Waker::new().map_err(|e| Failure::start("make an event", &e))?;
+        let exit = ExitEvent::new().map_err(|e| Failure::start("make the exit event", &e))?;
         let (waker, memory, fuse) =
             (Arc::new(waker), Arc::new(GuestMemory::default()), Arc::new(Fuse::new(&setup.name)));
         let events = Arc::new(EventQueue::new(Arc::clone(&memory), Arc::clone(&waker), Arc::clone(&fuse)));
@@ -138,7 +139,7 @@ impl Session {
             loss: Loss::new(Arc::clone(&waker)),
             waker,
             fuse,
-            exit: ExitEvent::default(),
+            exit,
             rings: OnceLock::new(),
             driver: Mutex::new(Driver::Known),
             allow_unsealed: setup.allow_unsealed,
@@ -169,12 +170,6 @@ impl Session {
         let mapped = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon = VhostUserDaemon::new(setup.name.clone(), Arc::clone(self), mapped)
             .map_err(|e| Failure::start("start the queue thread", &e))?;
-        // Without its exit event the framework would wait for its queue thread for ever; the thread is idle, and
-        // leaving it (and the daemon object) behind is the lesser evil on a host without descriptors.
-        if !self.exit.is_made() {
-            std::mem::forget(daemon);
-            return Err(Arc::new(Failure::start("make the exit event", &"out of descriptors")));
-        }
         for handler in daemon.get_epoll_handlers() {
             handler
                 .register_listener(self.waker.as_fd().as_raw_fd(), EventSet::IN, u64::from(WAKER_ID))
@@ -423,7 +418,7 @@ impl VhostUserBackend for Session {
         vec![(1 << NUM_QUEUES) - 1]
     }
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        self.exit.make()
+        self.exit.take()
     }
     /// The framework has taken the ring out of service under the ring's lock, so no turn is under way and none begins.
     fn stop_vring(&self, queue_index: u32) -> std::io::Result<()> {

@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// Connections that wait while a session is live.
 const BACKLOG: i32 = 16;
+/// Mode of a socket that is for the daemon's own user.
+pub const PRIVATE: Mode = Mode::RUSR.union(Mode::WUSR);
 /// How long a folder may be locked by others before that is an error.
 const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
@@ -79,6 +81,10 @@ impl ListeningSocket {
     /// # Errors
     /// [`AddError::SocketInUse`], [`AddError::Io`].
     pub fn make(path: &Path) -> Result<Self, AddError> {
+        Self::make_with(path, PRIVATE)
+    }
+
+    fn make_with(path: &Path, mode: Mode) -> Result<Self, AddError> {
         let failed = |action, source: io::Error| AddError::Io { action, path: path.to_owned(), source };
         let folder = path.parent().unwrap_or(Path::new("/"));
         let folder = open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -90,11 +96,14 @@ impl ListeningSocket {
             .map_err(|e| failed("create", e.into()))?;
         // Linux gives the file the mode of the socket (less the umask), so there is no moment in which others may
         // connect, whatever umask the process has.
-        fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|e| failed("set the mode of", e.into()))?;
+        fchmod(&socket, mode).map_err(|e| failed("set the mode of", e.into()))?;
         let address = SocketAddrUnix::new(path).map_err(|e| failed("name", e.into()))?;
         bind(&socket, &address).map_err(|e| failed("bind", e.into()))?;
-        let stat = statat(rustix::fs::CWD, path, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| failed("look at", e.into()))?;
+        let stat = statat(rustix::fs::CWD, path, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| {
+            // Under the folder's lock it is still the one that was just made; should it not go, it is dead.
+            fs::remove_file(path).ok();
+            failed("look at", e.into())
+        })?;
         let made = Self {
             listener: UnixListener::from(socket),
             made: Some((path.to_owned(), (stat.st_dev, stat.st_ino))),
@@ -103,15 +112,15 @@ impl ListeningSocket {
         Ok(made)
     }
 
-    /// Makes a socket at a path that the operator named at the start, wherever it is.
+    /// Makes a socket at a path that the operator named at the start, wherever it is, with this mode less the umask.
     ///
     /// # Errors
     /// [`AddError::SocketInUse`], [`AddError::Io`].
-    pub fn make_anywhere(path: &Path) -> Result<Self, AddError> {
+    pub fn make_anywhere(path: &Path, mode: Mode) -> Result<Self, AddError> {
         let missing = |source| AddError::Io { action: "find the folder of", path: path.to_owned(), source };
         let folder = fs::canonicalize(folder_of(path)).map_err(missing)?;
         let name = path.file_name().ok_or_else(|| missing(io::ErrorKind::InvalidInput.into()))?;
-        Self::make(&folder.join(name))
+        Self::make_with(&folder.join(name), mode)
     }
 
     /// The listening socket for a tokio runtime, within which this must be called.

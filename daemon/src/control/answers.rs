@@ -13,7 +13,7 @@ pub struct ServerInfo {
     pub started_unix_s: u64,
     pub devices: Vec<String>,
     pub guests: usize,
-    /// Which confinement the process runs under.
+    /// How much of its sandbox the process is in: none, part or full.
     pub sandbox: &'static str,
     pub protocol: Protocol,
     pub limits: Limits,
@@ -34,6 +34,7 @@ pub struct Protocol {
 pub struct Limits {
     pub line_bytes: usize,
     pub batch: usize,
+    pub depth: usize,
 }
 
 /// Result of `device.ledger`.

@@ -2,7 +2,7 @@
 
 use super::ControlState;
 use super::events::{GAP, KINDS};
-use super::methods::{Answer, METHODS, Method, Then};
+use super::methods::{Answer, METHODS, Method, Rights, Then};
 use super::params::{Args, Param};
 use super::rpc::{Error, Kind, result_text};
 use serde_json::{Value, json};
@@ -16,6 +16,9 @@ const COMMON_ERRORS: &[Kind] = &[
     Kind::InvalidParams,
     Kind::Internal,
     Kind::TooManyConnections,
+    Kind::NotPermitted,
+    Kind::ReadOnly,
+    Kind::Busy,
 ];
 
 pub(super) fn run(_: &ControlState, _: &Args<'_>) -> Result<Answer, Error> {
@@ -48,6 +51,7 @@ fn method(method: &Method) -> Value {
         "paramStructure": "by-name",
         "params": method.params.iter().map(param).collect::<Vec<_>>(),
         "result": { "name": "result", "description": method.result, "schema": { "type": "object" } },
+        "x-read-only": method.rights == Rights::ReadOnly,
         "errors": method.errors.iter().map(|kind| error(*kind)).collect::<Vec<_>>(),
     })
 }

@@ -5,11 +5,13 @@
 
 use super::answers::{Ledger, LedgerRow, Limits, Protocol, ServerInfo};
 use super::events::KINDS;
+use super::json::MAX_DEPTH;
 use super::methods::{Answer, DEFAULT_FAULTS, Then};
 use super::params::Args;
 use super::rpc::{Error, Kind, MAX_BATCH, quote, result_text};
 use super::{ControlState, server};
 use crate::registry::{AddError, Endpoint, GuestEntry, GuestSpec};
+use crate::sandbox;
 use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
@@ -33,7 +35,7 @@ pub(super) fn server_info(state: &ControlState, _: &Args<'_>) -> Outcome {
         started_unix_s: state.started_unix_s,
         devices: state.registry.host().devices().into_iter().map(|device| device.name).collect(),
         guests: state.registry.list().len(),
-        sandbox: "none",
+        sandbox: sandbox::in_force(),
         protocol: Protocol {
             virtio_device_id: protocol::VIRTIO_ID_GPU,
             version_major: protocol::VERSION_MAJOR,
@@ -41,7 +43,7 @@ pub(super) fn server_info(state: &ControlState, _: &Args<'_>) -> Outcome {
             capset_id: protocol::CAPSET_SVM,
             capset_version: protocol::CAPSET_SVM_VERSION,
         },
-        limits: Limits { line_bytes: server::MAX_LINE, batch: MAX_BATCH },
+        limits: Limits { line_bytes: server::MAX_LINE, batch: MAX_BATCH, depth: MAX_DEPTH },
     })
 }
 

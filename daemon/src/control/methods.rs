@@ -33,10 +33,23 @@ pub struct Answer {
 /// Carries out a method whose parameters were checked. May wait for the registry, never for a client.
 pub type Handler = fn(&ControlState, &Args<'_>) -> Result<Answer, Error>;
 
+/// What a client may do: on which socket it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// Look: nothing that the daemon or a guest notices.
+    ReadOnly,
+    /// Everything.
+    Full,
+}
+
 /// One method.
 pub struct Method {
     /// Its name.
     pub name: &'static str,
+    /// What a client must at least be allowed.
+    pub rights: Rights,
+    /// It may wait for a guest or for a folder; others wait for locks of a few lines only.
+    pub waits: bool,
     /// What it does, in a sentence or two.
     pub summary: &'static str,
     /// What it takes.
@@ -55,6 +68,8 @@ const CTX_ID: Shape = Shape::Integer { min: 0, max: u32::MAX as u64 };
 pub const METHODS: &[Method] = &[
     Method {
         name: "context.evict",
+        rights: Rights::Full,
+        waits: true,
         summary: "Drops the device translations of a context. Its next accesses fault; nothing is lost.",
         params: &[
             Param::required("guest", GUEST_NAME, "the guest's name"),
@@ -67,6 +82,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "context.get",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "One context (a guest process): its address space, its GPU VMs with all mappings, its counters.",
         params: &[
             Param::required("guest", GUEST_NAME, "the guest's name"),
@@ -81,6 +98,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "context.list",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "Contexts alive, without their mappings.",
         params: &[Param::optional("guest", GUEST_NAME, "only of this guest; of all when absent")],
         result: "{contexts: [{guest, ctx_id, generation, name, known_pages, resident_pages, \
@@ -91,6 +110,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "device.ledger",
+        rights: Rights::Full,
+        waits: false,
         summary: "For debugging: the faults that a host device says it raised, from below the fault router. \
                   Empty unless the ledger is switched on.",
         params: &[Param::required("device", Shape::Device, "the host device's index or name")],
@@ -101,6 +122,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "device.list",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "The host devices.",
         params: &[],
         result: "{devices: [{device, name, va_bits, engines, fault_model, address_model, gpu_vms, retiring, \
@@ -110,6 +133,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "events.subscribe",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "From now on sends notifications `event` with {kind, seq, guest, ...} on this connection. A \
                   subscriber that does not keep up loses events and is told by {kind: \"gap\", seq, missed}: \
                   that many up to that seq, of all kinds. Subscribing again replaces the kinds.",
@@ -120,6 +145,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "fault.recent",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "The last device faults that came to an end, the newest last.",
         params: &[Param::optional(
             "limit",
@@ -133,6 +160,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "guest.add",
+        rights: Rights::Full,
+        waits: true,
         summary: "Adds a guest and listens for its VMM on a vhost-user socket (mode 0600). The same guest again \
                   has no effect.",
         params: &[
@@ -159,6 +188,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "guest.get",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "One guest.",
         params: &[Param::required("name", GUEST_NAME, "its name")],
         result: "{name, socket, devices, connected, sessions, last_error, status: null or {name, epoch, \
@@ -170,6 +201,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "guest.list",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "All guests.",
         params: &[],
         result: "{guests: [as guest.get answers]}",
@@ -178,6 +211,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "guest.remove",
+        rights: Rights::Full,
+        waits: true,
         summary: "Removes a guest: ends its session and unlinks its socket. A guest that is not there is no error.",
         params: &[Param::required("name", GUEST_NAME, "its name")],
         result: "{removed}: whether it was there",
@@ -186,6 +221,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "rpc.discover",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "This description, as an OpenRPC document.",
         params: &[],
         result: "an OpenRPC document",
@@ -194,16 +231,20 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "server.info",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "The daemon: version, process, devices, protocol.",
         params: &[],
         result: "{name, version, pid, uptime_s, started_unix_s, devices: [name], guests, sandbox, protocol: \
                  {virtio_device_id, version_major, version_minor, capset_id, capset_version}, limits: \
-                 {line_bytes, batch}}",
+                 {line_bytes, batch, depth}}",
         errors: &[],
         run: handlers::server_info,
     },
     Method {
         name: "shutdown",
+        rights: Rights::Full,
+        waits: false,
         summary: "Answers, then ends the daemon as SIGTERM does.",
         params: &[],
         result: "{}",
@@ -212,6 +253,8 @@ pub const METHODS: &[Method] = &[
     },
     Method {
         name: "stats.get",
+        rights: Rights::ReadOnly,
+        waits: false,
         summary: "Counts of the whole host since the daemon started.",
         params: &[],
         result: "{guests, contexts, gpu_vms, pending_vms, peak_pending_vms, counters: {faults_raised, \
@@ -223,15 +266,25 @@ pub const METHODS: &[Method] = &[
     },
 ];
 
-/// Carries out a request: finds its method, checks all parameters, and only then does it.
+/// The method of that name.
+pub fn find(name: &str) -> Option<&'static Method> {
+    METHODS.iter().find(|method| method.name == name)
+}
+
+/// Carries out a request of a client with these rights: finds its method, checks all parameters, and only then does it.
 ///
 /// # Errors
-/// [`Kind::UnknownMethod`], [`Kind::InvalidParams`], [`Kind::Internal`], and those of the method.
-pub fn call(state: &ControlState, request: &Request) -> Result<Answer, Error> {
-    let Some(method) = METHODS.iter().find(|method| method.name == request.method) else {
+/// [`Kind::UnknownMethod`], [`Kind::ReadOnly`], [`Kind::InvalidParams`], [`Kind::Internal`], and those of the method.
+pub fn call(state: &ControlState, rights: Rights, request: &Request) -> Result<Answer, Error> {
+    let Some(method) = find(&request.method) else {
         let message = format!("unknown method {}; rpc.discover lists all", quote(&request.method));
         return Err(Error::new(Kind::UnknownMethod, message));
     };
+    if method.rights == Rights::Full && rights == Rights::ReadOnly {
+        let message =
+            format!("{} is not for this socket, which is read-only; use the control socket", method.name);
+        return Err(Error::new(Kind::ReadOnly, message));
+    }
     let args = Args::check(method.params, &request.params)?;
     (method.run)(state, &args).inspect_err(|error| {
         debug_assert!(

@@ -1,22 +1,26 @@
 //! The operator's door: JSON-RPC 2.0 on a unix stream socket, one message a line.
 //!
-//! `svmd` makes the socket and runs [`serve`] on its tokio runtime. The way of a request:
-//! line -> [`rpc`] (is it a request?) -> [`methods`] (the table: which method, are its parameters right?) ->
+//! `svmd` makes the sockets, one for everything and perhaps one to look only, and runs [`serve`] for each on its tokio
+//! runtime; neither takes anything from the other. The way of a request:
+//! connection -> `admission` (whose is it, is there room?) -> line -> [`rpc`] (is it a request?) -> [`methods`] (the table: which method, are its parameters right?) ->
 //! `handlers` (the registry and the core do it) -> one line back. [`events`] carries what happens to guests.
 //!
 //! Invariants: nothing is done before every parameter is checked; no lock of the core is held while a byte is
 //! written; a client that does not read is cut off, and one that asks a lot waits between its own requests.
 
+mod admission;
 mod answers;
 mod discover;
 pub mod events;
 mod handlers;
+mod json;
 pub mod methods;
 mod params;
 pub mod rpc;
 mod server;
 
-pub use server::{Options, serve};
+pub use admission::{Options, Users};
+pub use server::{METHOD_THREADS, serve};
 
 use crate::registry::Registry;
 use events::Hub;

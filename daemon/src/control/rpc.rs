@@ -3,6 +3,7 @@
 //! Stricter than the standard where silence would hide a mistake: parameters are named, unknown members of a request
 //! are refused, ids are integers, strings or null. Knows no method.
 
+use super::json;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -14,7 +15,7 @@ const MAX_QUOTE: usize = 80;
 /// Why a request failed, in a word that never changes: `error.data.kind`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The line is no JSON text, or nested too deeply.
+    /// The line is no JSON text, nested too deeply, or has two members of one name.
     ParseError,
     /// The line exceeds the limit.
     LineTooLong,
@@ -28,6 +29,12 @@ pub enum Kind {
     Internal,
     /// Every connection is taken.
     TooManyConnections,
+    /// The peer's user may not use this socket.
+    NotPermitted,
+    /// The socket has only methods that change nothing, and this is none of them.
+    ReadOnly,
+    /// As many large results as there may be are on their way.
+    Busy,
     /// No guest has that name.
     GuestNotFound,
     /// The guest's VMM is not connected.
@@ -63,6 +70,9 @@ impl Kind {
             Self::InvalidParams => "invalid-params",
             Self::Internal => "internal",
             Self::TooManyConnections => "too-many-connections",
+            Self::NotPermitted => "not-permitted",
+            Self::ReadOnly => "read-only",
+            Self::Busy => "busy",
             Self::GuestNotFound => "guest-not-found",
             Self::GuestNotConnected => "guest-not-connected",
             Self::BadName => "bad-name",
@@ -86,6 +96,9 @@ impl Kind {
             Self::InvalidParams => -32602,
             Self::Internal => -32603,
             Self::TooManyConnections
+            | Self::NotPermitted
+            | Self::ReadOnly
+            | Self::Busy
             | Self::GuestNotFound
             | Self::GuestNotConnected
             | Self::BadName
@@ -158,7 +171,7 @@ impl Message {
     /// # Errors
     /// [`Kind::ParseError`]; [`Kind::InvalidRequest`] for a batch that is empty or too long.
     pub fn parse(line: &[u8]) -> Result<Self, Error> {
-        let value = serde_json::from_slice(line).map_err(|error| {
+        let value = json::parse(line).map_err(|error| {
             Error::new(Kind::ParseError, format!("not one JSON text in one line of UTF-8: {error}"))
         })?;
         match value {

@@ -5,8 +5,9 @@
 //! ring of events, and a client that does not read only stops itself, until it is cut off.
 
 use super::ControlState;
+use super::admission::{Admission, Options, Place};
 use super::events::Subscription;
-use super::methods::{self, Then};
+use super::methods::{self, Rights, Then};
 use super::rpc::{self, Error, Id, Kind, Message, Request};
 use serde_json::Value;
 use std::io;
@@ -15,11 +16,20 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// Bytes of a line at most, without its end.
 pub const MAX_LINE: usize = 64 << 10;
+/// Methods of one socket that run at once and may wait, and as many that do not wait.
+const RUNNING: usize = 4;
+/// Threads on which the methods of the control socket and of a read-only one run, at most.
+pub const METHOD_THREADS: usize = 4 * RUNNING;
+/// A result of more bytes is large.
+const LARGE: usize = 1 << 20;
+/// Large results of one socket that are being written at most.
+const MAX_LARGE: usize = 8;
 /// Bytes that a client must take from us within [`Options::stall`].
 const CHUNK: usize = 64 << 10;
 /// Bytes asked of a socket at once.
@@ -27,32 +37,44 @@ const READ_SIZE: usize = 8 << 10;
 /// How long to wait when the kernel has no file descriptor or memory for another connection.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// How much clients may ask of the server.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Connections at once. Another one is told so and closed.
-    pub max_connections: usize,
-    /// A client that takes less than 64 KiB in this time while there is more for it is cut off.
-    pub stall: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { max_connections: 64, stall: Duration::from_secs(10) }
-    }
+/// What the connections of one socket share.
+struct Desk {
+    state: Arc<ControlState>,
+    rights: Rights,
+    stall: Duration,
+    /// Turns of methods that do not wait.
+    looking: Semaphore,
+    /// Turns of methods that may, so that they hold nobody else up.
+    waiting: Semaphore,
+    /// Large results that may still be on their way: to clients that take them as slowly as they can.
+    large: Arc<Semaphore>,
 }
 
 /// Serves clients of `listener` until it is dropped; its connections end with it. Needs a tokio runtime with I/O and
-/// time.
+/// time, and [`METHOD_THREADS`] threads that may block.
 pub async fn serve(listener: UnixListener, state: Arc<ControlState>, options: Options) {
+    let desk = Arc::new(Desk {
+        state,
+        rights: options.rights,
+        stall: options.stall,
+        looking: Semaphore::new(RUNNING),
+        waiting: Semaphore::new(RUNNING),
+        large: Arc::new(Semaphore::new(MAX_LARGE)),
+    });
+    let mut admission = Admission::new(options);
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) if connections.len() < options.max_connections => {
-                    connections.spawn(Connection::new(stream, Arc::clone(&state), options.stall).run());
+                Ok((stream, _)) => {
+                    let uid = stream.peer_cred().ok().map(|peer| peer.uid());
+                    match admission.admit(uid) {
+                        Ok(place) => {
+                            connections.spawn(Connection::new(stream, Arc::clone(&desk), place).run());
+                        }
+                        Err(error) => tell(&stream, error),
+                    }
                 }
-                Ok((stream, _)) => refuse(&stream, options.max_connections),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a control connection");
                     sleep(ACCEPT_RETRY).await;
@@ -64,42 +86,63 @@ pub async fn serve(listener: UnixListener, state: Arc<ControlState>, options: Op
                 Err(error) => tracing::error!(%error, "control connection failed"),
             },
         }
+        // Clients that are there first, however many come.
+        tokio::task::yield_now().await;
     }
 }
 
-fn refuse(stream: &UnixStream, max_connections: usize) {
-    let message = format!("all {max_connections} control connections are in use; close one and try again");
-    let mut text = rpc::response(&Id::Null, Err(Error::new(Kind::TooManyConnections, message)));
+/// Says why there is no connection. An empty socket takes a short line at once; a client that is gone already misses
+/// nothing.
+fn tell(stream: &UnixStream, error: Error) {
+    let mut text = rpc::response(&Id::Null, Err(error));
     text.push('\n');
-    // An empty socket takes a short line at once. A client that is gone already misses nothing.
     stream.try_write(text.as_bytes()).ok();
+}
+
+/// What is to be written of one request.
+#[derive(Default)]
+struct Reply {
+    /// None to a notification.
+    text: Option<String>,
+    /// The daemon is to end.
+    shutdown: bool,
+    /// Held while a large text is on its way.
+    _large: Option<OwnedSemaphorePermit>,
 }
 
 struct Connection {
     lines: Lines,
     output: Output,
-    state: Arc<ControlState>,
+    desk: Arc<Desk>,
+    place: Arc<Place>,
     subscription: Option<Subscription>,
 }
 
 impl Connection {
-    fn new(stream: UnixStream, state: Arc<ControlState>, stall: Duration) -> Self {
+    fn new(stream: UnixStream, desk: Arc<Desk>, place: Arc<Place>) -> Self {
         let (reader, writer) = stream.into_split();
-        Self { lines: Lines::new(reader), output: Output { writer, stall }, state, subscription: None }
+        let output = Output { writer, stall: desk.stall };
+        Self { lines: Lines::new(reader), output, desk, place, subscription: None }
     }
 
     async fn run(mut self) -> io::Result<()> {
         loop {
+            // Parts of a line are no request: who sends bytes one by one is idle.
+            self.place.set_idle(self.subscription.is_none());
             tokio::select! {
-                line = self.lines.next() => match line? {
-                    Some(Line::Whole(line)) => self.on_line(&line).await?,
-                    Some(Line::TooLong) => self.output.line(too_long()).await?,
-                    None => return Ok(()),
+                line = self.lines.next() => {
+                    self.place.set_idle(false);
+                    match line? {
+                        Some(Line::Whole(line)) => self.on_line(&line).await?,
+                        Some(Line::TooLong) => self.output.line(too_long()).await?,
+                        None => return Ok(()),
+                    }
                 },
                 event = next_event(&mut self.subscription) => match event {
                     Some(text) => self.output.line(text).await?,
                     None => self.subscription = None,
                 },
+                () = self.place.told_to_leave() => return self.output.line(gave_way()).await,
             }
             // Others first, however much this client has sent ahead.
             tokio::task::yield_now().await;
@@ -109,11 +152,11 @@ impl Connection {
     async fn on_line(&mut self, line: &[u8]) -> io::Result<()> {
         let shutdown = match Message::parse(line) {
             Ok(Message::Single(value)) => {
-                let (response, shutdown) = self.answer(value).await;
-                if let Some(text) = response {
+                let reply = self.answer(value).await;
+                if let Some(text) = reply.text {
                     self.output.line(text).await?;
                 }
-                shutdown
+                reply.shutdown
             }
             Ok(Message::Batch(values)) => self.on_batch(values).await?,
             Err(error) => {
@@ -122,7 +165,7 @@ impl Connection {
             }
         };
         if shutdown {
-            self.state.shutdown.notify_one();
+            self.desk.state.shutdown.notify_one();
         }
         Ok(())
     }
@@ -133,9 +176,9 @@ impl Connection {
         let mut opened = false;
         let mut shutdown = false;
         for value in values {
-            let (response, wants_shutdown) = self.answer(value).await;
-            shutdown |= wants_shutdown;
-            if let Some(text) = response {
+            let reply = self.answer(value).await;
+            shutdown |= reply.shutdown;
+            if let Some(text) = &reply.text {
                 self.output.write(if opened { b"," } else { b"[" }).await?;
                 self.output.write(text.as_bytes()).await?;
                 opened = true;
@@ -147,22 +190,18 @@ impl Connection {
         Ok(shutdown)
     }
 
-    /// The response to one request, none to a notification, and whether the daemon is to end.
-    async fn answer(&mut self, value: Value) -> (Option<String>, bool) {
+    /// What is to be written of one request.
+    async fn answer(&mut self, value: Value) -> Reply {
         let request = match Request::from_value(value) {
             Ok(request) => request,
-            Err((id, error)) => return (id.map(|id| rpc::response(&id, Err(error))), false),
+            Err((id, error)) => {
+                let text = id.map(|id| rpc::response(&id, Err(error)));
+                return Reply { text, ..Reply::default() };
+            }
         };
         let id = request.id.clone();
-        let state = Arc::clone(&self.state);
-        // The registry may wait (for a session to end), and a defect in a handler must cost this request only.
-        let outcome = tokio::task::spawn_blocking(move || methods::call(&state, &request)).await;
-        let outcome = outcome.unwrap_or_else(|error| {
-            tracing::error!(%error, "a control method failed");
-            Err(Error::new(Kind::Internal, "the method failed in svmd; its log says more"))
-        });
         let mut shutdown = false;
-        let outcome = outcome.map(|answer| {
+        let outcome = self.desk.run(request).await.map(|answer| {
             match answer.then {
                 Then::Continue => {}
                 Then::Subscribe(subscription) => self.subscription = Some(subscription),
@@ -170,8 +209,44 @@ impl Connection {
             }
             answer.result
         });
-        (id.map(|id| rpc::response(&id, outcome)), shutdown)
+        let Some(id) = id else { return Reply { shutdown, ..Reply::default() } };
+        let (outcome, large) = match outcome {
+            Ok(result) if result.len() > LARGE => match Arc::clone(&self.desk.large).try_acquire_owned() {
+                Ok(large) => (Ok(result), Some(large)),
+                Err(_) => (Err(busy()), None),
+            },
+            outcome => (outcome, None),
+        };
+        Reply { text: Some(rpc::response(&id, outcome)), shutdown, _large: large }
     }
+}
+
+impl Desk {
+    /// Carries out a request in its turn.
+    async fn run(&self, request: Request) -> Result<methods::Answer, Error> {
+        let waits = methods::find(&request.method).is_some_and(|method| method.waits);
+        // Never closed, so this only ever waits.
+        let turn = if waits { &self.waiting } else { &self.looking }.acquire().await;
+        let (state, rights) = (Arc::clone(&self.state), self.rights);
+        // A defect in a handler must cost this request only.
+        let outcome = tokio::task::spawn_blocking(move || methods::call(&state, rights, &request)).await;
+        drop(turn);
+        outcome.unwrap_or_else(|error| {
+            tracing::error!(%error, "a control method failed");
+            Err(Error::new(Kind::Internal, "the method failed in svmd; its log says more"))
+        })
+    }
+}
+
+fn busy() -> Error {
+    let message =
+        format!("{MAX_LARGE} results of more than {LARGE} bytes are being read by others; try again");
+    Error::new(Kind::Busy, message)
+}
+
+fn gave_way() -> String {
+    let message = "idle, and closed for another connection";
+    rpc::response(&Id::Null, Err(Error::new(Kind::TooManyConnections, message)))
 }
 
 fn too_long() -> String {

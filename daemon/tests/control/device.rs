@@ -19,11 +19,21 @@ pub const RESIDENT: u64 = 2;
 pub struct Idle {
     info: DeviceInfo,
     resident: Mutex<BTreeSet<Asid>>,
+    destroyed: Mutex<Vec<Asid>>,
     ledger: Vec<LedgerEntry>,
 }
 
 impl Idle {
     pub fn start(name: &str, ledger: Vec<LedgerEntry>) -> Arc<dyn Device> {
+        Self::new(name, ledger)
+    }
+
+    /// VMs that were destroyed since it was asked last: it is for the test to tell that they have retired.
+    pub fn take_destroyed(&self) -> Vec<Asid> {
+        std::mem::take(&mut self.destroyed.lock().unwrap())
+    }
+
+    pub fn new(name: &str, ledger: Vec<LedgerEntry>) -> Arc<Self> {
         let info = DeviceInfo {
             name: name.to_owned(),
             va_bits: 48,
@@ -34,7 +44,7 @@ impl Idle {
             null_mappings: false,
             exec: false,
         };
-        Arc::new(Self { info, resident: Mutex::default(), ledger })
+        Arc::new(Self { info, resident: Mutex::default(), destroyed: Mutex::default(), ledger })
     }
 }
 
@@ -48,6 +58,7 @@ impl Device for Idle {
     }
     fn vm_destroy(&self, asid: Asid) {
         self.resident.lock().unwrap().remove(&asid);
+        self.destroyed.lock().unwrap().push(asid);
     }
     fn bind(&self, _asid: Asid, _addr: GpuAddr, _extents: &[Extent]) -> Result<(), Error> {
         Ok(())

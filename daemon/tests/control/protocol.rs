@@ -8,6 +8,7 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 const MAX_LINE: usize = 64 << 10;
+const MAX_DEPTH: usize = 16;
 
 /// A request that is valid and exactly `length` bytes long.
 fn padded_request(length: usize) -> String {
@@ -38,6 +39,24 @@ fn bad_lines_get_their_code_and_leave_the_connection() {
             Value::Null,
         ),
         (br#"{"jsonrpc":"2.0","method":"stats.get","id":1e999}"#, -32700, "parse-error", Value::Null),
+        (
+            br#"{"jsonrpc":"2.0","method":"stats.get","method":"shutdown","id":1}"#,
+            -32700,
+            "parse-error",
+            Value::Null,
+        ),
+        (
+            br#"{"jsonrpc":"2.0","method":"guest.get","params":{"name":"a","n\u0061me":"b"},"id":1}"#,
+            -32700,
+            "parse-error",
+            Value::Null,
+        ),
+        (
+            br#"{"jsonrpc":"2.0","method":"stats.get","id":18446744073709551616}"#,
+            -32600,
+            "invalid-request",
+            Value::Null,
+        ),
         (b"1", -32600, "invalid-request", Value::Null),
         (b"null", -32600, "invalid-request", Value::Null),
         (b"\"stats.get\"", -32600, "invalid-request", Value::Null),
@@ -118,10 +137,13 @@ fn huge_line_refused_before_its_end_and_skipped() {
 fn nesting_is_bounded() {
     let server = Server::start();
     let mut client = server.client();
-    client.send(nested(100) + "\n");
+    // The request and its parameters are two.
+    client.send(nested(MAX_DEPTH - 2) + "\n");
     assert_eq!(error_of(&client.line()), (-32602, "invalid-params".into()));
-    client.send(nested(30_000) + "\n");
-    assert_eq!(error_of(&client.line()), (-32700, "parse-error".into()));
+    for depth in [MAX_DEPTH - 1, 30_000] {
+        client.send(nested(depth) + "\n");
+        assert_eq!(error_of(&client.line()), (-32700, "parse-error".into()));
+    }
     client.result("stats.get", json!({}));
 }
 
@@ -148,6 +170,29 @@ fn requests_in_one_write_are_answered_in_order() {
     for id in 0..=100 {
         assert_eq!(client.line()["id"], id);
     }
+}
+
+#[test]
+fn number_as_long_as_a_line_is_refused() {
+    let server = Server::start();
+    let mut client = server.client();
+    let digits = "9".repeat(MAX_LINE - 100);
+    client.send(format!("{{\"jsonrpc\":\"2.0\",\"method\":\"stats.get\",\"id\":{digits}}}\n"));
+    assert_eq!(error_of(&client.line()), (-32700, "parse-error".into()));
+    client.result("stats.get", json!({}));
+}
+
+#[test]
+fn half_closed_client_gets_its_answers() {
+    let server = Server::start();
+    let mut client = server.client();
+    let request = |id: u32| format!("{}\n", json!({"jsonrpc": "2.0", "method": "stats.get", "id": id}));
+    client.send((0..50).map(request).collect::<String>());
+    client.stream().shutdown(Shutdown::Write).unwrap();
+    for id in 0..50 {
+        assert_eq!(client.line()["id"], id);
+    }
+    assert_eq!(client.try_line(), None);
 }
 
 #[test]

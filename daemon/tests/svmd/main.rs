@@ -25,8 +25,9 @@ use vmm::{PATIENCE, Vmm, connect, negotiate};
 /// Looks again this often at what has no event to wait for.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Threads of a daemon with one guest and no session: its own, two engines, the housekeeper, the guest's.
-const IDLE_THREADS: usize = 5;
+/// Threads of a daemon with one guest and no session: its own, one for methods, two engines, the housekeeper, the
+/// guest's.
+const IDLE_THREADS: usize = 6;
 
 /// Room for descriptors of a daemon with one guest and a session.
 const DESCRIPTORS: u64 = 64;
@@ -287,6 +288,7 @@ fn help_explains() {
     for words in [
         "--socket-path",
         "--control-socket",
+        "--control-socket-ro",
         "--runtime-dir",
         "--fd",
         "--sandbox",

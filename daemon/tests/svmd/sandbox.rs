@@ -73,6 +73,8 @@ fn every_thread_is_confined_with_a_session_live() {
     assert!(!vmm.command(&[0; 24]).is_empty());
     let list = r#"{"jsonrpc":"2.0","id":1,"method":"guest.list"}"#;
     assert!(rpc(&daemon.path("control"), list).contains("vm0"));
+    let info = r#"{"jsonrpc":"2.0","id":2,"method":"server.info"}"#;
+    assert!(rpc(&daemon.path("control"), info).contains(r#""sandbox":"full""#));
     assert!(daemon.threads() > IDLE_THREADS);
     assert_confined(daemon.child.id());
 }
@@ -136,7 +138,10 @@ fn strict_is_refused_and_best_effort_warns_where_a_measure_is_lacking() {
 
 #[test]
 fn off_confines_nothing_and_says_so() {
-    let mut daemon = Svmd::start(&["--socket-path=DIR/vm0.sock", "--sandbox=off"], &["vm0.sock"]);
+    let options = ["--socket-path=DIR/vm0.sock", "--control-socket=DIR/control", "--sandbox=off"];
+    let mut daemon = Svmd::start(&options, &["vm0.sock", "control"]);
+    let info = r#"{"jsonrpc":"2.0","id":1,"method":"server.info"}"#;
+    assert!(rpc(&daemon.path("control"), info).contains(r#""sandbox":"none""#));
     assert!(threads(daemon.child.id()).iter().all(|status| status.contains("Seccomp:\t0")));
     daemon.signal(Signal::TERM);
     assert_eq!(daemon.wait().code(), Some(0));

@@ -78,8 +78,10 @@ impl Ring {
     }
 
     fn report(&self, report: Report) {
-        // Without a daemon the main thread ends this process.
-        message::send(self.socket.as_fd(), &report.encode(), &[], None, SendFlags::empty()).ok();
+        // A report that is lost is a job without an end; a worker that is lost ends its jobs.
+        if message::send(self.socket.as_fd(), &report.encode(), &[], None, SendFlags::empty()).is_err() {
+            std::process::exit(1);
+        }
     }
 }
 
