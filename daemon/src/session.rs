@@ -115,10 +115,13 @@ pub fn serve(
     let outcome = session.run(setup, listener, begun);
     session.events.set_open(false);
     // The framework's threads have ended; what is left are engines, which the core stops here.
-    let closed = catch_unwind(AssertUnwindSafe(|| session.guest.close()));
+    let sound = !matches!(outcome.as_ref().err().map(|failure| &**failure), Some(Failure::Panicked(_)));
+    let closed = sound && catch_unwind(AssertUnwindSafe(|| session.guest.close())).is_ok();
+    if !closed {
+        session.guest.abandon();
+    }
     session.exit.close();
-    closed.map_err(|_| Failure::Panicked("closing the guest"))?;
-    outcome
+    if sound && !closed { Err(Arc::new(Failure::Panicked("closing the guest"))) } else { outcome }
 }
 
 impl Session {

@@ -4,6 +4,7 @@
 
 use crate::context::Context;
 use crate::guest::Guest;
+use crate::host::on_behalf;
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use crate::turns::Turns;
@@ -25,14 +26,16 @@ impl Chore {
                 let context = context.upgrade()?;
                 // Before the work: who leaves more from here on may be too late for it.
                 context.left.store(false, Ordering::SeqCst);
-                if context.work() && !context.left.swap(true, Ordering::SeqCst) {
+                if on_behalf(|| context.fail_session(), || context.work())
+                    && !context.left.swap(true, Ordering::SeqCst)
+                {
                     return Some((Arc::clone(&context.label.guest), self));
                 }
                 None
             }
             Self::Deadlines(guest, after) => {
                 let strong = guest.upgrade()?;
-                let last = strong.expire_some(*after)?;
+                let last = on_behalf(|| strong.fail_session(), || strong.expire_some(*after))?;
                 Some((strong.shared_name(), Self::Deadlines(Weak::clone(guest), Some(last))))
             }
         }

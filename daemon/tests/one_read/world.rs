@@ -59,6 +59,7 @@ impl World {
             mappings: 16,
             resources: 4,
             fault_deadline_ms: 0,
+            ..Limits::DEFAULT
         };
         let guest = host.open_guest("vm0", limits, &[0], Arc::new(Silent));
         let identity = RegionIdentity { inode: (0, 1), offset: 0, size: BYTES, gpa: GPA };

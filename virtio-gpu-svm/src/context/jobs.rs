@@ -72,7 +72,7 @@ impl Context {
         let work = Work::Job(packets);
         let weight = work.weight(launch.waits.len());
         let held = self.hold_job(state, launch.timeline, weight)?;
-        let (id, timeline) = (self.host.next_job(), launch.timeline);
+        let (id, timeline) = (state.take_job_id(), launch.timeline);
         let turn = launch.turn(id, false, weight);
         match work {
             Work::Job(packets) if state.timelines.starts_at_once(timeline, &launch.waits) => {
@@ -119,7 +119,7 @@ impl Context {
         let work = Work::Bind { binds, detached: None };
         let weight = work.weight(launch.waits.len());
         let held = self.hold_job(state, launch.timeline, weight)?;
-        let (id, timeline) = (self.host.next_job(), launch.timeline);
+        let (id, timeline) = (state.take_job_id(), launch.timeline);
         let item = Item { turn: launch.turn(id, true, weight), waits: launch.waits, work };
         state.timelines.queue(timeline, item, held.queue);
         self.count_launched(state, timeline, held.one);
@@ -248,6 +248,11 @@ impl Context {
 }
 
 impl State {
+    fn take_job_id(&mut self) -> JobId {
+        let id = JobId(self.next_job);
+        self.next_job = self.next_job.wrapping_add(1);
+        id
+    }
     fn is_usable(&self, vm_id: u32) -> bool {
         self.vms.get(&vm_id).is_some_and(|vm| vm.state == VmState::Usable)
     }
