@@ -19,8 +19,15 @@ static ONE: Mutex<()> = Mutex::new(());
 
 const DEVICES: &str = "[[device]]\nkind = 'soft'\nname = 'faults'\nengines = 2\n\
                        [[device]]\nkind = 'soft'\nname = 'none'\nfault_model = 'none'\n";
-const LIMITS: Limits =
-    Limits { contexts: 16, pending_faults: 16, jobs: 16, mappings: 64, resources: 16, fault_deadline_ms: 0 };
+const LIMITS: Limits = Limits {
+    contexts: 16,
+    pending_faults: 16,
+    jobs: 16,
+    mappings: 64,
+    resources: 16,
+    fault_deadline_ms: 0,
+    ..Limits::DEFAULT
+};
 /// Looks at the heap before what was done is done again.
 const LOOKS: u32 = 200;
 /// Times that it is done: what is made once and kept is not made again.

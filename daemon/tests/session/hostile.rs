@@ -92,6 +92,7 @@ impl Scene {
             mappings: 64,
             resources: 16,
             fault_deadline_ms: 0,
+            ..Limits::DEFAULT
         };
         let runtime_dirs = vec![dir.path().to_owned()];
         let registry = Registry::new(host, Options { runtime_dirs, limits, allow_unsealed: false });

@@ -61,6 +61,7 @@ impl Scene {
             mappings: 64,
             resources: 16,
             fault_deadline_ms: 0,
+            ..Limits::DEFAULT
         };
         let device = Brittle::new();
         let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);

@@ -14,8 +14,15 @@ use virtio_gpu_svm::protocol::event::*;
 use zerocopy::FromBytes;
 
 /// Few pending faults, so that accesses are throttled.
-pub const LIMITS: Limits =
-    Limits { contexts: 16, pending_faults: 3, jobs: 16, mappings: 16, resources: 4, fault_deadline_ms: 5000 };
+pub const LIMITS: Limits = Limits {
+    contexts: 16,
+    pending_faults: 3,
+    jobs: 16,
+    mappings: 16,
+    resources: 4,
+    fault_deadline_ms: 5000,
+    ..Limits::DEFAULT
+};
 
 struct Silent;
 

@@ -14,6 +14,7 @@ use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::memory::Region;
 use virtio_gpu_svm::protocol::errno::{EFAULT, EPERM};
 use virtio_gpu_svm::protocol::job::{OP_ATOMIC_ADD, OP_COPY, OPCODES, Packet};
+use virtio_gpu_svm::quota::Charge;
 use vm_memory::{Bytes, VolatileMemory};
 
 /// Pages that a group of page requests asks for at most.
@@ -316,7 +317,7 @@ impl Device for Machine {
     fn info(&self) -> &DeviceInfo {
         &self.info
     }
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
+    fn vm_create(&self, asid: Asid, label: VmLabel, _tables: Charge) -> Result<(), Error> {
         let mut told = self.told();
         told.attempt(&label)?;
         let free = !told.dying.contains(&asid) && told.alive.insert(asid, label).is_none();
