@@ -9,6 +9,7 @@ use virtio_gpu_svm::device::{
     StopId, Ticket, Verdict, VmLabel,
 };
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::quota::Charge;
 
 pub struct Brittle {
     inner: Arc<SoftDevice>,
@@ -59,8 +60,8 @@ impl Device for Brittle {
     fn info(&self) -> &DeviceInfo {
         self.inner.info()
     }
-    fn vm_create(&self, asid: Asid, label: VmLabel) -> Result<(), Error> {
-        self.sound("vm_create").vm_create(asid, label)
+    fn vm_create(&self, asid: Asid, label: VmLabel, tables: Charge) -> Result<(), Error> {
+        self.sound("vm_create").vm_create(asid, label, tables)
     }
     fn vm_destroy(&self, asid: Asid) {
         self.sound("vm_destroy").vm_destroy(asid);
