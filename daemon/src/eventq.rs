@@ -161,6 +161,9 @@ impl EventQueue {
 }
 
 impl EventPort for EventQueue {
+    fn failed(&self) {
+        self.fuse.blow(Failure::Panicked("serving its faults and jobs"));
+    }
     fn ready(&self) {
         // The caller may be an engine, which serves other guests.
         if catch_unwind(AssertUnwindSafe(|| self.deliver())).is_err() {

@@ -1,7 +1,8 @@
 //! The event that ends the framework's queue thread.
 //!
-//! The framework takes the readable end by its number, registers it, and never closes it: one file descriptor per
-//! session would be lost. So the number is kept here and closed once the queue thread has ended.
+//! Made before the framework is: one that gets none waits for its queue thread for ever when it is dropped. It takes the
+//! readable end by its number, registers it, and never closes it: one file descriptor per session would be lost. So the
+//! number is kept here and closed once the queue thread has ended.
 
 #![expect(
     unsafe_code,
@@ -13,39 +14,53 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-/// Makes the exit event and remembers what the framework will leak of it.
-#[derive(Debug, Default)]
+/// Both ends until the framework takes them, then the number of the one that it will leak.
+enum State {
+    Made(EventConsumer, EventNotifier),
+    Taken(RawFd),
+    Closed,
+}
+
+/// The exit event of one session.
 pub struct ExitEvent {
-    /// Guards the number; a section is one move.
-    consumer: Mutex<Option<RawFd>>,
+    /// Guards where the ends are; a section is one move.
+    state: Mutex<State>,
 }
 
 impl ExitEvent {
-    /// The pair that [`VhostUserBackend::exit_event`](vhost_user_backend::VhostUserBackend::exit_event) returns. Called
-    /// by the framework once per queue thread, of which there is one. `None` only when the host is out of descriptors;
-    /// the caller must then not start.
-    pub fn make(&self) -> Option<(EventConsumer, EventNotifier)> {
-        let mut slot = self.consumer.lock().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_some() {
-            return None;
-        }
-        let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
-        *slot = Some(pair.0.as_raw_fd());
-        Some(pair)
+    /// Makes the event.
+    ///
+    /// # Errors
+    /// Those of eventfd(2).
+    pub fn new() -> std::io::Result<Self> {
+        let (consumer, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)?;
+        Ok(Self { state: Mutex::new(State::Made(consumer, notifier)) })
     }
 
-    /// Whether the event was made.
-    pub fn is_made(&self) -> bool {
-        self.consumer.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    /// The pair that [`VhostUserBackend::exit_event`](vhost_user_backend::VhostUserBackend::exit_event) returns. Called
+    /// by the framework once per queue thread, of which there is one; `None` if it is called again.
+    pub fn take(&self) -> Option<(EventConsumer, EventNotifier)> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *state, State::Closed) {
+            State::Made(consumer, notifier) => {
+                *state = State::Taken(consumer.as_raw_fd());
+                Some((consumer, notifier))
+            }
+            other => {
+                *state = other;
+                None
+            }
+        }
     }
 
     /// Closes what the framework left open. To be called when its queue thread has ended, or was never begun.
     pub fn close(&self) {
-        let Some(raw) = self.consumer.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State::Taken(raw) = std::mem::replace(&mut *state, State::Closed) else { return };
         // SAFETY: `raw` came from a consumer that was handed to the framework, which turned it into a number by
         // `into_raw_fd` and keeps no owner (vhost-user-backend 0.24, VringEpollHandler::new). Its queue thread, the
         // only user of the epoll instance that knows the number, has ended. Nobody else closes it, and it is taken
-        // from the slot only once, so the number still names this event and this is its only owner.
+        // from the state only once, so the number still names this event and this is its only owner.
         let owned = unsafe { OwnedFd::from_raw_fd(raw) };
         drop(owned);
     }

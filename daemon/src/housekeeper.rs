@@ -2,6 +2,7 @@
 //! serve others too. A thread of its own, because both are written into guests' event queues, which the control socket's
 //! runtime must never touch.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -10,6 +11,13 @@ use virtio_gpu_svm::host::Host;
 
 /// How often deadlines are looked at; a fault expires so much later, and what engines have left may take its time too.
 const INTERVAL: Duration = Duration::from_millis(250);
+
+/// A panic costs the session that it is about, which the core tells; this thread serves all.
+fn contained(act: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(act)).is_err() {
+        tracing::error!("the housekeeper has panicked, and goes on");
+    }
+}
 
 /// The thread.
 pub struct Housekeeper {
@@ -30,10 +38,10 @@ impl Housekeeper {
             let mut looked = Instant::now();
             while !stop.load(Ordering::Relaxed) {
                 kept.wait_for_work(INTERVAL.saturating_sub(looked.elapsed()));
-                kept.work_off();
+                contained(|| kept.work_off());
                 if looked.elapsed() >= INTERVAL {
                     looked = Instant::now();
-                    kept.expire_faults();
+                    contained(|| kept.expire_faults());
                 }
             }
         };

@@ -113,15 +113,19 @@ pub fn serve(
     let outcome = session.run(setup, listener, begun);
     session.events.set_open(false);
     // The framework's threads have ended; what is left are engines, which the core stops here.
-    let closed = catch_unwind(AssertUnwindSafe(|| session.guest.close()));
+    let sound = !matches!(outcome.as_ref().err().map(|failure| &**failure), Some(Failure::Panicked(_)));
+    let closed = sound && catch_unwind(AssertUnwindSafe(|| session.guest.close())).is_ok();
+    if !closed {
+        session.guest.abandon();
+    }
     session.exit.close();
-    closed.map_err(|_| Failure::Panicked("closing the guest"))?;
-    outcome
+    if sound && !closed { Err(Arc::new(Failure::Panicked("closing the guest"))) } else { outcome }
 }
 
 impl Session {
     fn open(setup: &Setup) -> Result<Arc<Self>, Arc<Failure>> {
         let waker = Waker::new().map_err(|e| Failure::start("make an event", &e))?;
+        let exit = ExitEvent::new().map_err(|e| Failure::start("make the exit event", &e))?;
         let (waker, memory, fuse) =
             (Arc::new(waker), Arc::new(GuestMemory::default()), Arc::new(Fuse::new(&setup.name)));
         let events = Arc::new(EventQueue::new(Arc::clone(&memory), Arc::clone(&waker), Arc::clone(&fuse)));
@@ -135,7 +139,7 @@ impl Session {
             memory,
             waker,
             fuse,
-            exit: ExitEvent::default(),
+            exit,
             rings: OnceLock::new(),
             driver: Mutex::new(Driver::Known),
             allow_unsealed: setup.allow_unsealed,
@@ -161,12 +165,6 @@ impl Session {
         let mapped = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon = VhostUserDaemon::new(setup.name.clone(), Arc::clone(self), mapped)
             .map_err(|e| Failure::start("start the queue thread", &e))?;
-        // Without its exit event the framework would wait for its queue thread for ever; the thread is idle, and
-        // leaving it (and the daemon object) behind is the lesser evil on a host without descriptors.
-        if !self.exit.is_made() {
-            std::mem::forget(daemon);
-            return Err(Arc::new(Failure::start("make the exit event", &"out of descriptors")));
-        }
         for handler in daemon.get_epoll_handlers() {
             handler
                 .register_listener(self.waker.as_fd().as_raw_fd(), EventSet::IN, u64::from(WAKER_ID))
@@ -398,7 +396,7 @@ impl VhostUserBackend for Session {
         vec![(1 << NUM_QUEUES) - 1]
     }
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        self.exit.make()
+        self.exit.take()
     }
     /// The framework has taken the ring out of service under the ring's lock, so no turn is under way and none begins.
     fn stop_vring(&self, queue_index: u32) -> std::io::Result<()> {

@@ -327,7 +327,7 @@ impl Answer<'_> {
         }
         let name = usize::try_from(cmd.nlen.get()).ok().and_then(|nlen| cmd.debug_name.get(..nlen));
         let name = name.ok_or(Error::Value)?.split(|byte| *byte == 0).next().unwrap_or_default();
-        let name = String::from_utf8_lossy(name).replace(char::is_control, "?");
+        let name = String::from_utf8_lossy(name).replace(is_unprintable, "?");
         self.guest.context_create(NewContext { ctx_id, name, capset_id: CAPSET_SVM })?;
         self.done()
     }
@@ -504,6 +504,12 @@ impl Answer<'_> {
         self.out.extend_from_slice(&reply);
         Ok(())
     }
+}
+
+/// Whether a character of a guest's name could do more to a log or a terminal than stand there: controls, and what
+/// reorders or hides text around it. These are what Rust escapes, but for quotes.
+fn is_unprintable(char: char) -> bool {
+    !matches!(char, '"' | '\'' | '\\') && char.escape_debug().len() > 1
 }
 
 /// An entry of a blob: its first guest-physical page, and how many.

@@ -32,6 +32,7 @@ use crate::sync::atomic::AtomicBool;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::timeline::{self, Timelines};
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
 /// Slices of what may go on that a thread does which serves other guests too.
@@ -137,6 +138,8 @@ pub struct State {
     pub(crate) space: AddressSpace,
     pub(crate) vms: BTreeMap<u32, GpuVm>,
     next_vm: u32,
+    /// Counted for each context alone: what a process sees of it must not tell what others do.
+    pub(crate) next_job: u64,
     pub(crate) faults: PendingFaults,
     /// Parked accesses beyond the limit of pending faults: raised again as others end.
     pub(crate) throttled: VecDeque<Throttled>,
@@ -199,6 +202,7 @@ impl Context {
             space: AddressSpace::default(),
             vms: BTreeMap::new(),
             next_vm: 1,
+            next_job: 1,
             faults: PendingFaults::default(),
             throttled: VecDeque::new(),
             invalidations: Invalidations::default(),
@@ -279,9 +283,19 @@ impl Context {
         let owner = Owner { context: Arc::clone(self), vm_id };
         let router = self.host.router_of(device);
         let asid = router.take_asid(owner).ok_or(Error::NoAsid)?;
-        if let Err(error) = self.host.device_of(device).vm_create(asid, self.label.clone()) {
-            router.free_asid(asid);
-            return Err(Error::Device(error));
+        let device_of = self.host.device_of(device);
+        // Who has an asid is known for as long as it is taken, so one that a panic forgot would stay for ever. A device
+        // that has it all the same refuses it when its turn comes again.
+        match catch_unwind(AssertUnwindSafe(|| device_of.vm_create(asid, self.label.clone()))) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                router.free_asid(asid);
+                return Err(Error::Device(error));
+            }
+            Err(panic) => {
+                router.free_asid(asid);
+                resume_unwind(panic);
+            }
         }
         state.next_vm = state.next_vm.wrapping_add(1).max(1);
         let vm = GpuVm {
@@ -358,6 +372,17 @@ impl Context {
         retired
     }
 
+    /// Ends what can be ended of a state that a panic may have left half changed. Each step stands alone; devices ignore
+    /// the end of a GPU VM that has ended.
+    pub(crate) fn abandon(self: &Arc<Self>) {
+        // What is contained was told where it panicked first, or is a consequence of that.
+        catch_unwind(AssertUnwindSafe(|| self.destroy())).ok();
+        let left: Vec<_> = self.lock().retiring.iter().copied().collect();
+        for (device, asid) in left {
+            catch_unwind(AssertUnwindSafe(|| self.host.device_of(device).vm_destroy(asid))).ok();
+        }
+    }
+
     /// A device has retired one of our GPU VMs.
     pub(crate) fn on_retired(self: &Arc<Self>, device: usize, asid: Asid) {
         let gone = {
@@ -413,6 +438,12 @@ impl Context {
     /// The guest's own time now.
     pub(crate) fn run_time(&self) -> Duration {
         self.guest.upgrade().map_or(Duration::ZERO, |guest| guest.run_time())
+    }
+    /// A thread that serves others too has panicked in what it did for this context.
+    pub(crate) fn fail_session(&self) {
+        if let Some(guest) = self.guest.upgrade() {
+            guest.fail_session();
+        }
     }
     /// Wakes who waits for engines on behalf of its guest.
     pub(crate) fn wake_guest(&self) {

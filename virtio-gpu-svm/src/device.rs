@@ -105,7 +105,7 @@ pub enum Access {
     Atomic,
 }
 
-/// Names a job within a device; chosen by the core, never reused.
+/// Names a job within a GPU VM; chosen by the core, never reused. It is the number that the process sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(pub u64);
 

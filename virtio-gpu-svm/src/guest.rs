@@ -18,20 +18,24 @@ use crate::protocol::{
     SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::resource::Blob;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
 /// Longest wait for an engine to pass a checkpoint before it is looked at again; a guard against a lost wake-up, not a
 /// deadline.
 const RECHECK: Duration = Duration::from_millis(10);
+/// How long a device may take to retire what a panic has left behind; engines need a slice.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// Told when a guest has records to deliver. Called from engine and queue threads, with no lock of the core held.
 pub trait EventPort: Send + Sync {
     /// There may be records; fetch them with [`Guest::fill_events`].
     fn ready(&self);
+    /// A thread that serves others too has panicked in what it did for this guest: its session must end.
+    fn failed(&self) {}
 }
 
 /// Why a request about a context or a resource was refused.
@@ -132,6 +136,8 @@ pub struct Guest {
     /// Counts what engines have let go of, for those who wait for it.
     passed: Mutex<u64>,
     waiters: Condvar,
+    /// A panic may have left its state half changed: what is waited for may never come.
+    broken: AtomicBool,
 }
 
 impl Guest {
@@ -156,6 +162,7 @@ impl Guest {
             clock: RunClock::new(),
             passed: Mutex::new(0),
             waiters: Condvar::new(),
+            broken: AtomicBool::new(false),
         })
     }
     /// Its name.
@@ -501,12 +508,47 @@ impl Guest {
         self.clock.start();
     }
     /// The session ended: as [`Guest::reset`], and the guest leaves the host's list. On return no engine touches its
-    /// memory.
+    /// memory. A panic in this is the caller's to catch; [`Guest::abandon`] is left then.
     pub fn close(self: &Arc<Self>) {
         self.reset();
         self.wait_until(|| self.lock().retiring.is_empty());
+        if self.is_broken() {
+            return self.abandon();
+        }
         let past = self.lock().past;
         self.host.forget_guest(self, &past);
+    }
+    /// The same after a panic in what was done for it: every GPU VM is given up, and its device has a while to retire it.
+    /// What does not retire is left behind; engines that are still in it touch memory that they keep mapped themselves.
+    pub fn abandon(self: &Arc<Self>) {
+        self.fail();
+        let contexts = {
+            let mut inner = self.lock();
+            inner.resources.clear();
+            let alive = std::mem::take(&mut inner.contexts).into_values();
+            let retiring = std::mem::take(&mut inner.retiring).into_values().map(|(context, _)| context);
+            alive.chain(retiring).collect::<Vec<_>>()
+        };
+        contexts.iter().for_each(Context::abandon);
+        *self.lock_outbox() = Outbox::default();
+        let until = Instant::now().checked_add(GRACE);
+        let over = || until.is_none_or(|until| Instant::now() >= until);
+        self.wait_while(|| contexts.iter().any(|context| context.is_retiring()) && !over());
+        let past = self.lock().past;
+        self.host.forget_guest(self, &past);
+    }
+    /// Its state may be half changed: who waits for it waits no longer.
+    pub(crate) fn fail(&self) {
+        self.broken.store(true, Ordering::SeqCst);
+        self.wake_waiters();
+    }
+    /// The same, found by a thread that serves others too.
+    pub(crate) fn fail_session(&self) {
+        self.fail();
+        self.port.failed();
+    }
+    fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
     }
     /// Drops contexts and resources, and every record that waits.
     fn drop_everything(self: &Arc<Self>) {
@@ -559,9 +601,12 @@ impl Guest {
         });
     }
     fn wait_until(&self, done: impl Fn() -> bool) {
+        self.wait_while(|| !self.is_broken() && !done());
+    }
+    fn wait_while(&self, waits: impl Fn() -> bool) {
         loop {
             let before = *self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-            if done() {
+            if !waits() {
                 return;
             }
             let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);

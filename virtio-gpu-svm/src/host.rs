@@ -2,13 +2,14 @@
 
 use crate::context::Context;
 use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
-use crate::fault::router::Router;
+use crate::fault::router::{Owner, Router};
 use crate::guest::{EventPort, Guest};
 use crate::info::{Counters, DeviceStatus, FaultTrace, HostStats};
 use crate::protocol::errno::ECANCELED;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Faults that are remembered for people.
@@ -89,7 +90,6 @@ pub struct Host {
     started: Instant,
     next_epoch: AtomicU64,
     next_generation: AtomicU64,
-    next_job: AtomicU64,
 }
 
 impl Host {
@@ -110,7 +110,6 @@ impl Host {
             started: Instant::now(),
             next_epoch: AtomicU64::new(epoch),
             next_generation: AtomicU64::new(1),
-            next_job: AtomicU64::new(1),
         })
     }
     /// Begins a guest's session: its VMM has connected. `devices` are the host devices granted to it, in the order of
@@ -192,7 +191,9 @@ impl Host {
     /// while no fault waits.
     pub fn expire_faults(&self) {
         if self.pending_vms.now.load(Ordering::Relaxed) > 0 {
-            self.guests().iter().for_each(|guest| guest.expire_faults());
+            for guest in self.guests() {
+                on_behalf(|| guest.fail_session(), || guest.expire_faults());
+            }
         }
     }
     /// Leaves what may go on in a context to the worker.
@@ -217,7 +218,7 @@ impl Host {
         for _ in 0..WORK_SLICES {
             let Some(context) = self.lock_backlog().pop_front() else { return };
             let Some(context) = context.upgrade() else { continue };
-            if context.work() {
+            if on_behalf(|| context.fail_session(), || context.work()) {
                 self.lock_backlog().push_back(Arc::downgrade(&context));
             }
         }
@@ -238,9 +239,6 @@ impl Host {
     }
     pub(crate) fn next_generation(&self) -> u64 {
         self.next_generation.fetch_add(1, Ordering::Relaxed)
-    }
-    pub(crate) fn next_job(&self) -> JobId {
-        JobId(self.next_job.fetch_add(1, Ordering::Relaxed))
     }
     /// Misroutes the faults of neighbouring asids to each other. To show that checks fail.
     #[cfg(feature = "sabotage")]
@@ -273,12 +271,27 @@ impl Slot {
     }
 }
 
+/// What a thread that serves many guests does for one: a panic ends that guest's session, and goes on to whoever contains
+/// it.
+fn on_behalf<T>(fail_session: impl FnOnce(), act: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(act)).unwrap_or_else(|panic| {
+        fail_session();
+        resume_unwind(panic)
+    })
+}
+
+impl Owner {
+    fn tell(&self, act: impl FnOnce(&Arc<Context>)) {
+        on_behalf(|| self.context.fail_session(), || act(&self.context));
+    }
+}
+
 impl Events for Host {
     fn fault(&self, device: usize, fault: Fault) {
         let slot = self.slot(device);
         slot.faults_raised.fetch_add(1, Ordering::Relaxed);
         match slot.router.route(fault.asid) {
-            Some(owner) => owner.context.on_fault(device, owner.vm_id, &fault),
+            Some(owner) => owner.tell(|context| context.on_fault(device, owner.vm_id, &fault)),
             None => {
                 self.remember(&Counters { faults_raised: 1, faults_dropped: 1, ..Counters::default() });
                 slot.device.resume(fault.stop, Verdict::Fail(ECANCELED));
@@ -287,18 +300,20 @@ impl Events for Host {
     }
     fn job_done(&self, device: usize, asid: Asid, job: JobId, end: JobEnd) {
         if let Some(owner) = self.slot(device).router.lookup_owner(asid) {
-            owner.context.on_job_done(job, end);
+            owner.tell(|context| context.on_job_done(job, end));
         }
     }
     fn flushed(&self, device: usize, asid: Asid, ticket: Ticket) {
         if let Some(owner) = self.slot(device).router.lookup_owner(asid) {
-            owner.context.on_flushed(device, asid, Some(ticket));
-            owner.context.wake_guest();
+            owner.tell(|context| {
+                context.on_flushed(device, asid, Some(ticket));
+                context.wake_guest();
+            });
         }
     }
     fn retired(&self, device: usize, asid: Asid) {
         if let Some(owner) = self.slot(device).router.free_asid(asid) {
-            owner.context.on_retired(device, asid);
+            owner.tell(|context| context.on_retired(device, asid));
         }
     }
 }

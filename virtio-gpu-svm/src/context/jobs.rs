@@ -60,7 +60,7 @@ impl Context {
         let (device, asid) = self.admit(state, &launch, true)?;
         let device = self.host.device_of(device);
         device.check_packets(&packets).map_err(Error::Device)?;
-        let (id, timeline) = (self.host.next_job(), launch.timeline);
+        let (id, timeline) = (state.take_job_id(), launch.timeline);
         let turn = launch.turn(id, false);
         if state.timelines.starts_at_once(timeline, &launch.waits) {
             let job = Job { id, ring_idx: timeline.ring_idx, packets };
@@ -101,7 +101,7 @@ impl Context {
         if operations > usize::try_from(limit).unwrap_or(usize::MAX) {
             return Err(Error::TooManyQueued(limit));
         }
-        let (id, timeline) = (self.host.next_job(), launch.timeline);
+        let (id, timeline) = (state.take_job_id(), launch.timeline);
         let turn = launch.turn(id, true);
         let item = Item { turn, waits: launch.waits, work: Work::Bind { binds, detached: None } };
         state.timelines.queue(timeline, item);
@@ -213,6 +213,11 @@ impl Context {
 }
 
 impl State {
+    fn take_job_id(&mut self) -> JobId {
+        let id = JobId(self.next_job);
+        self.next_job = self.next_job.wrapping_add(1);
+        id
+    }
     fn is_usable(&self, vm_id: u32) -> bool {
         self.vms.get(&vm_id).is_some_and(|vm| vm.state == VmState::Usable)
     }
