@@ -2,16 +2,19 @@
 #![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 use virtio_gpu_svm::protocol::control::{
-    Hello, Invalidate, PageResponse, PageRun, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO,
+    GetDeviceResp, Hello, HelloResp, Invalidate, InvalidateResp, PageResponse, PageRun, SupplyResp, SvmResp,
+    VIRTIO_GPU_CMD_SVM_HELLO,
 };
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EventHdr, FaultRecord, JobRecord, NoticeRecord};
-use virtio_gpu_svm::protocol::gpu::{CtrlHdr, CtxCreate, MemEntry, ResourceCreateBlob};
+use virtio_gpu_svm::protocol::gpu::{
+    CtrlHdr, CtxCreate, MemEntry, ResourceCreateBlob, RespCapsetInfo, RespDisplayInfo,
+};
 use virtio_gpu_svm::protocol::job::{OP_CHASE, Packet};
 use virtio_gpu_svm::protocol::request::{
-    BIND_OP_MAP_USERPTR, BIND_READONLY, BindOp, Exec, FencePoint, ReqHdr, RspHdr, VM_BIND_ASYNC, VmBind,
-    VmBindRsp, VmProperty,
+    BIND_OP_MAP_USERPTR, BIND_READONLY, BindOp, Exec, ExecRsp, FencePoint, ReqHdr, RspHdr, VM_BIND_ASYNC,
+    VmBind, VmBindRsp, VmCreateRsp, VmProperty,
 };
-use virtio_gpu_svm::protocol::{SVM_MAGIC, SvmConfig};
+use virtio_gpu_svm::protocol::{SVM_MAGIC, SvmConfig, Wire};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Bytes from hex digits; spaces and line breaks are for people.
@@ -27,6 +30,37 @@ fn golden<T: IntoBytes + FromBytes + Immutable + PartialEq + std::fmt::Debug>(va
 
 fn hdr(kind: u32, ctx_id: u32) -> CtrlHdr {
     CtrlHdr { kind: kind.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() }
+}
+
+/// The fields of a struct, in order, are all of it.
+fn is_covered<T: Wire>() {
+    let mut end = 0;
+    for (field, at, len) in T::FIELDS {
+        assert_eq!(*at, end, "{}.{field}", std::any::type_name::<T>());
+        end += len;
+    }
+    assert_eq!(end, size_of::<T>(), "{}", std::any::type_name::<T>());
+}
+
+#[test]
+fn every_byte_of_what_the_device_writes_is_a_field() {
+    is_covered::<CtrlHdr>();
+    is_covered::<SvmResp>();
+    is_covered::<HelloResp>();
+    is_covered::<GetDeviceResp>();
+    is_covered::<SupplyResp>();
+    is_covered::<InvalidateResp>();
+    is_covered::<RespDisplayInfo>();
+    is_covered::<RespCapsetInfo>();
+    is_covered::<RspHdr>();
+    is_covered::<VmCreateRsp>();
+    is_covered::<VmBindRsp>();
+    is_covered::<ExecRsp>();
+    is_covered::<VmProperty>();
+    is_covered::<EventHdr>();
+    is_covered::<FaultRecord>();
+    is_covered::<JobRecord>();
+    is_covered::<NoticeRecord>();
 }
 
 #[test]

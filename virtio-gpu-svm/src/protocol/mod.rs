@@ -10,6 +10,12 @@
 //! * [`event`]: records on the event queue (PROTOCOL 7).
 //! * [`errno`]: status values (PROTOCOL 8).
 
+/// A struct whose fields are listed by name, with their place and size in bytes. Together they are all of it.
+pub trait Wire {
+    /// Name, offset, bytes.
+    const FIELDS: &[(&str, usize, usize)];
+}
+
 /// A struct of the wire: little-endian fields, no padding that has no name, and its size asserted. Whoever uses it has
 /// zerocopy's derives in scope.
 #[macro_export]
@@ -20,6 +26,10 @@ macro_rules! wire {
         #[repr(C)]
         pub struct $name { $($(#[$fdoc])* pub $field: $ty),* }
         const _: () = assert!(size_of::<$name>() == $size);
+        impl $crate::protocol::Wire for $name {
+            const FIELDS: &[(&str, usize, usize)] =
+                &[$((stringify!($field), std::mem::offset_of!($name, $field), size_of::<$ty>())),*];
+        }
         impl Default for $name {
             fn default() -> Self {
                 zerocopy::FromZeros::new_zeroed()
