@@ -51,6 +51,10 @@ struct Scene {
 
 impl Scene {
     fn start() -> Self {
+        Self::with_deadline(0)
+    }
+    /// Faults that are not answered for so many milliseconds end, where a housekeeper looks after them; 0: never.
+    fn with_deadline(fault_deadline_ms: u32) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
@@ -60,7 +64,7 @@ impl Scene {
             jobs: 16,
             mappings: 64,
             resources: 16,
-            fault_deadline_ms: 0,
+            fault_deadline_ms,
         };
         let device = Brittle::new();
         let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);

@@ -3,8 +3,10 @@
 use crate::raw::*;
 use crate::vmm::{Vmm, memfd, region};
 use crate::{Footprint, Scene};
+use daemon::housekeeper::Housekeeper;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtio_gpu_svm::protocol::control::*;
@@ -208,6 +210,31 @@ fn e01_panic_on_an_engine_costs_the_session_it_is_about() {
     let act = |vmm: &mut Vmm| offer(vmm, &exec(fill()));
     panic_in("bind", &[supply()], act);
     panic_in("resume", &[supply()], act);
+}
+
+#[test]
+fn e01_panic_of_the_housekeeper_costs_the_session_it_is_about() {
+    let scene = Scene::with_deadline(1);
+    let housekeeper = Housekeeper::start(Arc::clone(scene.registry.host())).unwrap();
+    let mut vmm = furnished(&scene, "vm0");
+    // Nobody answers its fault: at the deadline the job is let go, to its end.
+    scene.device.arm("resume");
+    accepted(&mut vmm, &exec(fill()));
+    let reason = scene.wait_disconnected("vm0");
+    assert!(reason.contains("internal fault"), "{reason}");
+    assert!(!scene.device.is_armed());
+    // It still looks after others.
+    let mut neighbour = furnished(&scene, "vm1");
+    let next_record = |vmm: &mut Vmm, index: u16| {
+        vmm.descriptor(EVENTQ, index, 0x30_0000, 120, 2, 0);
+        vmm.offer(EVENTQ, index, true);
+        assert_eq!(vmm.wait_used(EVENTQ), (u32::from(index), 120));
+        u32::read_from_prefix(&vmm.read(0x30_0000 + 24, 4)).unwrap().0
+    };
+    accepted(&mut neighbour, &exec(fill()));
+    // Its fault may be told before it is over, and that its GPU VM is lost.
+    assert!((0..3).any(|index| next_record(&mut neighbour, index) == EVENT_JOB_DONE));
+    housekeeper.stop();
 }
 
 #[test]
