@@ -59,7 +59,11 @@ pub struct Scene {
 
 impl Scene {
     pub fn set_up() -> Self {
-        let daemon = Svmd::launch(&Options::default()).unwrap();
+        Self::on(Svmd::launch(&Options::default()).unwrap())
+    }
+
+    /// The same on a daemon that may have served others.
+    pub fn on(daemon: Svmd) -> Self {
         let layout = Layout::WithHole { low_bytes: LOW_BYTES, high_bytes: HIGH_BYTES };
         let ram = GuestRam::new(layout, 1).unwrap();
         let pages = ram.take_pages(64).unwrap();
