@@ -9,21 +9,23 @@ use std::collections::{BTreeMap, VecDeque};
 
 /// Where an item stands, to withdraw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place(u64);
+pub struct Place(i64);
 
 /// Items of guests.
 pub struct Turns<T> {
     /// Of each guest in `order` what it has queued; perhaps nothing any more.
-    lines: BTreeMap<Arc<str>, BTreeMap<u64, T>>,
+    lines: BTreeMap<Arc<str>, BTreeMap<i64, T>>,
     /// Guests, each once.
     order: VecDeque<Arc<str>>,
-    next_place: u64,
+    /// Places that were given, from 0 on up, and below it down.
+    last: i64,
+    first: i64,
     len: usize,
 }
 
 impl<T> Default for Turns<T> {
     fn default() -> Self {
-        Self { lines: BTreeMap::new(), order: VecDeque::new(), next_place: 0, len: 0 }
+        Self { lines: BTreeMap::new(), order: VecDeque::new(), last: 0, first: 0, len: 0 }
     }
 }
 
@@ -35,8 +37,17 @@ impl<T> Turns<T> {
 
     /// Queues an item behind those of its guest.
     pub fn push(&mut self, guest: &Arc<str>, item: T) -> Place {
-        let place = self.next_place;
-        self.next_place = place.wrapping_add(1);
+        self.last = self.last.saturating_add(1);
+        self.put(guest, self.last, item)
+    }
+
+    /// Queues an item before those of its guest.
+    pub fn push_first(&mut self, guest: &Arc<str>, item: T) -> Place {
+        self.first = self.first.saturating_sub(1);
+        self.put(guest, self.first, item)
+    }
+
+    fn put(&mut self, guest: &Arc<str>, place: i64, item: T) -> Place {
         if let Some(line) = self.lines.get_mut(guest) {
             line.insert(place, item);
         } else {
@@ -104,6 +115,16 @@ mod tests {
             assert_eq!(turns.pop(), Some(100));
             turns.push(&b, 100);
         }
+    }
+
+    #[test]
+    fn what_goes_first_goes_before_its_guests_own_only() {
+        let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
+        let mut turns = Turns::default();
+        (0..3).for_each(|i| _ = turns.push(&a, i));
+        (100..103).for_each(|i| _ = turns.push(&b, i));
+        turns.push_first(&b, 99);
+        assert_eq!(order(&mut turns), [0, 99, 1, 100, 2, 101, 102]);
     }
 
     #[test]

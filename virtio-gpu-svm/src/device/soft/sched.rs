@@ -494,7 +494,8 @@ impl Sched {
     fn retire_if_idle(&mut self, asid: Asid) {
         let Some(state) = self.vms.get_mut(&asid) else { return };
         if state.may_retire() {
-            state.place = Some(self.turns.push(&state.vm.label.guest, asid));
+            // Before others of its guest, which may be waiting for it.
+            state.place = Some(self.turns.push_first(&state.vm.label.guest, asid));
         }
     }
 

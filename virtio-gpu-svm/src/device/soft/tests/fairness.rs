@@ -120,3 +120,15 @@ fn engine_does_not_come_to_a_vm_whose_region_is_dropped() {
     dropping.join().unwrap();
     assert_eq!((rig.end_of(held).errno, rig.end_of(behind).errno), (0, 0));
 }
+
+/// A driver may be waiting for it, and what its guest has to do besides is no reason to wait longer.
+#[test]
+fn vm_that_retires_goes_before_the_jobs_of_its_guest() {
+    let rig = Rig::paused(1);
+    let many = make_many(&rig);
+    many.iter().for_each(|asid| _ = rig.submit(*asid, 0, &[Packet::default()]));
+    rig.device.vm_destroy(many[500]);
+    rig.go();
+    rig.wait_retired(many[500]);
+    assert!(matches!(rig.log()[0], Event::Retired(asid) if asid == many[500]), "others went before");
+}
