@@ -9,7 +9,7 @@ use guest_agent::client::{self, Client, Error, packet};
 use guest_agent::message::*;
 use guest_agent::socket::MessageSocket;
 use std::path::PathBuf;
-use virtio_gpu_svm::protocol::event::EVENT_JOB_DONE;
+use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_JOB_DONE};
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::{
     BIND_OP_MAP_USERPTR, BindOp, Exec, FencePoint, VM_BIND_ASYNC, VmBind,
@@ -253,6 +253,48 @@ fn refused_requests_leave_the_connection_alone() {
         Some(-2)
     );
     assert_eq!(exchange(&socket, &message(DEVICES, &[])), Some(0));
+}
+
+#[test]
+fn arena_of_another_program_does_not_exist() {
+    let served = Served::new(AgentOptions::default());
+    let victim = served.client();
+    let arena = victim.arena_as_if_at(4096, 0x7000_0000).unwrap();
+    let socket = served.raw();
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() }.as_bytes());
+    assert_eq!(exchange(&socket, &hello), Some(0));
+    for arena_id in (0..64).chain([u64::MAX]) {
+        let free = message(ARENA_FREE, ArenaFree { arena_id: arena_id.into() }.as_bytes());
+        assert_eq!(exchange(&socket, &free), Some(-2), "arena {arena_id}");
+    }
+    assert!(served.bench.memory.released.lock().unwrap().is_empty());
+    arena.free().unwrap();
+    eventually("released", || served.bench.memory.released.lock().unwrap().len() == 1);
+}
+
+#[test]
+fn program_that_dies_mid_fault_keeps_its_pages_until_engines_let_go() {
+    let served = Served::new(AgentOptions { hold_answers: true, ..AgentOptions::default() });
+    let Served { bench, .. } = &served;
+    let client = served.client();
+    let arena = client.arena_as_if_at(4096, 0x7000_0000).unwrap();
+    let ctx_id = bench.agent.status().contexts[0].ctx_id;
+    bench.mock.script(|script| script.hold_retired = true);
+    bench.mock.script(|script| script.fault(ctx_id, 0x7000_0000));
+    eventually("an answer to be held", || bench.agent.ledger(false).held == 1);
+    drop((arena, client));
+    let is_retiring = |id: u32| {
+        let contexts = bench.agent.status().contexts;
+        contexts.iter().any(|context| context.ctx_id == id && context.state == "retiring")
+    };
+    eventually("the context to go", || is_retiring(ctx_id));
+    bench.agent.release_answers();
+    // Another one is served meanwhile, and by then the answer has been sent if it ever is.
+    served.client().vm(0).unwrap();
+    assert!(bench.mock.look().answers.iter().all(|answer| answer.status != 0 || answer.code != 0));
+    assert!(bench.memory.released.lock().unwrap().is_empty(), "pages are free and engines may use them");
+    bench.mock.script(|script| script.notice(EVENT_CONTEXT_RETIRED, ctx_id, 0));
+    eventually("released", || bench.memory.released.lock().unwrap().len() == 1);
 }
 
 #[test]
