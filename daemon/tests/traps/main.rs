@@ -64,12 +64,8 @@ impl Scene {
             jobs: 16,
             mappings: 64,
             resources: 16,
-<<<<<<< ours
-            fault_deadline_ms: 0,
-            ..Limits::DEFAULT
-=======
             fault_deadline_ms,
->>>>>>> theirs
+            ..Limits::DEFAULT
         };
         let device = Brittle::new();
         let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);

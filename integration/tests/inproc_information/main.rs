@@ -6,6 +6,7 @@
 //! * `canaries`: a process that writes its secrets wherever it can, and everybody who must not see them.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::cast_possible_truncation, reason = "a page's size as usize")]
 
 mod answers;
 mod canaries;
