@@ -499,7 +499,7 @@ fn e09_stray_descriptors_are_closed() {
     // More than the one that each of these carries.
     for request in [SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR] {
         let raw = Raw::connect(&scene.socket("vm0"));
-        raw.send(request, &[0; 8], &vec![raw.event.as_fd(); 2]);
+        raw.send(request, &[0; 8], &[raw.event.as_fd(); 2]);
         assert!(!raw.lives(), "{request} with 2");
         drop(raw);
         scene.wait_disconnected("vm0");
@@ -574,7 +574,8 @@ fn config_of_any_size_and_place_has_nothing_but_the_device_in_it() {
 
 #[test]
 fn vmm_that_leaves_or_resets_or_takes_memory_while_jobs_run_is_served_again() {
-    let deeds: [(&str, fn(&mut Vmm)); 4] = [
+    type Deed = (&'static str, fn(&mut Vmm));
+    let deeds: [Deed; 4] = [
         ("leaves", |_| {}),
         ("resets", |vmm| vmm.frontend.reset_device().unwrap()),
         ("stops", |vmm| drop(vmm.stop_rings())),
