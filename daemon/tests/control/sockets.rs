@@ -1,12 +1,13 @@
 //! Where sockets may be made: paths that lead elsewhere, and what is there already.
 
-use crate::harness::Server;
+use crate::harness::{PATIENCE, Server};
 use serde_json::json;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// Names of what is in a folder.
 fn names(folder: &Path) -> Vec<String> {
@@ -65,7 +66,15 @@ fn refused_at(option: &str, path: &Path) -> Output {
     if option == "--control-socket-ro" {
         command.arg("--control-socket").arg(&other);
     }
-    let output = command.stdin(Stdio::null()).output().unwrap();
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().unwrap();
     assert!(!other.exists(), "a refused start leaves no socket");
     output
 }

@@ -203,8 +203,6 @@ impl Daemon {
         let mut left = vec!["control"];
         left.extend(GUESTS);
         left.retain(|name| fs::metadata(self.path(name)).is_ok_and(|file| file.ino() != self.dead));
-        let may_be_left =
-            usize::from(["unlink", "fstat"].contains(&self.class.name) && self.process.failed());
         if left.len() > may_be_left {
             self.fail(&format!("left: {left:?}"));
         }
