@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn page_is_found_in_its_run_and_not_beyond() {
-        let mut all = Translations::new(8);
+        let mut all = Translations::new(8, Charge::default());
         all.insert(10, run(3, 4));
         assert_eq!([9, 10, 12, 13].map(|page| all.lookup(page).is_some()), [false, true, true, false]);
     }
