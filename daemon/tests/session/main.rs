@@ -4,6 +4,7 @@
 #![expect(clippy::cast_possible_truncation, reason = "small constants of the tests")]
 #![expect(clippy::too_many_arguments, reason = "a descriptor has that many fields")]
 
+mod hostile;
 mod memory;
 mod registry;
 mod rings;
