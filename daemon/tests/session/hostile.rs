@@ -34,6 +34,9 @@ const EVENTQ: usize = 2;
 /// After so long without what is waited for a test has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// With so many wrong cases a test ends.
+const ENOUGH: usize = 2;
+
 /// Waits until `look` finds something. What it looks at tells nobody.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
@@ -320,6 +323,10 @@ fn run(queue: usize) {
         }));
         if outcome.is_err() {
             wrong.push((case.name.clone(), recovery));
+            // Each may have waited in vain.
+            if wrong.len() == ENOUGH {
+                break;
+            }
         }
         scene.ended();
     }

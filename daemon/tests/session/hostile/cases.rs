@@ -212,16 +212,19 @@ fn long_chains() -> Vec<Case> {
             cases.push(table(name, wants(count, piece), head, &entries));
         }
     }
-    let longest = long(16_384, 4096);
-    cases.push(case(
-        "the longest chain, as often as there is room",
-        [Answered(16), Answered(16), GivenBack(16)],
-        move |hostile, queue| {
-            hostile.describe(TABLE, &longest);
-            hostile.describe(hostile.place(queue).desc, &[(TABLE, 16_384 * 16, INDIRECT, 0)]);
-            (0..SIZE).for_each(|_| hostile.publish(queue, 0));
-        },
-    ));
+    // Commands of many bytes end a visit by those, commands of none by their descriptors.
+    for piece in [0, 4096] {
+        let longest = long(16_384, piece);
+        cases.push(case(
+            format!("the longest chain of {piece} bytes each, as often as there is room"),
+            [Answered(16), Answered(16), GivenBack(16)],
+            move |hostile, queue| {
+                hostile.describe(TABLE, &longest);
+                hostile.describe(hostile.place(queue).desc, &[(TABLE, 16_384 * 16, INDIRECT, 0)]);
+                (0..SIZE).for_each(|_| hostile.publish(queue, 0));
+            },
+        ));
+    }
     let direct = long(257, 1);
     let mut chain =
         case("257 descriptors of the ring's own table", TOO_LONG_FOR_EVENTS, move |hostile, queue| {
