@@ -8,7 +8,7 @@ mod inherited;
 
 use args::Args;
 use clap::Parser;
-use config::{Config, LogLevel, Sandbox};
+use config::{Config, LogLevel, Overrides, Sandbox};
 use daemon::control::{self, ControlState};
 use daemon::devices::Devices;
 use daemon::housekeeper::Housekeeper;
@@ -20,7 +20,6 @@ use std::sync::Arc;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
-use virtio_gpu_svm::host::Limits;
 
 /// Exit status for a bad command line or configuration; clap uses the same.
 const USAGE: u8 = 2;
@@ -83,7 +82,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         host,
         Options {
             runtime_dirs: config.daemon.runtime_dirs.clone(),
-            limits: limits(config.limits),
+            limits: config.limits,
             allow_unsealed: config.daemon.allow_unsealed,
         },
     );
@@ -148,7 +147,10 @@ async fn serve(
         if matches!(socket, Endpoint::Connected(_)) && control_socket.is_none() && config.guest.is_empty() {
             end_with_its_only_guest(registry, &shutdown);
         }
-        add(registry, GuestSpec { name: format!("fd{number}"), socket, devices: None })?;
+        add(
+            registry,
+            GuestSpec { name: format!("fd{number}"), socket, devices: None, limits: Overrides::default() },
+        )?;
     }
     let control = async {
         match &control_socket {
@@ -172,7 +174,8 @@ fn listen_for(kind: SignalKind) -> Result<Signal, Failure> {
 fn add_guests(registry: &Registry, config: &Config) -> Result<(), Failure> {
     for guest in &config.guest {
         let (name, socket) = (guest.name.clone(), Endpoint::Path(guest.socket.clone()));
-        add(registry, GuestSpec { name, socket, devices: guest.devices.clone() })?;
+        let (devices, limits) = (guest.devices.clone(), guest.limits.clone());
+        add(registry, GuestSpec { name, socket, devices, limits })?;
     }
     Ok(())
 }
@@ -209,11 +212,6 @@ fn end_with_its_only_guest(registry: &Registry, shutdown: &Arc<Notify>) {
             shutdown.notify_one();
         }
     }));
-}
-
-fn limits(limits: config::Limits) -> Limits {
-    let config::Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms } = limits;
-    Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms, ..Limits::DEFAULT }
 }
 
 fn log_to_stderr(level: LogLevel) {

@@ -7,6 +7,8 @@ use crate::input::Input;
 use crate::script;
 use crate::{exclusive, must};
 use daemon::fuse::Failure;
+use daemon::limits::Limits;
+use daemon::log_budget::LogBudget;
 use daemon::session::{self, Setup};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -22,7 +24,7 @@ use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::time::Duration;
 use tempfile::TempDir;
 use vhost::vhost_user::Listener;
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::protocol::NUM_QUEUES;
 
 /// After so long a session that should end hangs.
@@ -96,9 +98,10 @@ pub fn run(bytes: &[u8]) {
         let setup = Setup {
             host: Host::new(Vec::new()),
             name: "fuzz".into(),
-            limits: LIMITS,
+            limits: daemon::limits::of(&LIMITS),
             devices: Vec::new(),
             allow_unsealed: false,
+            log: Arc::new(LogBudget::new("a fuzzed guest".to_owned(), 1)),
         };
         let mut listener = door.listener.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let outcome = session::serve(&setup, &mut listener, |_| ());
