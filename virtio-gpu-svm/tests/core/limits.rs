@@ -539,8 +539,8 @@ fn random_operations_keep_the_gauges_exact() {
         table_bytes: 8 * 4192,
         pending_faults: 2,
         total_pending_faults: 3,
-        jobs: 6,
-        total_jobs: 12,
+        jobs: 4,
+        total_jobs: 6,
         queue_bytes: 4 * 2048 + 12 * 512 + 64 * 64,
         ..LIMITS
     };
@@ -559,7 +559,7 @@ fn random_operations_keep_the_gauges_exact() {
         let page = random(40);
         let (gpu, cpu) = (C + page * 4096, A + page * 4096);
         let seq = known.as_ref().map_or(0, |context| context.status().inval_seq);
-        match random(22) {
+        match random(26) {
             0 => drop(create(&w, ctx_id)),
             1 if random(4) == 0 => drop(w.status(hdr(VIRTIO_GPU_CMD_CTX_DESTROY, ctx_id).as_bytes())),
             2 => drop(blob(&w, 1 + random(4) as u32, 1 + random(8))),
@@ -581,7 +581,7 @@ fn random_operations_keep_the_gauges_exact() {
             13 | 14 => drop(exec(&w, ctx_id, vm_id, random(2) as u32, 1 + random(40) as usize, 0)),
             15 => drop(w.supply(ctx_id, &[run(cpu + random(3) * (2 << 20), GPA + page * 4096, 1, seq)])),
             16 if known.is_some() => drop(w.invalidate(ctx_id, cpu, 4096 << random(12))),
-            17 if vm.is_some() => {
+            17 | 22..=25 if vm.is_some() => {
                 w.devices[device].raise(&w.host, asid, gpu, Access::Read);
             }
             18 => {
