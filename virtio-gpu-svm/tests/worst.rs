@@ -2,6 +2,11 @@
 //!
 //! In a process of its own, because that is what is measured. A sixteenth of the limits a guest has unless its operator
 //! says otherwise; all of them: `SVM_SCALE=1 cargo test -p virtio-gpu-svm --test worst -- --nocapture`.
+#![expect(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failed step is a failed test, and the numbers are limits"
+)]
 
 use std::sync::Arc;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
@@ -81,8 +86,11 @@ fn send(guest: &Arc<Guest>, command: &[u8]) {
     guest.control(command, &mut response, 4096);
 }
 
-/// Contexts with a GPU VM on each device, until there may be no more: the contexts, and (GPU VM, asid, device).
-fn contexts(guest: &Arc<Guest>, limits: &Limits) -> Vec<(Arc<Context>, Vec<(u32, Asid, usize)>)> {
+/// A context, and its GPU VMs with asid and device.
+type Process = (Arc<Context>, Vec<(u32, Asid, usize)>);
+
+/// Contexts with a GPU VM on each device, until there may be no more.
+fn contexts(guest: &Arc<Guest>, limits: &Limits) -> Vec<Process> {
     let create = |ctx_id: u32| {
         let hdr =
             CtrlHdr { kind: VIRTIO_GPU_CMD_CTX_CREATE.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() };

@@ -524,27 +524,29 @@ fn whatever_call_of_a_device_fails_all_is_given_back() {
 /// Steps of the random test; the long version: `SVM_OPS=1000000`.
 const OPS: u64 = 20_000;
 
+/// So tight that random operations reach each of them.
+const TIGHT: Limits = Limits {
+    contexts: 3,
+    resources: 3,
+    resource_bytes: 3 * 192 + 16 * 16,
+    gpu_vms: 4,
+    mappings: 8,
+    total_mappings: 20,
+    table_bytes: 8 * 4192,
+    pending_faults: 2,
+    total_pending_faults: 3,
+    jobs: 4,
+    total_jobs: 6,
+    queue_bytes: 4 * 2048 + 12 * 512 + 64 * 64,
+    ..LIMITS
+};
+
 #[test]
 fn random_operations_keep_the_gauges_exact() {
     let from_env = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let mut seed: u64 = from_env("SVM_SEED").unwrap_or(0x0d15_ea5e);
     println!("SVM_SEED={seed}");
-    let tight = Limits {
-        contexts: 3,
-        resources: 3,
-        resource_bytes: 3 * 192 + 16 * 16,
-        gpu_vms: 4,
-        mappings: 8,
-        total_mappings: 20,
-        table_bytes: 8 * 4192,
-        pending_faults: 2,
-        total_pending_faults: 3,
-        jobs: 4,
-        total_jobs: 6,
-        queue_bytes: 4 * 2048 + 12 * 512 + 64 * 64,
-        ..LIMITS
-    };
-    let w = World::with_limits(tight);
+    let w = World::with_limits(TIGHT);
     let mut random = move |below: u64| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (seed >> 33) % below
