@@ -4,9 +4,13 @@
 //! says what to do. `config/svmd.toml` is the reference: it shows every key with its default, and a test holds it to
 //! that.
 
+mod limits;
+
 use serde::Deserialize;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+
+pub use limits::{Limits, Overrides};
 
 /// Most devices of one daemon.
 pub const MAX_DEVICES: usize = 64;
@@ -200,37 +204,6 @@ pub enum AddressModel {
     Identity,
 }
 
-/// `[limits]`: what one guest may use at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Limits {
-    /// Contexts of a guest.
-    pub contexts: u32,
-    /// Faults of one context that wait for an answer.
-    pub pending_faults: u32,
-    /// Jobs of one context in flight.
-    pub jobs: u32,
-    /// Mappings of one GPU VM.
-    pub mappings: u32,
-    /// Blob resources of a guest.
-    pub resources: u32,
-    /// Milliseconds in which a fault must be answered; 0: any time will do.
-    pub fault_deadline_ms: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            contexts: 4096,
-            pending_faults: 256,
-            jobs: 256,
-            mappings: 65_536,
-            resources: 4096,
-            fault_deadline_ms: 60_000,
-        }
-    }
-}
-
 /// `[[guest]]`: a guest that is there from the start.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -241,6 +214,9 @@ pub struct Guest {
     pub socket: PathBuf,
     /// Names of the devices that it sees, in the order of its `dev_id`; all when absent.
     pub devices: Option<Vec<String>>,
+    /// Limits of its own, in place of those of `[limits]`.
+    #[serde(default)]
+    pub limits: Overrides,
 }
 
 fn default_engines() -> u32 {
@@ -360,7 +336,7 @@ impl Config {
     fn check(&self) -> Result<(), Error> {
         self.daemon.check()?;
         self.check_devices()?;
-        self.limits.check()?;
+        self.limits.check().map_err(|(name, problem)| value(format!("limits.{name}"), problem))?;
         let known: HashSet<String> = self.devices().into_iter().map(|d| d.name).collect();
         let mut names = HashSet::new();
         for (i, guest) in self.guest.iter().enumerate() {
@@ -370,6 +346,8 @@ impl Config {
                     format!("{:?} is taken by an earlier guest", guest.name),
                 ));
             }
+            let checked = guest.limits.check();
+            checked.map_err(|(name, problem)| value(format!("guest[{i}].limits.{name}"), problem))?;
             for device in guest.devices.iter().flatten() {
                 if !known.contains(device) {
                     let problem = format!(
@@ -444,25 +422,6 @@ impl Daemon {
                 "daemon.control_socket_ro",
                 "is the control socket; name another path".to_owned(),
             ));
-        }
-        Ok(())
-    }
-}
-
-impl Limits {
-    /// Each with its name and the most that the protocol allows.
-    fn check(&self) -> Result<(), Error> {
-        let all = [
-            ("contexts", self.contexts, 1 << 20),
-            ("pending_faults", self.pending_faults, 1 << 16),
-            ("jobs", self.jobs, 1 << 16),
-            ("mappings", self.mappings, 1 << 16),
-            ("resources", self.resources, 1 << 20),
-        ];
-        for (name, number, most) in all {
-            if !(1..=most).contains(&number) {
-                return Err(value(format!("limits.{name}"), format!("{number} is not in 1..={most}")));
-            }
         }
         Ok(())
     }

@@ -23,6 +23,8 @@ fn reference_file_states_the_defaults() {
     let default = Config::default();
     assert_eq!(written.devices(), default.devices());
     assert_eq!(written.limits, default.limits);
+    let missing = Limits::BOUNDS.iter().find(|(name, ..)| !text.contains(&format!("\n{name} = ")));
+    assert_eq!(missing, None);
     assert_eq!(written.daemon, default.daemon);
     assert!(written.guest.is_empty());
 }
@@ -93,6 +95,10 @@ fn bad_values_name_their_key() {
         ("[daemon]\ncontrol_socket_ro_mode = 0o060".to_owned(), "daemon.control_socket_ro_mode"),
         ("[daemon]\ncontrol_socket = '/x'\ncontrol_socket_ro = '/x'".to_owned(), "daemon.control_socket_ro"),
         ("[limits]\nmappings = 65537".to_owned(), "limits.mappings"),
+        ("[limits]\ntable_bytes = 1".to_owned(), "limits.table_bytes"),
+        ("[limits]\ntotal_jobs = 0".to_owned(), "limits.total_jobs"),
+        ("[[guest]]\nname='g'\nsocket='/x'\nlimits = { jobs = 0 }".to_owned(), "guest[0].limits.jobs"),
+        ("[[guest]]\nname='g'\nsocket='/x'\nlimits = { colour = 1 }".to_owned(), "guest[0].limits.colour"),
         ("[[guest]]\nname='g'\nsocket='/x'\ndevices=['gpu9']".to_owned(), "guest[0].devices"),
         ("[[guest]]\nname='g'\nsocket='/x'\ndevices=[]".to_owned(), "guest[0].devices"),
         ("[[guest]]\nname='g'\nsocket='/x'\n[[guest]]\nname='g'\nsocket='/y'".to_owned(), "guest[1].name"),
@@ -121,6 +127,25 @@ fn models_of_soft_devices_are_read() {
     assert_eq!(device(""), (FaultModel::Replayable, AddressModel::Any));
     assert_eq!(device("fault_model = 'none'"), (FaultModel::None, AddressModel::Any));
     assert_eq!(device("address_model = 'identity'"), (FaultModel::Replayable, AddressModel::Identity));
+}
+
+#[test]
+fn guest_has_its_own_limits_and_else_those_of_all() {
+    let text = "[limits]\njobs = 7\n[[guest]]\nname='g'\nsocket='/x'\nlimits = { contexts = 2, queue_bytes = 65536 }";
+    let config = Config::parse(text, "test.toml").unwrap();
+    let limits = config.limits.with(&config.guest[0].limits);
+    let expected = Limits { jobs: 7, contexts: 2, queue_bytes: 65_536, ..Limits::default() };
+    assert_eq!(limits, expected);
+}
+
+#[test]
+fn every_limit_can_be_set_by_its_name() {
+    let names = Limits::BOUNDS.map(|(name, least, _)| (name.to_owned(), least));
+    let text = format!("{:?}", Limits::default().with(&Overrides::new(names.clone()).unwrap()));
+    for (name, least) in names {
+        assert!(text.contains(&format!(" {name}: {least}")), "{name}: {text}");
+    }
+    assert_eq!(text.matches(": ").count(), Limits::BOUNDS.len(), "{text}");
 }
 
 #[test]

@@ -117,7 +117,12 @@ impl Args {
         let mut config = self.config.as_deref().map(Config::read).transpose()?.unwrap_or_default();
         for path in &self.socket_path {
             let name = guest_name(path)?;
-            config.guest.push(config::Guest { name, socket: path.clone(), devices: None });
+            config.guest.push(config::Guest {
+                name,
+                socket: path.clone(),
+                devices: None,
+                limits: config::Overrides::default(),
+            });
         }
         let daemon = &mut config.daemon;
         daemon.control_socket = self.control_socket.clone().or(daemon.control_socket.take());

@@ -5,6 +5,8 @@
 
 use crate::eventq::Waker;
 use crate::fuse::Failure;
+use crate::limits::Overrides;
+use crate::log_budget::LogBudget;
 use crate::registry::{AddError, Endpoint, RegistryEvent, Subscribers, lock};
 use crate::relay::Relay;
 use crate::session::{self, Session, Setup};
@@ -23,6 +25,10 @@ pub(crate) struct Seat {
     pub name: String,
     pub socket: String,
     pub devices: Vec<usize>,
+    /// Its own limits.
+    pub limits: Overrides,
+    /// Lines of the log that it may cause.
+    pub log: Arc<LogBudget>,
     /// Set once and for ever: the attendant is to leave.
     pub stop: Waker,
     /// Guards what is told of sessions; a section is a few assignments.
@@ -145,7 +151,7 @@ impl Attendant {
             if stopping {
                 session.end();
             }
-            tracing::info!(guest = %name, "VMM connected");
+            self.seat.log.log(|| tracing::info!(guest = %name, "VMM connected"));
             self.subscribers.tell(&RegistryEvent::GuestConnected { name: name.clone() });
         });
         let began = lock(&self.seat.live).session.take().is_some();
@@ -154,14 +160,14 @@ impl Attendant {
             Err(failure) => {
                 let reason = with_causes(&*failure);
                 if !matches!(*failure, Failure::Removed) {
-                    tracing::warn!(guest = %name, %reason, "session ended");
+                    self.seat.log.log(|| tracing::warn!(guest = %name, %reason, "session ended"));
                     lock(&self.seat.live).last_error = Some(reason.clone());
                 }
                 reason
             }
         };
         if began {
-            tracing::info!(guest = %name, %reason, "VMM disconnected");
+            self.seat.log.log(|| tracing::info!(guest = %name, %reason, "VMM disconnected"));
             self.subscribers.tell(&RegistryEvent::GuestDisconnected { name: name.clone(), reason });
         } else {
             // The pause ends early when the attendant is to leave; either way the loop looks again.

@@ -5,11 +5,13 @@
 //! serves the guest tidies up. Also the one place where faults of a guest are logged, at a bounded rate.
 
 use crate::guest_memory;
+use crate::log_budget::LogBudget;
 use crate::queue::{ChainError, RingError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use vhost_user_backend::ShutdownHandle;
+use virtio_gpu_svm::protocol::limit::Limit;
 
 /// Why a session ended, other than that its VMM left.
 #[derive(Debug, thiserror::Error)]
@@ -61,18 +63,20 @@ pub struct Fuse {
     reason: OnceLock<Arc<Failure>>,
     /// Guards the handle until it is used; a section is one move.
     shutdown: Mutex<Option<ShutdownHandle>>,
+    budget: Arc<LogBudget>,
     log: LogLimit,
     ring_log: LogLimit,
     chains_refused: AtomicU64,
 }
 
 impl Fuse {
-    /// A fuse for a guest of this name.
-    pub fn new(guest: &str) -> Self {
+    /// A fuse for a guest of this name, with its budget of lines.
+    pub fn new(guest: &str, budget: Arc<LogBudget>) -> Self {
         Self {
             guest: guest.into(),
             reason: OnceLock::new(),
             shutdown: Mutex::new(None),
+            budget,
             log: LogLimit::default(),
             ring_log: LogLimit::default(),
             chains_refused: AtomicU64::new(0),
@@ -108,7 +112,9 @@ impl Fuse {
     /// reset its device as often as it likes.
     pub fn report_ring(&self, queue: &'static str, error: RingError) {
         if self.ring_log.admits() {
-            tracing::warn!(guest = %self.guest, queue, %error, "queue failed; it is ignored until the driver resets it");
+            self.budget.log(|| {
+                tracing::warn!(guest = %self.guest, queue, %error, "queue failed; it is ignored until the driver resets it");
+            });
         }
     }
 
@@ -117,8 +123,17 @@ impl Fuse {
         let total = self.chains_refused.fetch_add(u64::from(count), Ordering::Relaxed);
         if self.log.admits() {
             let total = total.saturating_add(u64::from(count));
-            tracing::warn!(guest = %self.guest, queue, %error, total, "malformed chains given back unread");
+            self.budget.log(|| {
+                tracing::warn!(guest = %self.guest, queue, %error, total, "malformed chains given back unread");
+            });
         }
+    }
+
+    /// Tells of a limit that was reached for the first time in the session.
+    pub fn report_limit(&self, limit: Limit) {
+        self.budget.log(|| {
+            tracing::warn!(guest = %self.guest, %limit, "limit reached; what is beyond it is refused, or waits");
+        });
     }
 
     fn cut(&self) {

@@ -28,6 +28,7 @@ pub mod worker;
 pub use process::ARGUMENT;
 pub use uffd::CALLS as CALLS_OF_WORKERS;
 
+use crate::log_budget::LogBudget;
 use attendant::Attendant;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
@@ -86,6 +87,9 @@ struct Vm {
 }
 
 /// What a device and its attendants have in common.
+/// Lines of the log that the workers of a device may cause in a minute.
+const LOG_LINES: u32 = 60;
+
 struct Shared {
     index: usize,
     info: DeviceInfo,
@@ -99,6 +103,8 @@ struct Shared {
     retired: Condvar,
     ledger: Option<Mutex<Ledger>>,
     stops: AtomicU64,
+    /// Lines of the log that its workers may cause.
+    log: LogBudget,
 }
 
 /// See the text above.
@@ -132,6 +138,7 @@ impl HostMmuDevice {
             null_mappings: false,
             exec: false,
         };
+        let log = LogBudget::new(format!("workers of device {}", info.name), LOG_LINES);
         Ok(Arc::new(Self(Arc::new(Shared {
             index,
             info,
@@ -144,6 +151,7 @@ impl HostMmuDevice {
             retired: Condvar::new(),
             ledger: ledger.map(|capacity| Mutex::new(Ledger::new(capacity))),
             stops: AtomicU64::new(1),
+            log,
         }))))
     }
 

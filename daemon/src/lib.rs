@@ -4,7 +4,7 @@
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, [`sigbus`] what happens when it goes away all the same, and [`fuse`] ends the session
-//! when something in it cannot go on.
+//! when something in it cannot go on; [`limits`] and [`log_budget`] say how much of all this one guest may cause.
 //! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there for;
 //! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
@@ -18,6 +18,8 @@ pub mod guest_memory;
 #[cfg(target_arch = "x86_64")]
 pub mod hostmmu;
 pub mod housekeeper;
+pub mod limits;
+pub mod log_budget;
 pub mod queue;
 pub mod registry;
 pub mod relay;

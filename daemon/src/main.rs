@@ -9,7 +9,7 @@ mod inherited;
 use anyhow::Context;
 use args::Args;
 use clap::Parser;
-use config::{Config, LogLevel, Sandbox};
+use config::{Config, LogLevel, Overrides, Sandbox};
 use daemon::control::methods::Rights;
 use daemon::control::{self, ControlState, Users};
 use daemon::devices::Devices;
@@ -25,7 +25,6 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
-use virtio_gpu_svm::host::Limits;
 
 /// Longer than any daemon runs.
 const FOR_EVER: Duration = Duration::from_hours(1 << 20);
@@ -94,7 +93,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         host,
         Options {
             runtime_dirs: config.daemon.runtime_dirs.clone(),
-            limits: limits(config.limits),
+            limits: config.limits,
             allow_unsealed: config.daemon.allow_unsealed,
         },
     );
@@ -181,7 +180,10 @@ async fn serve(
         if matches!(socket, Endpoint::Connected(_)) && doors.0.is_empty() && config.guest.is_empty() {
             end_with_its_only_guest(registry, &shutdown);
         }
-        add(registry, GuestSpec { name: format!("fd{number}"), socket, devices: None })?;
+        add(
+            registry,
+            GuestSpec { name: format!("fd{number}"), socket, devices: None, limits: Overrides::default() },
+        )?;
     }
     let control = doors.serve(&state);
     tokio::select! {
@@ -240,7 +242,8 @@ fn listen_for(kind: SignalKind) -> Result<Signal, Failure> {
 fn add_guests(registry: &Registry, config: &Config) -> Result<(), Failure> {
     for guest in &config.guest {
         let (name, socket) = (guest.name.clone(), Endpoint::Path(guest.socket.clone()));
-        add(registry, GuestSpec { name, socket, devices: guest.devices.clone() })?;
+        let (devices, limits) = (guest.devices.clone(), guest.limits.clone());
+        add(registry, GuestSpec { name, socket, devices, limits })?;
     }
     Ok(())
 }
@@ -277,11 +280,6 @@ fn end_with_its_only_guest(registry: &Registry, shutdown: &Arc<Notify>) {
             shutdown.notify_one();
         }
     }));
-}
-
-fn limits(limits: config::Limits) -> Limits {
-    let config::Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms } = limits;
-    Limits { contexts, pending_faults, jobs, mappings, resources, fault_deadline_ms, ..Limits::DEFAULT }
 }
 
 fn log_to_stderr(level: LogLevel) {

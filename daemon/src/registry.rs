@@ -6,6 +6,8 @@
 
 use crate::attendant::{Attendant, Door, Seat};
 use crate::eventq::Waker;
+use crate::limits::{self, Limits, Overrides};
+use crate::log_budget::LogBudget;
 use crate::relay::Relay;
 use crate::ring::RingStatus;
 use crate::session::Setup;
@@ -16,8 +18,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use virtio_gpu_svm::guest::Guest;
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::info::GuestStatus;
+use virtio_gpu_svm::quota::LimitStatus;
 
 /// Most bytes of a guest's name.
 pub const MAX_NAME: usize = 64;
@@ -27,7 +30,7 @@ pub const MAX_NAME: usize = 64;
 pub struct Options {
     /// Guest sockets may be made only below these folders.
     pub runtime_dirs: Vec<PathBuf>,
-    /// What one guest may use at once.
+    /// What one guest may use at once, unless it has limits of its own.
     pub limits: Limits,
     /// Accept guest memory that its VMM could shrink under us.
     pub allow_unsealed: bool,
@@ -63,6 +66,8 @@ pub struct GuestSpec {
     pub socket: Endpoint,
     /// Names of the host devices granted to it, in the order of its `dev_id`; all when absent.
     pub devices: Option<Vec<String>>,
+    /// Limits of its own.
+    pub limits: Overrides,
 }
 
 /// Why a guest was not added. Nothing was changed.
@@ -71,7 +76,7 @@ pub enum AddError {
     /// The name has other characters than it may have, or too many.
     #[error("guest name {0:?} is not 1 to 64 of A-Z a-z 0-9 . _ -")]
     BadName(String),
-    /// A guest of that name has another socket or other devices.
+    /// A guest of that name has another socket, other devices or other limits.
     #[error("guest {name:?} is there already, with socket {socket:?}")]
     NameTaken {
         /// The name.
@@ -122,6 +127,8 @@ pub struct GuestEntry {
     pub sessions: u64,
     /// Why the last session ended, unless the VMM just left.
     pub last_error: Option<String>,
+    /// Lines of the log that it may cause, and has caused.
+    pub log_lines: LimitStatus,
     /// The core's view of it while a VMM is connected.
     pub status: Option<GuestStatus>,
     /// How its rings fare, by queue, while a VMM is connected.
@@ -169,6 +176,8 @@ pub struct Registry {
     /// a session begins or ends.
     guests: Mutex<Guests>,
     subscribers: Arc<Subscribers>,
+    /// Lines of the log that clients of the control socket may cause.
+    log: LogBudget,
 }
 
 #[derive(Default)]
@@ -183,7 +192,8 @@ impl Registry {
         let device_names = host.devices().into_iter().map(|device| device.name).collect();
         let runtime_dirs = RuntimeDirs::new(&options.runtime_dirs);
         let (guests, subscribers) = (Mutex::default(), Arc::default());
-        Arc::new(Self { host, options, runtime_dirs, device_names, guests, subscribers })
+        let log = LogBudget::new("clients of the control socket".to_owned(), options.limits.log_lines);
+        Arc::new(Self { host, options, runtime_dirs, device_names, guests, subscribers, log })
     }
 
     /// Adds a guest and listens for its VMM. `Ok(false)`: the same guest was there already.
@@ -206,7 +216,7 @@ impl Registry {
             return Err(AddError::ShuttingDown);
         }
         if let Some(there) = guests.by_name.get(&spec.name) {
-            if there.socket == label && there.devices == devices {
+            if there.socket == label && there.devices == devices && there.limits == spec.limits {
                 return Ok(false);
             }
             return Err(AddError::NameTaken { name: spec.name, socket: there.socket.clone() });
@@ -219,10 +229,14 @@ impl Registry {
         let failed = |action, source| AddError::Io { action, path: PathBuf::from(&label), source };
         let door = Door::open(endpoint, &label)?;
         let stop = Waker::new().map_err(|e| failed("make an event for", e))?;
+        let limits = self.options.limits.with(&spec.limits);
+        let log = Arc::new(LogBudget::new(format!("guest {}", spec.name), limits.log_lines));
         let seat = Arc::new(Seat {
             name: spec.name.clone(),
             socket: label.clone(),
             devices,
+            limits: spec.limits,
+            log: Arc::clone(&log),
             stop,
             live: Mutex::default(),
             thread: Mutex::default(),
@@ -232,9 +246,10 @@ impl Registry {
             setup: Setup {
                 host: Arc::clone(&self.host),
                 name: spec.name.clone(),
-                limits: self.options.limits,
+                limits: limits::of(&limits),
                 devices: seat.devices.clone(),
                 allow_unsealed: self.options.allow_unsealed,
+                log,
             },
             subscribers: Arc::clone(&self.subscribers),
         };
@@ -252,7 +267,7 @@ impl Registry {
         *lock(&seat.thread) = Some(thread);
         guests.by_name.insert(spec.name.clone(), seat);
         drop(guests);
-        tracing::info!(guest = %spec.name, socket = %label, "guest added");
+        self.log.log(|| tracing::info!(guest = %spec.name, socket = %label, "guest added"));
         self.subscribers.tell(&RegistryEvent::GuestAdded { name: spec.name });
         // It waits for this and nothing else.
         begin.send(()).ok();
@@ -264,7 +279,7 @@ impl Registry {
     pub fn remove(&self, name: &str) -> bool {
         let Some(seat) = self.lock().by_name.remove(name) else { return false };
         seat.stop_and_join();
-        tracing::info!(guest = %name, "guest removed");
+        self.log.log(|| tracing::info!(guest = %name, "guest removed"));
         self.subscribers.tell(&RegistryEvent::GuestRemoved { name: name.to_owned() });
         true
     }
@@ -347,6 +362,7 @@ impl Registry {
             sessions,
             last_error,
             queues: session.as_ref().map(|session| session.rings()).unwrap_or_default(),
+            log_lines: seat.log.status(),
             status: session.map(|session| session.guest().status()),
         }
     }

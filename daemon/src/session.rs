@@ -24,6 +24,7 @@ use crate::eventq::{EventQueue, Waker};
 use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::{self, GuestMemory};
+use crate::log_budget::LogBudget;
 use crate::queue::{Budget, Next, RingError, Turn};
 use crate::ring::{FrameworkMemory, Ring, RingStatus};
 use crate::sigbus::Loss;
@@ -73,6 +74,8 @@ pub struct Setup {
     pub devices: Vec<usize>,
     /// Accept memory that its VMM could shrink.
     pub allow_unsealed: bool,
+    /// Lines of the log that it may cause.
+    pub log: Arc<LogBudget>,
 }
 
 /// What stands behind the rings.
@@ -128,8 +131,11 @@ impl Session {
     fn open(setup: &Setup) -> Result<Arc<Self>, Arc<Failure>> {
         let waker = Waker::new().map_err(|e| Failure::start("make an event", &e))?;
         let exit = ExitEvent::new().map_err(|e| Failure::start("make the exit event", &e))?;
-        let (waker, memory, fuse) =
-            (Arc::new(waker), Arc::new(GuestMemory::default()), Arc::new(Fuse::new(&setup.name)));
+        let (waker, memory, fuse) = (
+            Arc::new(waker),
+            Arc::new(GuestMemory::default()),
+            Arc::new(Fuse::new(&setup.name, Arc::clone(&setup.log))),
+        );
         let events = Arc::new(EventQueue::new(Arc::clone(&memory), Arc::clone(&waker), Arc::clone(&fuse)));
         let guest =
             setup.host.open_guest(&setup.name, setup.limits, &setup.devices, Arc::clone(&events) as _);
@@ -270,6 +276,9 @@ impl Session {
         if let Err(error) = self.take_turn(queue, ring, name) {
             ring.fail();
             self.fuse.report_ring(name, error);
+        }
+        for limit in self.guest.quota().newly_reached() {
+            self.fuse.report_limit(limit);
         }
         if before != self.driver() {
             // It has just become clear who is there: what waited for that goes out now.

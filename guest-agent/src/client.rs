@@ -39,6 +39,7 @@ use virtio_gpu_svm::protocol::errno;
 use virtio_gpu_svm::protocol::event::{
     EVENT_BIND_DONE, EVENT_CONTEXT_LOST, EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord, NoticeRecord,
 };
+use virtio_gpu_svm::protocol::limit::Limit;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Why a call failed, in words that say what to do.
@@ -60,7 +61,7 @@ pub enum Error {
     #[error("the connection to the agent failed")]
     Socket(#[source] io::Error),
     /// The agent refused.
-    #[error("{what}: {} ({})", errno::name(*.status), hint(*.status))]
+    #[error("{what}: {} ({})", errno::name(*.status), advice(*.status, *.limit))]
     Refused {
         /// What was asked.
         what: &'static str,
@@ -68,6 +69,8 @@ pub enum Error {
         status: i32,
         /// Index of the operation that it is about, where there are several.
         detail: u32,
+        /// The limit that is reached.
+        limit: Option<Limit>,
     },
     /// The agent sent something else than was agreed.
     #[error("the agent's reply to {what} is not understood: is it another version?")]
@@ -100,6 +103,18 @@ pub enum Error {
 /// Result of the library.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What to do about a refusal, with the limit that it is about.
+fn advice(status: i32, limit: Option<Limit>) -> String {
+    match limit {
+        Some(limit) if limit.is_configured() => format!(
+            "the {}'s limit of {limit} is reached: raise limits.{limit} in svmd.toml, or free some",
+            limit.scope()
+        ),
+        Some(limit) => format!("the {}'s limit of {limit} is reached: free some", limit.scope()),
+        None => hint(status).to_owned(),
+    }
+}
+
 /// What to do about a refusal.
 fn hint(status: i32) -> &'static str {
     match -status {
@@ -114,6 +129,13 @@ fn hint(status: i32) -> &'static str {
         errno::EOPNOTSUPP => "the device or agent cannot do this",
         _ => "see the protocol's list of errors",
     }
+}
+
+/// What became of a payload.
+struct SubmitStatus {
+    status: i32,
+    detail: u32,
+    limit: Option<Limit>,
 }
 
 /// A message from the agent that was waited for.
@@ -253,7 +275,8 @@ impl Client {
     /// # Errors
     /// When the agent hangs up.
     pub fn submit(&self, payload: &[u8], reply_len: u32) -> Result<(i32, u32, Vec<u8>)> {
-        self.connection.submit(&[payload], reply_len)
+        let (told, area) = self.connection.submit(&[payload], reply_len)?;
+        Ok((told.status, told.detail, area))
     }
 }
 
@@ -282,7 +305,7 @@ impl Connection {
         if reply.status == 0 {
             Ok(reply)
         } else {
-            Err(Error::Refused { what, status: reply.status, detail: 0 })
+            Err(Error::Refused { what, status: reply.status, detail: 0, limit: None })
         }
     }
 
@@ -297,22 +320,27 @@ impl Connection {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(self.ended()),
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                return Err(Error::Refused { what, status: -errno::ENOBUFS, detail: 0 });
+                return Err(Error::Refused { what, status: -errno::ENOBUFS, detail: 0, limit: None });
             }
             Err(error) => return Err(Error::Socket(error)),
         }
         self.wait_for(|inbox| inbox.replies.remove(&seqno))
     }
 
-    fn submit(&self, payload: &[&[u8]], reply_len: u32) -> Result<(i32, u32, Vec<u8>)> {
+    fn submit(&self, payload: &[&[u8]], reply_len: u32) -> Result<(SubmitStatus, Vec<u8>)> {
         let submit = Submit { reply_len: reply_len.into(), reserved: 0.into() };
         let mut body = vec![submit.as_bytes()];
         body.extend_from_slice(payload);
         let reply = self.exchange("SUBMIT", SUBMIT, &body)?;
         match SubmitReply::read_from_prefix(&reply.body) {
-            Ok((head, area)) => Ok((reply.status, head.detail.get(), area.to_vec())),
+            Ok((head, area)) => {
+                let (detail, limit) = (head.detail.get().into(), Limit::from_wire(head.limit.get()));
+                Ok((SubmitStatus { status: reply.status, detail, limit }, area.to_vec()))
+            }
             // The agent itself refused, before the device was asked.
-            Err(_) if reply.status != 0 => Ok((reply.status, 0, Vec::new())),
+            Err(_) if reply.status != 0 => {
+                Ok((SubmitStatus { status: reply.status, detail: 0, limit: None }, Vec::new()))
+            }
             Err(_) => Err(Error::BadReply { what: "SUBMIT" }),
         }
     }

@@ -5,7 +5,7 @@
 //! cannot hold guest-physical addresses, and neither can anything else here.
 
 use virtio_gpu_svm::wire;
-use zerocopy::little_endian::{I32, U32, U64};
+use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Where the agent listens for processes.
@@ -131,7 +131,9 @@ wire! {
     /// Reply to [`SUBMIT`]; the reply area follows.
     SubmitReply, 8 {
         /// Index of the request that the status is about.
-        detail: U32,
+        detail: U16,
+        /// The limit that -ENOSPC is about (PROTOCOL 9); else 0.
+        limit: U16,
         /// Zero.
         reserved: U32,
     }

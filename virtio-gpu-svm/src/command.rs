@@ -19,10 +19,12 @@ use crate::protocol::errno::{
     EACCES, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENOMEM, ENOSPC, EOPNOTSUPP, EPIPE,
 };
 use crate::protocol::gpu::*;
+use crate::protocol::limit::Limit;
 use crate::protocol::{
-    CAPSET_SVM, CAPSET_SVM_VERSION, GUEST_VA_END, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_RUN_PAGES,
-    MAX_RUNS, PAGE_SHIFT, PAGE_SIZE, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
+    CAPSET_SVM, CAPSET_SVM_VERSION, GUEST_VA_END, MAX_BINDS, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES,
+    MAX_RUN_PAGES, MAX_RUNS, PAGE_SHIFT, PAGE_SIZE, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
+use crate::quota::Full;
 use crate::resource::Blob;
 use crate::sync::Arc;
 use crate::timeline;
@@ -80,6 +82,8 @@ pub enum Error {
         index: u32,
         /// Its errno.
         errno: i32,
+        /// The limit that this is about.
+        limit: Option<Limit>,
     },
 }
 
@@ -122,7 +126,31 @@ impl Error {
     }
     /// The same, said of one of several.
     fn at(self, index: u32) -> Self {
-        Self::At { index, errno: self.errno() }
+        Self::At { index, errno: self.errno(), limit: self.limit() }
+    }
+    /// The limit that -ENOSPC is about. PROTOCOL 9.
+    pub fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::Guest(guest::Error::Full(Full(limit))) => Some(*limit),
+            Self::Context(error) => error.limit(),
+            Self::Pages(error) => error.limit(),
+            Self::At { limit, .. } => *limit,
+            Self::Guest(_)
+            | Self::Length
+            | Self::UnknownCommand(_)
+            | Self::NoHello
+            | Self::Version(_)
+            | Self::Reserved
+            | Self::Count
+            | Self::Value
+            | Self::NoDevice(_)
+            | Self::Unsupported
+            | Self::Range(_)
+            | Self::NoMemory => None,
+        }
+    }
+    fn refusal(&self) -> Refusal {
+        Refusal { errno: self.errno(), detail: self.detail(), limit: self.limit() }
     }
     fn detail(&self) -> u32 {
         match self {
@@ -140,6 +168,31 @@ impl Error {
 }
 
 type Result<T> = std::result::Result<T, Error>;
+
+/// What the guest is told of a refusal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusal {
+    /// Positive errno; 0: it was none.
+    pub errno: i32,
+    /// Index of what it is about.
+    pub detail: u32,
+    /// The limit that it is about.
+    pub limit: Option<Limit>,
+}
+
+impl Refusal {
+    fn status(&self) -> i32 {
+        self.errno.saturating_neg()
+    }
+    /// Every list on the wire has at most 65,536 entries.
+    fn detail(&self) -> u16 {
+        u16::try_from(self.detail).unwrap_or(u16::MAX)
+    }
+    fn limit(&self) -> u16 {
+        self.limit.map_or(0, Limit::to_wire)
+    }
+}
+const _: () = assert!(MAX_BLOB_ENTRIES <= 1 << 16 && MAX_RUNS <= 1 << 16 && MAX_BINDS <= 1 << 16);
 
 /// A response under way: what was asked, and where the answer goes.
 struct Answer<'a> {
@@ -162,12 +215,13 @@ impl Answer<'_> {
             padding: [0; 3],
         }
     }
-    fn head(&self, kind: u32, status: i32, detail: u32) -> SvmResp {
+    fn head(&self, kind: u32, refusal: Refusal) -> SvmResp {
         let context = self.guest.context(self.request.ctx_id.get()).ok();
         SvmResp {
             hdr: self.header(kind),
-            status: status.into(),
-            detail: detail.into(),
+            status: refusal.status().into(),
+            detail: refusal.detail().into(),
+            limit: refusal.limit().into(),
             daemon_epoch: self.guest.epoch().into(),
             inval_done_seq: context.map_or(0, |context| context.inval_done_seq()).into(),
         }
@@ -177,7 +231,7 @@ impl Answer<'_> {
         self.out.extend_from_slice(response.as_bytes());
     }
     fn ok(&self) -> SvmResp {
-        self.head(VIRTIO_GPU_RESP_OK_NODATA, 0, 0)
+        self.head(VIRTIO_GPU_RESP_OK_NODATA, Refusal::default())
     }
 }
 
@@ -240,7 +294,7 @@ impl Answer<'_> {
     /// Writes the refusal in place of whatever was written.
     fn refuse(&mut self, error: &Error) {
         self.out.clear();
-        let head = self.head(error.response(), error.errno().saturating_neg(), error.detail());
+        let head = self.head(error.response(), error.refusal());
         self.put(&head);
         self.trim();
     }
@@ -453,8 +507,9 @@ impl Answer<'_> {
         self.supplied(supplied)
     }
     fn supplied(&mut self, supplied: Supplied) -> Result<()> {
-        let status = if supplied.pending { crate::protocol::errno::EAGAIN.saturating_neg() } else { 0 };
-        let resp = self.head(VIRTIO_GPU_RESP_OK_NODATA, status, supplied.first_refused);
+        let errno = if supplied.pending { crate::protocol::errno::EAGAIN } else { 0 };
+        let refusal = Refusal { errno, detail: supplied.first_refused, limit: None };
+        let resp = self.head(VIRTIO_GPU_RESP_OK_NODATA, refusal);
         self.put(&SupplyResp {
             resp,
             installed: supplied.installed.into(),
@@ -495,9 +550,9 @@ impl Answer<'_> {
         let (reply, refused) = submission.run(payload, area)?;
         let head = match refused {
             None => self.ok(),
-            Some((index, errno)) => {
-                let error = Error::At { index, errno };
-                self.head(error.response(), errno.saturating_neg(), index)
+            Some((index, Refusal { errno, limit, .. })) => {
+                let error = Error::At { index, errno, limit };
+                self.head(error.response(), error.refusal())
             }
         };
         self.put(&head);

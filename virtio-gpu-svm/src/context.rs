@@ -291,18 +291,14 @@ impl Context {
     }
     /// One slice of what may go on. Returns whether there is more.
     pub(crate) fn work(self: &Arc<Self>) -> bool {
-        self.take_turn();
-        self.settle_slices(After { more: true, ..After::default() }, 1)
-    }
-    /// The guest may have room for what this context has to ask.
-    fn take_turn(self: &Arc<Self>) {
-        let mut after = After::default();
+        let mut after = After { more: true, ..After::default() };
         {
+            // The guest may have room for what this context has to ask.
             let mut state = self.lock();
             state.vms.values_mut().for_each(|vm| vm.population.go_on());
             self.let_throttled_in(&mut state, true, &mut after);
         }
-        self.settle_slices(after, 0);
+        self.settle_slices(after, 1)
     }
     /// Gives the turn to a context that waits for the guest's room, if there is some.
     fn pass_turn(&self) {
@@ -317,7 +313,10 @@ impl Context {
         }
     }
     fn settle_slices(self: &Arc<Self>, mut after: After, mut slices: usize) -> bool {
+        // Who was let in takes the room that there seems to be, or makes it somebody's by faulting no more.
+        let mut let_in = false;
         loop {
+            let_in |= after.let_in;
             for (device, stop, verdict) in after.resumes {
                 self.host.device_of(device).resume(stop, verdict);
             }
@@ -326,7 +325,7 @@ impl Context {
             {
                 guest.announce(self);
             }
-            if !after.let_in {
+            if !let_in {
                 self.pass_turn();
             }
             if !after.more || slices == 0 {

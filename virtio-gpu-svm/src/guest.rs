@@ -719,7 +719,7 @@ impl Guest {
             pending_faults: inner.contexts.values().map(|c| c.load().1).fold(0, usize::saturating_add),
             frozen: inner.frozen,
             limits: self.quota.status(|limit| {
-                inner.contexts.values().map(|context| context.recount(limit)).max().unwrap_or(0)
+                inner.contexts.values().map(|context| context.held(limit)).max().unwrap_or(0)
             }),
         }
     }

@@ -81,10 +81,24 @@ pub struct ContextStatus {
     pub pending_faults: usize,
     /// Jobs and asynchronous binds in flight.
     pub jobs: usize,
+    /// What it holds of its own limits and of its guest's.
+    pub limits: Vec<Holding>,
     /// Its GPU VMs, one a device at most (C side).
     pub vms: Vec<VmStatus>,
     /// What has happened to it.
     pub counters: Counters,
+}
+
+/// What a context holds of a limit.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Holding {
+    /// The limit's name, as in the configuration.
+    pub name: &'static str,
+    /// Held now; of a GPU VM's limit, the most that any of its GPU VMs holds.
+    pub used: u64,
+    /// The most that may be, by the context alone or by all of its guest together.
+    pub limit: u64,
 }
 
 /// A context without its mappings, of which there may be very many.
@@ -107,6 +121,10 @@ pub struct ContextSummary {
     pub pending_faults: usize,
     /// Jobs and asynchronous binds in flight.
     pub jobs: usize,
+    /// Mappings of all its GPU VMs, with what queued binds may add.
+    pub mappings: u64,
+    /// Bytes of its page tables.
+    pub table_bytes: u64,
     /// Its GPU VMs, one a device at most (C side).
     pub vms: Vec<VmSummary>,
     /// What has happened to it.

@@ -245,6 +245,10 @@ impl Timelines {
         charges.mappings.grow(weight.mappings)?;
         Ok(charges)
     }
+    /// What the charges are: bytes and mappings.
+    pub fn charged(&self) -> (u64, u64) {
+        (self.charges.bytes.amount(), self.charges.mappings.amount())
+    }
     /// What the charges must be, counted from the items and rings themselves: bytes and mappings.
     pub fn weigh(&self) -> (u64, u64) {
         let mut sum = (0_u64, 0_u64);

@@ -10,6 +10,7 @@ use virtio_gpu_svm::protocol::gpu::{
     CtrlHdr, CtxCreate, MemEntry, ResourceCreateBlob, RespCapsetInfo, RespDisplayInfo,
 };
 use virtio_gpu_svm::protocol::job::{OP_CHASE, Packet};
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::{
     BIND_OP_MAP_USERPTR, BIND_READONLY, BindOp, Exec, ExecRsp, FencePoint, ReqHdr, RspHdr, VM_BIND_ASYNC,
     VmBind, VmBindRsp, VmCreateRsp, VmProperty,
@@ -89,12 +90,49 @@ fn response_head() {
             hdr: hdr(0x1200, 3),
             status: (-11).into(),
             detail: 2.into(),
+            limit: 0.into(),
             daemon_epoch: 5.into(),
             inval_done_seq: 9.into(),
         },
         "00120000 00000000 0000000000000000 03000000 00000000
          f5ffffff 02000000 0500000000000000 0900000000000000",
     );
+    golden(
+        SvmResp {
+            hdr: hdr(0x1201, 3),
+            status: (-28).into(),
+            detail: 0x0102.into(),
+            limit: Limit::TotalMappings.to_wire().into(),
+            daemon_epoch: 5.into(),
+            inval_done_seq: 9.into(),
+        },
+        "01120000 00000000 0000000000000000 03000000 00000000
+         e4ffffff 0201 0600 0500000000000000 0900000000000000",
+    );
+}
+
+#[test]
+fn limits_have_the_numbers_and_names_of_the_text() {
+    let named = Limit::ALL.map(|limit| (limit.to_wire(), limit.name()));
+    let expected = [
+        (1, "contexts"),
+        (2, "resources"),
+        (3, "resource_bytes"),
+        (4, "gpu_vms"),
+        (5, "mappings"),
+        (6, "total_mappings"),
+        (7, "table_bytes"),
+        (8, "pending_faults"),
+        (9, "total_pending_faults"),
+        (10, "jobs"),
+        (11, "total_jobs"),
+        (12, "queue_bytes"),
+        (16, "leaves"),
+        (17, "resident_pages"),
+        (18, "asids"),
+        (19, "device_gpu_vms"),
+    ];
+    assert_eq!(named, expected);
 }
 
 #[test]
@@ -163,7 +201,7 @@ fn requests_and_packets() {
     let req = ReqHdr { cmd: 3.into(), len: 72.into(), seqno: 8.into(), rsp_off: 16.into() };
     golden(req, "03000000 48000000 08000000 10000000");
     golden(
-        RspHdr { len: 16.into(), seqno: 8.into(), ret: (-2).into(), detail: 1.into() },
+        RspHdr { len: 16.into(), seqno: 8.into(), ret: (-2).into(), detail: 1.into(), limit: 0.into() },
         "10000000 08000000 feffffff 01000000",
     );
     golden(

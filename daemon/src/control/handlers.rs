@@ -69,6 +69,7 @@ pub(super) fn guest_add(state: &ControlState, args: &Args<'_>) -> Outcome {
         name: Args::must(args.text("name"))?.to_owned(),
         socket: Endpoint::Path(PathBuf::from(Args::must(args.text("socket"))?)),
         devices: args.texts("devices").map(|names| names.into_iter().map(str::to_owned).collect()),
+        limits: args.limits("limits"),
     };
     let created = state.registry.add(spec).map_err(|error| add_error(&error))?;
     answer(&json!({ "created": created }))

@@ -90,7 +90,8 @@ pub const METHODS: &[Method] = &[
             Param::required("ctx_id", CTX_ID, "the context's id in that guest"),
         ],
         result: "{guest, ctx_id, generation, name, capset_id, known_pages, inval_seq, inval_done_seq, \
-                 pending_faults, jobs, vms: [{vm_id, device, asid, state, error, resident_pages, mappings: \
+                 pending_faults, jobs, limits: [{name, used, limit}], vms: [{vm_id, device, asid, state, error, \
+                 resident_pages, mappings: \
                  [{gpu_start, gpu_end, kind, cpu_start, cpu_end, resource_id, offset, readonly}]}], counters}; \
                  ranges are half-open, addresses in bytes",
         errors: &[Kind::GuestNotFound, Kind::GuestNotConnected, Kind::ContextNotFound],
@@ -103,7 +104,8 @@ pub const METHODS: &[Method] = &[
         summary: "Contexts alive, without their mappings.",
         params: &[Param::optional("guest", GUEST_NAME, "only of this guest; of all when absent")],
         result: "{contexts: [{guest, ctx_id, generation, name, known_pages, resident_pages, \
-                 pending_faults, jobs, vms: [{vm_id, device, asid, state, mappings, resident_pages}], \
+                 pending_faults, jobs, mappings, table_bytes, vms: [{vm_id, device, asid, state, mappings, \
+                 resident_pages}], \
                  counters}]}",
         errors: &[Kind::GuestNotFound],
         run: handlers::context_list,
@@ -172,6 +174,11 @@ pub const METHODS: &[Method] = &[
                 Shape::TextList,
                 "names of the host devices granted, in the order of the guest's dev_id; all when absent",
             ),
+            Param::optional(
+                "limits",
+                Shape::Limits,
+                "limits of its own, by name, in place of those of the configuration",
+            ),
         ],
         result: "{created}: whether it was not there before",
         errors: &[
@@ -192,10 +199,11 @@ pub const METHODS: &[Method] = &[
         waits: false,
         summary: "One guest.",
         params: &[Param::required("name", GUEST_NAME, "its name")],
-        result: "{name, socket, devices, connected, sessions, last_error, status: null or {name, epoch, \
-                 incarnation, devices, contexts, retiring, resources, memory_bytes, memory_regions, \
-                 pending_faults, frozen}, queues: [{failed, failures, turns, chains, refused, descriptors, \
-                 most_chains, most_descriptors}]}",
+        result: "{name, socket, devices, connected, sessions, last_error, log_lines, status: null or {name, \
+                 epoch, incarnation, devices, contexts, retiring, resources, memory_bytes, memory_regions, \
+                 pending_faults, frozen, limits: [{name, scope, used, peak, limit, refused}]}, queues: \
+                 [{failed, failures, turns, chains, refused, descriptors, most_chains, most_descriptors}]}; \
+                 log_lines is a limit too",
         errors: &[Kind::GuestNotFound],
         run: handlers::guest_get,
     },

@@ -1,6 +1,7 @@
 //! What a method takes: declared once as data, from which both the check and the schema of `rpc.discover` are made.
 
 use super::rpc::{Error, Kind, quote};
+use crate::limits::{Limits, Overrides};
 use serde_json::{Map, Value, json};
 
 /// Bytes of a text parameter at most.
@@ -26,6 +27,8 @@ pub enum Shape {
     Device,
     /// One or more of these words.
     Words(&'static [&'static str]),
+    /// Limits of a guest by name, each within its bounds.
+    Limits,
 }
 
 /// One parameter.
@@ -61,6 +64,10 @@ impl Shape {
             Self::Integer { min, max } => format!("an integer from {min} to {max}"),
             Self::Device => "the index or the name of a host device".to_owned(),
             Self::Words(words) => format!("a list of one or more of {}", words.join(", ")),
+            Self::Limits => {
+                let bounds = Limits::BOUNDS.map(|(name, least, most)| format!("{name} ({least} to {most})"));
+                format!("an object with integers for some of {}", bounds.join(", "))
+            }
         }
     }
 
@@ -76,6 +83,7 @@ impl Shape {
                 (1..=MAX_ITEMS).contains(&items.len())
                     && items.iter().all(|item| item.as_str().is_some_and(|word| words.contains(&word)))
             }),
+            Self::Limits => limits(value).is_some(),
         }
     }
 
@@ -90,8 +98,20 @@ impl Shape {
             Self::Words(words) => json!({
                 "type": "array", "items": { "enum": words }, "minItems": 1, "maxItems": MAX_ITEMS,
             }),
+            Self::Limits => {
+                let number = |least, most| json!({ "type": "integer", "minimum": least, "maximum": most });
+                let limits = Limits::BOUNDS.map(|(name, least, most)| (name.to_owned(), number(least, most)));
+                let limits: Map<String, Value> = limits.into_iter().collect();
+                json!({ "type": "object", "properties": limits, "additionalProperties": false })
+            }
         }
     }
+}
+
+/// Limits of a guest, if all of them are some.
+fn limits(value: &Value) -> Option<Overrides> {
+    let numbers = value.as_object()?.iter().map(|(name, value)| Some((name.clone(), value.as_u64()?)));
+    Overrides::new(numbers.collect::<Option<Vec<_>>>()?).ok()
 }
 
 fn is_text(text: &str) -> bool {
@@ -144,6 +164,10 @@ impl<'a> Args<'a> {
     pub fn integer<T: TryFrom<u64>>(&self, name: &str) -> Option<T> {
         self.0.get(name).and_then(Value::as_u64).and_then(|n| T::try_from(n).ok())
     }
+    /// Limits of a guest; none if not given.
+    pub fn limits(&self, name: &str) -> Overrides {
+        self.0.get(name).and_then(limits).unwrap_or_default()
+    }
     /// A required parameter that was read with one of the above.
     ///
     /// # Errors
@@ -163,6 +187,7 @@ mod tests {
         Param::optional("list", Shape::TextList, "a list"),
         Param::optional("device", Shape::Device, "a device"),
         Param::optional("kinds", Shape::Words(&["a", "b"]), "kinds"),
+        Param::optional("limits", Shape::Limits, "limits"),
     ];
 
     fn check(value: Value) -> Result<(), Kind> {
@@ -174,6 +199,8 @@ mod tests {
         let all = json!({"name": "n", "limit": 10, "list": [], "device": 0, "kinds": ["a", "b", "a"]});
         assert_eq!(check(all), Ok(()));
         assert_eq!(check(json!({"name": "n", "device": "gpu0"})), Ok(()));
+        assert_eq!(check(json!({"name": "n", "limits": {"jobs": 1, "table_bytes": 1 << 20}})), Ok(()));
+        assert_eq!(check(json!({"name": "n", "limits": {}})), Ok(()));
     }
 
     #[test]
@@ -198,6 +225,10 @@ mod tests {
             json!({"name": "n", "device": ""}),
             json!({"name": "n", "kinds": []}),
             json!({"name": "n", "kinds": ["c"]}),
+            json!({"name": "n", "limits": {"jobs": 0}}),
+            json!({"name": "n", "limits": {"jobs": "1"}}),
+            json!({"name": "n", "limits": {"colour": 1}}),
+            json!({"name": "n", "limits": [1]}),
             json!({"name": "n", "Name": "n"}),
         ];
         for value in wrong {

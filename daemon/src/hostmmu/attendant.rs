@@ -197,18 +197,22 @@ impl Attendant {
                 self.vm.with(|state| state.attach(socket));
             }
             Err(error) => {
-                tracing::error!(asid = self.vm.asid.0, %error, "cannot start a worker");
+                self.shared
+                    .log
+                    .log(|| tracing::error!(asid = self.vm.asid.0, %error, "cannot start a worker"));
                 self.lose_worker();
             }
         }
     }
 
     fn lose_worker(&mut self) {
-        tracing::error!(
-            device = self.shared.index,
-            asid = self.vm.asid.0,
-            "a worker is lost, and its jobs with it"
-        );
+        self.shared.log.log(|| {
+            tracing::error!(
+                device = self.shared.index,
+                asid = self.vm.asid.0,
+                "a worker is lost, and its jobs with it"
+            );
+        });
         self.end_worker();
         let last = self.vm.with(|state| {
             state.lose_worker();

@@ -61,7 +61,8 @@ fn daemon_with_context() -> (Server, Arc<Guest>) {
     let server = Server::start_on(devices, Options::default());
     server.client().result("guest.add", json!({"name": "vm0", "socket": server.guest_socket("vm0.sock")}));
     // The VMM's session, without the VMM.
-    let guest = server.registry.host().open_guest("vm0", LIMITS, &[0, 1], Arc::new(Deaf));
+    let guest =
+        server.registry.host().open_guest("vm0", daemon::limits::of(&LIMITS), &[0, 1], Arc::new(Deaf));
     let hello = Hello {
         hdr: hdr(VIRTIO_GPU_CMD_SVM_HELLO, 0),
         incarnation: 1.into(),

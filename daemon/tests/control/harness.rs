@@ -1,6 +1,7 @@
 //! A control server on a thread of the test, and clients that give up instead of hanging.
 
 use daemon::control::{ControlState, Options, serve};
+use daemon::limits::Limits;
 use daemon::registry::{self, Registry};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::sync::Notify;
 use virtio_gpu_svm::device::Device;
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Host;
 
 /// After so long without an answer a test has failed; on a machine that works it takes microseconds.
 pub const PATIENCE: Duration = Duration::from_secs(30);

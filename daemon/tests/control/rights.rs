@@ -53,7 +53,15 @@ fn read_only_socket_tells_events_and_serves_svmctl() {
     let mut watcher = server.client();
     watcher.result("events.subscribe", json!({}));
     let socket = daemon::registry::Endpoint::Path(server.guest_socket("vm0.sock").into());
-    server.registry.add(daemon::registry::GuestSpec { name: "vm0".into(), socket, devices: None }).unwrap();
+    server
+        .registry
+        .add(daemon::registry::GuestSpec {
+            name: "vm0".into(),
+            socket,
+            devices: None,
+            limits: daemon::limits::Overrides::default(),
+        })
+        .unwrap();
     assert_eq!(watcher.line()["params"]["kind"], "guest.added");
     let listed = svmctl(&server.socket(), &["guests"]);
     assert!(listed.status.success() && String::from_utf8_lossy(&listed.stdout).contains("vm0"));

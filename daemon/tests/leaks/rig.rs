@@ -5,6 +5,7 @@ use crate::{PATIENCE, script, vmm::Vmm};
 use daemon::control::{self, ControlState};
 use daemon::devices::Devices;
 use daemon::housekeeper::Housekeeper;
+use daemon::limits::Limits;
 use daemon::registry::{Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio::sync::Notify;
-use virtio_gpu_svm::host::{Limits, RECENT_FAULTS};
+use virtio_gpu_svm::host::RECENT_FAULTS;
 
 /// Counts of this process mean something for one test at a time.
 static ONE: Mutex<()> = Mutex::new(());
@@ -128,7 +129,14 @@ impl Daemon {
     }
     pub fn add(&self, name: &str) -> bool {
         let socket = Endpoint::Path(self.path(name));
-        self.registry.add(GuestSpec { name: name.into(), socket, devices: None }).unwrap()
+        self.registry
+            .add(GuestSpec {
+                name: name.into(),
+                socket,
+                devices: None,
+                limits: daemon::limits::Overrides::default(),
+            })
+            .unwrap()
     }
     /// A VMM that comes, does something and leaves; on return the daemon has noticed.
     pub fn session(&self, act: impl FnOnce(&mut Vmm)) {

@@ -11,11 +11,12 @@ mod rings;
 mod sessions;
 mod vmm;
 
+use daemon::limits::{Limits, Overrides};
 use daemon::registry::{Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use tempfile::TempDir;
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Host;
 use vmm::PATIENCE;
 
 /// A registry without devices in a folder of its own, and what it tells.
@@ -80,5 +81,10 @@ impl Drop for Daemon {
 }
 
 pub(crate) fn spec(name: &str, path: &std::path::Path) -> GuestSpec {
-    GuestSpec { name: name.to_owned(), socket: Endpoint::Path(path.to_owned()), devices: None }
+    GuestSpec {
+        name: name.to_owned(),
+        socket: Endpoint::Path(path.to_owned()),
+        devices: None,
+        limits: Overrides::default(),
+    }
 }

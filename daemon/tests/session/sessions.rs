@@ -2,6 +2,7 @@
 
 use crate::vmm::{Vmm, connect, negotiate};
 use crate::{Daemon, spec};
+use daemon::limits::Overrides;
 use daemon::registry::{Endpoint, GuestSpec, RegistryEvent};
 use daemon::relay::Relay;
 use std::io::Write;
@@ -158,7 +159,7 @@ fn inherited_connection_is_served_once() {
     let daemon = Daemon::start();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let socket = Endpoint::Connected(Relay::new(OwnedFd::from(theirs)).unwrap());
-    let spec = GuestSpec { name: "vm0".into(), socket, devices: None };
+    let spec = GuestSpec { name: "vm0".into(), socket, devices: None, limits: Overrides::default() };
     assert!(daemon.registry.add(spec).unwrap());
     let mut vmm = Vmm::start_on(negotiate(Frontend::from_stream(ours, 3)));
     assert!(!vmm.command(&[0; 24]).is_empty());
@@ -172,7 +173,12 @@ fn inherited_connection_ends_with_its_guest() {
     let daemon = Daemon::start();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let socket = Endpoint::Connected(Relay::new(OwnedFd::from(theirs)).unwrap());
-    assert!(daemon.registry.add(GuestSpec { name: "vm0".into(), socket, devices: None }).unwrap());
+    assert!(
+        daemon
+            .registry
+            .add(GuestSpec { name: "vm0".into(), socket, devices: None, limits: Overrides::default() })
+            .unwrap()
+    );
     let vmm = Vmm::start_on(negotiate(Frontend::from_stream(ours, 3)));
     assert!(daemon.registry.remove("vm0"));
     assert!(vmm.frontend.get_features().is_err());
@@ -184,7 +190,12 @@ fn inherited_listener_is_served_and_left_alone() {
     let path = daemon.path("inherited.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let socket = Endpoint::Listener(OwnedFd::from(listener));
-    assert!(daemon.registry.add(GuestSpec { name: "vm0".into(), socket, devices: None }).unwrap());
+    assert!(
+        daemon
+            .registry
+            .add(GuestSpec { name: "vm0".into(), socket, devices: None, limits: Overrides::default() })
+            .unwrap()
+    );
     for _ in 0..2 {
         drop(Vmm::start(&path));
         assert_eq!(daemon.wait_disconnected(), "the VMM left");

@@ -30,13 +30,14 @@ mod starved;
 mod vmm;
 
 use brittle::Brittle;
+use daemon::limits::Limits;
 use daemon::registry::{Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use virtio_gpu_svm::device::{Device, Events};
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Host;
 use vmm::{PATIENCE, Vmm};
 
 /// Guest "vm0" is the one that misbehaves, "vm1" the one that must not notice.
@@ -76,8 +77,12 @@ impl Scene {
         registry.subscribe(Box::new(move |event| tell.send(event.clone()).unwrap_or(())));
         let scene = Self { registry, device, events, dir, _alone: alone };
         for name in ["vm0", "vm1"] {
-            let spec =
-                GuestSpec { name: name.into(), socket: Endpoint::Path(scene.socket(name)), devices: None };
+            let spec = GuestSpec {
+                name: name.into(),
+                socket: Endpoint::Path(scene.socket(name)),
+                devices: None,
+                limits: daemon::limits::Overrides::default(),
+            };
             assert!(scene.registry.add(spec).unwrap());
             // What a guest's thread keeps open from its first session on is there before anything is counted.
             drop(Vmm::start(&scene.socket(name)));

@@ -240,7 +240,11 @@ impl Connection {
         }
         match self.agent.submit(ctx_id, payload, room) {
             Ok(response) => {
-                let reply = SubmitReply { detail: response.head.detail, reserved: 0.into() };
+                let reply = SubmitReply {
+                    detail: response.head.detail,
+                    limit: response.head.limit,
+                    reserved: 0.into(),
+                };
                 let mut body = reply.as_bytes().to_vec();
                 body.extend_from_slice(response.tail());
                 Outcome::Reply { status: response.status(), body, fd: None }

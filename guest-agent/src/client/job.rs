@@ -54,6 +54,9 @@ fn advice(errno: i32) -> &'static str {
         errno::EINVAL => "; nothing is bound there, or it is no node of a list",
         errno::EPERM => "; it is bound read-only",
         errno::ENOMEM => "; the device has no memory for its tables: unbind something",
+        errno::ENOSPC => {
+            "; the guest's limit of table_bytes is reached: raise limits.table_bytes in svmd.toml, or unbind something"
+        }
         errno::EPIPE => "; the GPU VM had become unusable: make a new one",
         errno::ETIMEDOUT => "; it ran too long, or a fault was not answered in time",
         errno::ECANCELED => "; the context or GPU VM was destroyed meanwhile, or the device has lost it",

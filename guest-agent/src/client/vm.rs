@@ -1,8 +1,9 @@
 //! A GPU VM: the context's address space on one device (the C side).
 
-use super::{Connection, Error, FencePoint, Job, Result};
+use super::{Connection, Error, FencePoint, Job, Result, SubmitStatus};
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::{
     BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
     RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, SVM_REQ_VM_GET_PROPERTY,
@@ -279,13 +280,15 @@ fn request_one<R: FromBytes + Immutable + KnownLayout>(
     let hdr = ReqHdr { cmd: cmd.into(), len: len.into(), seqno: 1.into(), rsp_off: 0.into() };
     let rest = request.get(size_of::<ReqHdr>()..).unwrap_or_default();
     let room = u32::try_from(size_of::<R>()).unwrap_or(u32::MAX);
-    let (status, detail, area) = connection.submit(&[hdr.as_bytes(), rest, body], room)?;
+    let (SubmitStatus { status, detail, limit }, area) =
+        connection.submit(&[hdr.as_bytes(), rest, body], room)?;
     // The reply's own verdict is the more precise one; without it the request was not reached.
     match RspHdr::read_from_prefix(&area) {
         Ok((head, _)) if head.len.get() != 0 && head.ret.get() != 0 => {
-            Err(Error::Refused { what, status: head.ret.get(), detail: head.detail.get() })
+            let (detail, limit) = (head.detail.get().into(), Limit::from_wire(head.limit.get()));
+            Err(Error::Refused { what, status: head.ret.get(), detail, limit })
         }
-        _ if status != 0 => Err(Error::Refused { what, status, detail }),
+        _ if status != 0 => Err(Error::Refused { what, status, detail, limit }),
         _ => match R::read_from_prefix(&area) {
             Ok((reply, _)) => Ok(reply),
             Err(_) => Err(Error::BadReply { what }),

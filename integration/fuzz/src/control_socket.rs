@@ -5,6 +5,7 @@
 
 use crate::{exclusive, must};
 use daemon::control::{ControlState, Options, serve};
+use daemon::limits::Limits;
 use daemon::registry::{self, Registry};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
@@ -17,7 +18,7 @@ use tempfile::TempDir;
 use tokio::sync::Notify;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{AddressModel, FaultModel};
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::host::Host;
 
 /// After so long without a byte, something hangs.
 const PATIENCE: Duration = Duration::from_secs(20);

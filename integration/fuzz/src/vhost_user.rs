@@ -9,6 +9,8 @@ use crate::input::Input;
 use crate::script;
 use crate::{exclusive, must};
 use daemon::fuse::Failure;
+use daemon::limits::Limits;
+use daemon::log_budget::LogBudget;
 use daemon::session::{self, Setup};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
@@ -24,7 +26,6 @@ use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vhost::vhost_user::Listener;
-use virtio_gpu_svm::host::Limits;
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord};
 use virtio_gpu_svm::protocol::{EVENTQ, NUM_QUEUES};
 use zerocopy::FromBytes;
@@ -111,9 +112,10 @@ pub fn run(bytes: &[u8]) {
         let setup = Setup {
             host: Arc::clone(&door.engines.host),
             name: "fuzz".into(),
-            limits: LIMITS,
+            limits: daemon::limits::of(&LIMITS),
             devices: DEVICES.to_vec(),
             allow_unsealed: false,
+            log: Arc::new(LogBudget::new("a fuzzed guest".to_owned(), 1)),
         };
         let mut listener = door.listener.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let outcome = session::serve(&setup, &mut listener, |_| ());

@@ -6,7 +6,7 @@
 
 use super::bind::BindRules;
 use super::fence::{Waits, launch, with_waits};
-use super::{Error, Result, whole, zero};
+use super::{Error, Refusal, Result, whole, zero};
 use crate::context::Context;
 use crate::gpu_vm::State;
 use crate::guest::Guest;
@@ -26,8 +26,8 @@ pub struct Submission<'a> {
     pub fenced: bool,
 }
 
-/// A request's index and positive errno.
-type Refused = (u32, i32);
+/// A request's index, and why it was refused.
+type Refused = (u32, Refusal);
 
 impl Submission<'_> {
     /// Carries out a payload. Returns the reply area, at most `room` bytes, and the request that was refused, if any.
@@ -39,9 +39,9 @@ impl Submission<'_> {
         let mut area = ReplyArea { bytes: Vec::new(), room: room.min(MAX_RESPONSE_BYTES) };
         for (index, (hdr, bytes)) in (0..).zip(requests) {
             if let Err(error) = self.request(&hdr, bytes, &mut area) {
-                let errno = error.errno();
-                area.refuse(&hdr, errno, error.detail());
-                return Ok((area.bytes, Some((index, errno))));
+                let refusal = error.refusal();
+                area.refuse(&hdr, refusal);
+                return Ok((area.bytes, Some((index, refusal))));
             }
         }
         Ok((area.bytes, None))
@@ -209,15 +209,15 @@ impl ReplyArea {
     }
     /// Writes a reply whose header is still empty.
     fn put<T: IntoBytes + Immutable>(&mut self, hdr: &ReqHdr, reply: T) {
-        self.write(hdr, reply.as_bytes(), 0, 0);
+        self.write(hdr, reply.as_bytes(), Refusal::default());
     }
     /// Writes the header of a refusal, if it fits.
-    fn refuse(&mut self, hdr: &ReqHdr, errno: i32, detail: u32) {
+    fn refuse(&mut self, hdr: &ReqHdr, refusal: Refusal) {
         if self.reserve::<RspHdr>(hdr).is_ok() {
-            self.write(hdr, RspHdr::default().as_bytes(), errno, detail);
+            self.write(hdr, RspHdr::default().as_bytes(), refusal);
         }
     }
-    fn write(&mut self, hdr: &ReqHdr, reply: &[u8], errno: i32, detail: u32) {
+    fn write(&mut self, hdr: &ReqHdr, reply: &[u8], refusal: Refusal) {
         let start = usize::try_from(hdr.rsp_off.get()).unwrap_or(usize::MAX);
         let Some(place) = self.bytes.get_mut(start..).and_then(|rest| rest.get_mut(..reply.len())) else {
             unreachable!("the reply was reserved");
@@ -226,8 +226,9 @@ impl ReplyArea {
         let head = RspHdr {
             len: u32::try_from(reply.len()).unwrap_or(u32::MAX).into(),
             seqno: hdr.seqno,
-            ret: errno.saturating_neg().into(),
-            detail: detail.into(),
+            ret: refusal.status().into(),
+            detail: refusal.detail().into(),
+            limit: refusal.limit().into(),
         };
         if head.write_to_prefix(place).is_err() {
             unreachable!("every reply begins with a header");

@@ -4,7 +4,7 @@ use super::Context;
 use crate::addr::{GpuAddr, PageRange};
 use crate::device::Asid;
 use crate::gpu_vm::{Backing, GpuVa, GpuVm, State as VmState};
-use crate::info::{ContextStatus, ContextSummary, MappingStatus, VmStatus, VmSummary};
+use crate::info::{ContextStatus, ContextSummary, Holding, MappingStatus, VmStatus, VmSummary};
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::limit::Limit;
 
@@ -12,6 +12,7 @@ impl Context {
     /// What it looks like.
     pub fn status(&self) -> ContextStatus {
         let mut status = self.status_locked();
+        status.limits = self.holdings();
         // There may be very many mappings: a device is not asked about each while others wait for the context.
         for vm in &mut status.vms {
             let device = self.host.device_of(vm.device);
@@ -37,6 +38,7 @@ impl Context {
             inval_done_seq: state.invalidations.done_seq(),
             pending_faults: state.faults.count(),
             jobs: state.timelines.len(),
+            limits: Vec::new(),
             vms: state
                 .vms
                 .iter()
@@ -50,6 +52,7 @@ impl Context {
     }
     /// The same without mappings.
     pub fn summary(&self) -> ContextSummary {
+        let (mappings, table_bytes) = (self.held(Limit::TotalMappings), self.held(Limit::TableBytes));
         let state = self.lock();
         let vms: Vec<_> = state.vms.iter().map(|(vm_id, vm)| self.vm_summary(*vm_id, vm)).collect();
         ContextSummary {
@@ -61,34 +64,56 @@ impl Context {
             resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
             pending_faults: state.faults.count(),
             jobs: state.timelines.len(),
+            mappings,
+            table_bytes,
             vms,
             counters: state.counters,
         }
     }
+    fn holdings(&self) -> Vec<Holding> {
+        let held = |limit: Limit| {
+            Some(Holding { name: limit.name(), used: self.held(limit), limit: self.limits.of(limit)? })
+        };
+        let shown = [
+            Limit::Mappings,
+            Limit::TotalMappings,
+            Limit::TableBytes,
+            Limit::PendingFaults,
+            Limit::Jobs,
+            Limit::QueueBytes,
+        ];
+        shown.into_iter().filter_map(held).collect()
+    }
     /// What it holds of a limit, counted from the objects themselves; of a limit of GPU VMs, the most that any holds.
     pub(crate) fn recount(&self, limit: Limit) -> u64 {
+        self.count_held(limit, true)
+    }
+    /// The same, as its charges say.
+    pub(crate) fn held(&self, limit: Limit) -> u64 {
+        self.count_held(limit, false)
+    }
+    fn count_held(&self, limit: Limit, from_objects: bool) -> u64 {
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         let state = self.lock();
         let vms = || state.vms.values();
+        let (queued, adding) = if from_objects { state.timelines.weigh() } else { state.timelines.charged() };
+        let wishes = |vm: &GpuVm| if from_objects { vm.population.weigh() } else { vm.population.bytes() };
         match limit {
             Limit::GpuVms => count(state.vms.len().saturating_add(state.retiring.len())),
             Limit::Mappings => vms().map(|vm| vm.mappings.count()).max().unwrap_or(0),
-            Limit::TotalMappings => {
-                vms().map(|vm| vm.mappings.count()).fold(state.timelines.weigh().1, u64::saturating_add)
-            }
+            Limit::TotalMappings => vms().map(|vm| vm.mappings.count()).fold(adding, u64::saturating_add),
             Limit::TableBytes => {
                 let retiring = state.retiring.keys().copied();
                 let all = vms().map(|vm| (vm.device, vm.asid)).chain(retiring);
                 let bytes = all.map(|(device, asid)| self.host.device_of(device).table_bytes(asid));
-                bytes.fold(state.space.weigh(), u64::saturating_add)
+                let known = if from_objects { state.space.weigh() } else { state.space.bytes() };
+                bytes.fold(known, u64::saturating_add)
             }
             Limit::PendingFaults | Limit::TotalPendingFaults => count(state.faults.count()),
             Limit::Jobs | Limit::TotalJobs => {
                 count(state.timelines.len().saturating_add(state.undelivered_jobs))
             }
-            Limit::QueueBytes => {
-                vms().map(|vm| vm.population.weigh()).fold(state.timelines.weigh().0, u64::saturating_add)
-            }
+            Limit::QueueBytes => vms().map(wishes).fold(queued, u64::saturating_add),
             Limit::Contexts
             | Limit::Resources
             | Limit::ResourceBytes

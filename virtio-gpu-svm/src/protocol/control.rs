@@ -2,7 +2,7 @@
 //! only place where guest-physical addresses appear. PROTOCOL 4.
 
 use super::gpu::CtrlHdr;
-use zerocopy::little_endian::{I32, U32, U64};
+use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Opens a driver's life. PROTOCOL 4.1.
@@ -51,7 +51,9 @@ wire! {
         /// 0 or a negative errno.
         status: I32,
         /// Index of the run, entry or request that `status` is about.
-        detail: U32,
+        detail: U16,
+        /// The limit that -ENOSPC is about ([`super::limit::Limit`]); else 0.
+        limit: U16,
         /// Changes whenever the daemon has lost this guest's state.
         daemon_epoch: U64,
         /// Invalidations of the header's context up to this sequence are done; 0 without a context.

@@ -1,7 +1,7 @@
 //! Requests inside a SUBMIT_3D payload: written by an unprivileged guest process, about its own context only, and
 //! free of guest-physical addresses. PROTOCOL 5.
 
-use zerocopy::little_endian::{I32, U32, U64};
+use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Creates the context's GPU VM on a device. PROTOCOL 5.1.
@@ -69,7 +69,9 @@ wire! {
         /// 0 or a negative errno.
         ret: I32,
         /// Index of the operation or packet that `ret` is about.
-        detail: U32,
+        detail: U16,
+        /// The limit that -ENOSPC is about ([`super::limit::Limit`]); else 0.
+        limit: U16,
     }
 }
 wire! {

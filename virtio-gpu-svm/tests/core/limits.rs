@@ -1,10 +1,13 @@
 //! Each limit of a guest is granted exactly, the next is refused without effect, and what is given back may be had again.
 
 use crate::mock::*;
-use virtio_gpu_svm::device::{Access, Verdict};
+use virtio_gpu_svm::device::{Access, StopId, Verdict};
 use virtio_gpu_svm::host::Limits;
-use virtio_gpu_svm::protocol::control::PAGE_RESP_SUCCESS;
+use virtio_gpu_svm::protocol::control::{
+    PAGE_RESP_INVALID, PAGE_RESP_SUCCESS, Supply, SvmResp, VIRTIO_GPU_CMD_SVM_SUPPLY,
+};
 use virtio_gpu_svm::protocol::errno::{EEXIST, ENOSPC};
+use virtio_gpu_svm::protocol::event::FaultRecord;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::limit::Limit;
@@ -332,4 +335,325 @@ fn access_for_which_there_are_no_tables_fails_and_is_named() {
     let again = w.devices[0].raise(&w.host, asid, C + 16 * 4096, Access::Read);
     assert_eq!(w.devices[0].verdict(again), Some(Verdict::Retry));
     is_exact(&w);
+}
+
+/// Raises a fault and says whether it waits; the access of one that is throttled or pending is not resumed.
+fn raise(w: &World, asid: u32, page: u64) -> StopId {
+    w.devices[0].raise(&w.host, asid, C + page * 4096, Access::Read)
+}
+fn resumed(w: &World, stop: StopId) -> Option<Verdict> {
+    w.devices[0].verdict(stop)
+}
+/// Cookies that wait, with the context and GPU address of each.
+fn asked(w: &World) -> Vec<(u32, u64, u64)> {
+    let told =
+        |record: &FaultRecord| (record.ctx_id.get(), (record.addr.get() - C) / 4096, record.cookie.get());
+    faults(w).iter().map(told).collect()
+}
+
+#[test]
+fn faults_beyond_the_guests_limit_wait_and_take_turns() {
+    let w = World::with_limits(Limits { total_pending_faults: 2, ..LIMITS });
+    let asids = [1, 2, 3].map(|ctx_id| w.mapped(ctx_id).1);
+    let first = raise(&w, asids[0], 0);
+    raise(&w, asids[0], 1);
+    let waiting = [raise(&w, asids[1], 0), raise(&w, asids[2], 0), raise(&w, asids[0], 2)];
+    assert_eq!((used(&w, Limit::TotalPendingFaults), row(&w, Limit::TotalPendingFaults).refused), (2, 3));
+    let cookies = asked(&w);
+    assert_eq!(
+        cookies.iter().map(|(ctx_id, page, _)| (*ctx_id, *page)).collect::<Vec<_>>(),
+        [(1, 0), (1, 1)]
+    );
+    // One ends: the context that has waited longest is let in, and not the one that made room.
+    assert_eq!(w.respond(1, cookies[0].2, PAGE_RESP_SUCCESS, &[run(A, GPA, 1, 0)]), 0);
+    w.host.work_off();
+    assert_eq!(resumed(&w, first), Some(Verdict::Retry));
+    assert_eq!(waiting.map(|stop| resumed(&w, stop)), [Some(Verdict::Retry), None, None]);
+    raise(&w, asids[1], 0);
+    assert_eq!(asked(&w).len(), 1, "it has room now");
+    // Two end: both others are let in, one after the other.
+    w.destroy_context(2);
+    w.host.work_off();
+    assert_eq!(resumed(&w, waiting[1]), Some(Verdict::Retry));
+    raise(&w, asids[2], 0);
+    assert_eq!(w.respond(1, cookies[1].2, PAGE_RESP_INVALID, &[]), 0);
+    w.host.work_off();
+    assert_eq!(resumed(&w, waiting[2]), Some(Verdict::Retry));
+    is_exact(&w);
+}
+
+#[test]
+fn room_that_a_context_does_not_need_any_more_goes_to_the_next() {
+    let w = World::with_limits(Limits { total_pending_faults: 1, ..LIMITS });
+    let (one, two, three) = (w.mapped(1), w.mapped(2), w.mapped(3));
+    raise(&w, one.1, 0);
+    let (second, third) = (raise(&w, two.1, 0), raise(&w, three.1, 0));
+    // Its page comes to be known meanwhile: it needs no room.
+    assert_eq!(w.supply(2, &[run(A, GPA, 1, 0)]), 0);
+    let cookie = asked(&w)[0].2;
+    assert_eq!(w.respond(1, cookie, PAGE_RESP_INVALID, &[]), 0);
+    w.host.work_off();
+    assert_eq!((resumed(&w, second), resumed(&w, third)), (Some(Verdict::Retry), Some(Verdict::Retry)));
+    raise(&w, three.1, 0);
+    // The same with one that is gone when its turn comes.
+    let (second, third) = (raise(&w, two.1, 1), raise(&w, one.1, 1));
+    w.destroy_context(2);
+    assert_eq!(w.respond(3, asked(&w)[0].2, PAGE_RESP_INVALID, &[]), 0);
+    w.host.work_off();
+    assert_eq!((resumed(&w, second), resumed(&w, third)), (None, Some(Verdict::Retry)));
+    is_exact(&w);
+}
+
+#[test]
+fn throttled_access_is_let_in_when_the_one_before_it_goes_with_its_gpu_vm() {
+    let w = World::with_limits(Limits { pending_faults: 1, ..LIMITS });
+    let (vm, asid) = w.mapped(1);
+    let (other, other_asid) = w.create_vm(1, 1);
+    assert_eq!(w.bind(1, other, &[map(C, A, 64)]), 0);
+    raise(&w, asid, 0);
+    let (next, last) =
+        (raise(&w, asid, 1), w.devices[1].raise(&w.host, other_asid, C + 2 * 4096, Access::Read));
+    assert_eq!(w.respond(1, asked(&w)[0].2, PAGE_RESP_SUCCESS, &[run(A, GPA, 1, 0)]), 0);
+    assert_eq!((resumed(&w, next), w.devices[1].verdict(last)), (Some(Verdict::Retry), None));
+    destroy_vm(&w, 1, vm);
+    assert_eq!(w.devices[1].verdict(last), Some(Verdict::Retry));
+}
+
+#[test]
+fn prefetch_beyond_the_guests_limit_goes_on_later() {
+    let w = World::with_limits(Limits { total_pending_faults: 1, pending_faults: 64, ..LIMITS });
+    let ((_, asid), (vm, _)) = (w.mapped(1), w.mapped(2));
+    raise(&w, asid, 0);
+    let prefetch =
+        BindOp { op: BIND_OP_PREFETCH.into(), addr: C.into(), range: 4096.into(), ..BindOp::default() };
+    assert_eq!(w.bind(2, vm, &[prefetch]), 0);
+    let waiting = asked(&w);
+    assert_eq!(waiting.len(), 1, "{waiting:?}");
+    assert_eq!(w.respond(1, waiting[0].2, PAGE_RESP_INVALID, &[]), 0);
+    w.host.work_off();
+    assert_eq!(asked(&w).iter().map(|(ctx_id, ..)| *ctx_id).collect::<Vec<_>>(), [2]);
+    is_exact(&w);
+}
+
+#[test]
+fn page_wishes_beyond_the_guests_bytes_are_dropped_as_advice() {
+    let w = World::with_limits(Limits { mappings: 64, queue_bytes: 10 * 16, pending_faults: 1, ..LIMITS });
+    let (vm, asid) = w.mapped(1);
+    raise(&w, asid, 63);
+    let wish = |n: u64| BindOp {
+        op: BIND_OP_PREFETCH.into(),
+        addr: (C + 2 * n * 4096).into(),
+        range: 4096.into(),
+        ..BindOp::default()
+    };
+    let wishes = |n: u64| (0..n).map(wish).collect::<Vec<_>>();
+    assert_eq!(w.bind(1, vm, &wishes(14)), 0);
+    assert_eq!(used(&w, Limit::QueueBytes), 10 * 16);
+    is_exact(&w);
+    assert_eq!(w.bind(1, vm, &wishes(16)), 0);
+    assert_eq!((used(&w, Limit::QueueBytes), row(&w, Limit::QueueBytes).refused), (0, 1));
+    is_exact(&w);
+}
+
+/// Waits for engines, and so for what they still have.
+fn unref(w: &World, id: u32) -> i32 {
+    w.devices.iter().for_each(|device| device.retire_all(&w.host));
+    of_resource(w, VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, id)
+}
+
+/// One of everything, in two contexts.
+fn everything(w: &World) {
+    for ctx_id in [1, 2] {
+        create(w, ctx_id);
+        blob(w, ctx_id, 2);
+        of_resource(w, VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE, ctx_id, ctx_id);
+        create_vm(w, ctx_id, 0);
+        create_vm(w, ctx_id, 1);
+        w.bind(ctx_id, 1, &[map(C, A, 64)]);
+        w.supply(ctx_id, &[run(A, GPA, 1, 0)]);
+        exec(w, ctx_id, 1, 0, 3, 1);
+        let wait = FencePoint { vm_id: 1.into(), ring_idx: 0.into(), seqno: 1.into() };
+        bind_async(w, ctx_id, 1, &[map(C + 4096, A, 1)], Some(wait));
+        let null = BindOp { flags: (BIND_NULL | BIND_IMMEDIATE).into(), ..map(C + (1 << 20), 0, 4) };
+        w.bind(ctx_id, 1, &[BindOp { op: BIND_OP_MAP.into(), ..null }]);
+        let asids = w.guest.context(ctx_id).map(|context| context.vm_property(1, |vm, _| vm.asid.0));
+        if let Ok(Ok(asid)) = asids {
+            raise(w, asid, 0);
+            raise(w, asid, 2);
+        }
+        if let Some((_, _, cookie)) = asked(w).pop() {
+            w.respond(ctx_id, cookie, PAGE_RESP_SUCCESS, &[run(A + 2 * 4096, GPA, 1, 0)]);
+        }
+    }
+}
+fn is_empty(w: &World, why: &str) {
+    for device in &w.devices {
+        device.retire_all(&w.host);
+    }
+    w.records();
+    for LimitStatus { name, used, .. } in w.guest.status().limits {
+        assert_eq!(used, 0, "{name} after {why}");
+    }
+}
+
+#[test]
+fn whatever_call_of_a_device_fails_all_is_given_back() {
+    let mut calls = 0;
+    loop {
+        let w = World::new();
+        for device in &w.devices {
+            device.told().fails_at = Some(calls);
+        }
+        everything(&w);
+        is_exact(&w);
+        let made = w.devices.iter().map(|device| device.told().fallible).max().unwrap();
+        for ctx_id in [1, 2] {
+            let destroy = hdr(VIRTIO_GPU_CMD_CTX_DESTROY, ctx_id);
+            assert_eq!(w.status(destroy.as_bytes()), 0);
+            unref(&w, ctx_id);
+        }
+        is_empty(&w, &format!("call {calls} failed"));
+        if calls > made {
+            break;
+        }
+        calls += 1;
+    }
+    assert!(calls > 8, "only {calls} calls can fail");
+}
+
+/// Steps of the random test; the long version: `SVM_OPS=1000000`.
+const OPS: u64 = 20_000;
+
+/// So tight that random operations reach each of them.
+const TIGHT: Limits = Limits {
+    contexts: 3,
+    resources: 3,
+    resource_bytes: 3 * 192 + 16 * 16,
+    gpu_vms: 4,
+    mappings: 8,
+    total_mappings: 20,
+    table_bytes: 8 * 4192,
+    pending_faults: 2,
+    total_pending_faults: 3,
+    jobs: 4,
+    total_jobs: 6,
+    queue_bytes: 4 * 2048 + 12 * 512 + 64 * 64,
+    ..LIMITS
+};
+
+#[test]
+fn random_operations_keep_the_gauges_exact() {
+    let from_env = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let mut seed: u64 = from_env("SVM_SEED").unwrap_or(0x0d15_ea5e);
+    println!("SVM_SEED={seed}");
+    let w = World::with_limits(TIGHT);
+    let mut random = move |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    let (mut waiting, mut incarnation) = (Vec::new(), 1);
+    for step in 0..from_env("SVM_OPS").unwrap_or(OPS) {
+        let ctx_id = 1 + random(3) as u32;
+        let known = w.guest.context(ctx_id).ok();
+        let vms = known.as_ref().map_or(Vec::new(), |context| context.status().vms);
+        let vm = vms.get(random(2) as usize % vms.len().max(1));
+        let (vm_id, device, asid) = vm.map_or((9, 0, 0), |vm| (vm.vm_id, vm.device, vm.asid));
+        let page = random(40);
+        let (gpu, cpu) = (C + page * 4096, A + page * 4096);
+        let seq = known.as_ref().map_or(0, |context| context.status().inval_seq);
+        match random(26) {
+            0 => drop(create(&w, ctx_id)),
+            1 if random(4) == 0 => drop(w.status(hdr(VIRTIO_GPU_CMD_CTX_DESTROY, ctx_id).as_bytes())),
+            2 => drop(blob(&w, 1 + random(4) as u32, 1 + random(8))),
+            3 => drop(unref(&w, 1 + random(4) as u32)),
+            4 => drop(of_resource(&w, VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE, ctx_id, 1 + random(4) as u32)),
+            5 => drop(of_resource(&w, VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE, ctx_id, 1 + random(4) as u32)),
+            6 => drop(create_vm(&w, ctx_id, random(2) as u32)),
+            7 if random(4) == 0 && vm.is_some() => destroy_vm(&w, ctx_id, vm_id),
+            8 | 9 => drop(w.bind(ctx_id, vm_id, &[map(gpu, cpu, 1 + random(8))])),
+            10 => drop(w.bind(ctx_id, vm_id, &[unmap(gpu, 1 + random(8))])),
+            11 => {
+                let op = BindOp { op: BIND_OP_PREFETCH.into(), obj_offset: 0.into(), ..map(gpu, 0, 4) };
+                w.bind(ctx_id, vm_id, &[op]);
+            }
+            12 => {
+                let ops = [map(gpu, cpu, 1), unmap(gpu + 8192, 1)];
+                bind_async(&w, ctx_id, vm_id, &ops[..1 + random(2) as usize], None);
+            }
+            13 | 14 => drop(exec(&w, ctx_id, vm_id, random(2) as u32, 1 + random(40) as usize, 0)),
+            15 => drop(w.supply(ctx_id, &[run(cpu + random(3) * (2 << 20), GPA + page * 4096, 1, seq)])),
+            16 if known.is_some() => drop(w.invalidate(ctx_id, cpu, 4096 << random(12))),
+            17 | 22..=25 if vm.is_some() => {
+                w.devices[device].raise(&w.host, asid, gpu, Access::Read);
+            }
+            18 => {
+                let of_device = &w.devices[random(2) as usize];
+                if let Some(job) = of_device.jobs().first() {
+                    of_device.end(&w.host, *job, if random(3) == 0 { 14 } else { 0 });
+                }
+            }
+            19 => {
+                waiting.extend(asked_of_any(&w));
+                if !waiting.is_empty() {
+                    let (ctx_id, cookie, at) = waiting.swap_remove(random(waiting.len() as u64) as usize);
+                    let seq = w.guest.context(ctx_id).map_or(0, |context| context.status().inval_seq);
+                    let code = random(2) as u32;
+                    let runs = [run(at, GPA + (at - A) % MEMORY / 4096 * 4096, 1, seq)];
+                    w.respond(ctx_id, cookie, code, if code == PAGE_RESP_SUCCESS { &runs } else { &[] });
+                }
+            }
+            20 => {
+                w.host.work_off();
+                w.devices[random(2) as usize].retire_all(&w.host);
+            }
+            21 if random(50) == 0 => {
+                incarnation += 1;
+                w.hello(incarnation);
+            }
+            _ => {}
+        }
+        if step % 8 == 0 {
+            is_exact(&w);
+        }
+    }
+    w.hello(incarnation + 1);
+    is_empty(&w, "all of it");
+    let untouched = w.guest.status().limits.into_iter().filter(|row| row.refused == 0).map(|row| row.name);
+    assert_eq!(untouched.collect::<Vec<_>>(), [""; 0], "limits that were never reached");
+}
+fn asked_of_any(w: &World) -> Vec<(u32, u64, u64)> {
+    let told = |record: &FaultRecord| (record.ctx_id.get(), record.cookie.get(), record.cpu_addr.get());
+    faults(w).iter().map(told).collect()
+}
+
+#[test]
+fn refusal_names_its_limit_on_the_wire() {
+    let w =
+        World::with_limits(Limits { contexts: 1, total_mappings: 1, table_bytes: 4192, jobs: 1, ..LIMITS });
+    let told = |bytes: &[u8]| {
+        let (resp, rest) = SvmResp::read_from_prefix(bytes).unwrap();
+        let of_reply = RspHdr::read_from_prefix(rest).map_or(0, |(rsp, _)| rsp.limit.get());
+        (resp.status.get(), resp.detail.get(), Limit::from_wire(resp.limit.get()), Limit::from_wire(of_reply))
+    };
+    w.create_context(1);
+    let cmd = CtxCreate { hdr: hdr(VIRTIO_GPU_CMD_CTX_CREATE, 2), ..CtxCreate::default() };
+    assert_eq!(told(&w.send(cmd.as_bytes())), (-ENOSPC, 0, Some(Limit::Contexts), None));
+    let runs = [run(A, GPA, 1, 0), run(A + (2 << 20), GPA, 1, 0)];
+    let supply = Supply { hdr: hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1), num_runs: 2.into(), reserved: 0.into() };
+    let sent = w.send(&[supply.as_bytes(), runs.as_bytes()].concat());
+    assert_eq!(told(&sent), (-ENOSPC, 1, Some(Limit::TableBytes), None));
+    let vm = w.create_vm(1, 0).0;
+    let ops = [map(C, A, 1), map(C + 8192, A, 1)];
+    let head = VmBind { vm_id: vm.into(), num_binds: 2.into(), ..VmBind::default() };
+    let body = [&head.as_bytes()[16..], ops.as_bytes()].concat();
+    let sent = w.submit_whole(1, SVM_REQ_VM_BIND, &body);
+    assert_eq!(told(&sent), (-ENOSPC, 0, Some(Limit::TotalMappings), Some(Limit::TotalMappings)));
+    assert_eq!(exec(&w, 1, vm, 0, 1, 0), 0);
+    let exec = Exec { vm_id: vm.into(), num_packets: 1.into(), ..Exec::default() };
+    let body = [&exec.as_bytes()[16..], Packet::default().as_bytes()].concat();
+    let sent = w.submit_whole(1, SVM_REQ_EXEC, &body);
+    assert_eq!(told(&sent), (-ENOSPC, 0, Some(Limit::Jobs), Some(Limit::Jobs)));
+    let other = VmRef { vm_id: 99.into(), ..VmRef::default() };
+    let sent = w.submit_whole(1, SVM_REQ_VM_DESTROY, &other.as_bytes()[16..]);
+    assert_eq!(told(&sent).2, None, "what is no question of limits names none");
 }

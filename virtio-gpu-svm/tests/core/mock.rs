@@ -394,13 +394,17 @@ impl World {
     pub fn destroy_context(&self, ctx_id: u32) {
         assert_eq!(self.status(hdr(VIRTIO_GPU_CMD_CTX_DESTROY, ctx_id).as_bytes()), 0);
     }
-    /// One request as a submission; returns status and reply.
-    pub fn submit(&self, ctx_id: u32, cmd: u32, body: &[u8]) -> (i32, Vec<u8>) {
+    /// One request as a submission; returns the whole response.
+    pub fn submit_whole(&self, ctx_id: u32, cmd: u32, body: &[u8]) -> Vec<u8> {
         let len = size_of::<ReqHdr>() + body.len();
         let req = ReqHdr { cmd: cmd.into(), len: (len as u32).into(), seqno: 1.into(), rsp_off: 0.into() };
         let hdr = hdr(VIRTIO_GPU_CMD_SUBMIT_3D, ctx_id);
         let submit = CmdSubmit { hdr, size: (len as u32).into(), padding: 0.into() };
-        let response = self.send(&[submit.as_bytes(), req.as_bytes(), body].concat());
+        self.send(&[submit.as_bytes(), req.as_bytes(), body].concat())
+    }
+    /// The same; returns status and reply.
+    pub fn submit(&self, ctx_id: u32, cmd: u32, body: &[u8]) -> (i32, Vec<u8>) {
+        let response = self.submit_whole(ctx_id, cmd, body);
         let (resp, reply) = SvmResp::read_from_prefix(&response).unwrap();
         (resp.status.get(), reply.to_vec())
     }

@@ -104,6 +104,10 @@ pub enum GuestCommand {
         /// Grant this host device (repeatable, in the order in which the guest shall see them); all when absent
         #[arg(long = "device", value_name = "NAME")]
         devices: Vec<String>,
+        /// A limit of its own in place of the configuration's, for instance total_mappings=1024 (repeatable); guest show
+        /// lists the names
+        #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = limit)]
+        limits: Vec<(String, u64)>,
     },
     /// Remove a guest: end its session and remove its socket; a guest that is not there is no error
     Remove {
@@ -146,9 +150,14 @@ impl Command {
             Self::Info => ("server.info", json!({})),
             Self::Devices => ("device.list", json!({})),
             Self::Guests => ("guest.list", json!({})),
-            Self::Guest(GuestCommand::Add { name, guest_socket, devices }) => {
+            Self::Guest(GuestCommand::Add { name, guest_socket, devices, limits }) => {
                 let devices = (!devices.is_empty()).then_some(devices);
-                ("guest.add", json!({ "name": name, "socket": absolute(guest_socket)?, "devices": devices }))
+                let by_name: Params =
+                    limits.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
+                let limits = (!limits.is_empty()).then_some(by_name);
+                let socket = absolute(guest_socket)?;
+                let params = json!({ "name": name, "socket": socket, "devices": devices, "limits": limits });
+                ("guest.add", params)
             }
             Self::Guest(GuestCommand::Remove { name }) => ("guest.remove", json!({ "name": name })),
             Self::Guest(GuestCommand::Show { name }) => ("guest.get", json!({ "name": name })),
@@ -185,6 +194,13 @@ fn absolute(path: &str) -> Result<String, Error> {
         .into_os_string()
         .into_string()
         .map_err(|_| Error::Usage("the current folder is not UTF-8".to_owned()))
+}
+
+/// A limit and its number.
+fn limit(text: &str) -> Result<(String, u64), String> {
+    let Some((name, value)) = text.split_once('=') else { return Err("write NAME=VALUE".to_owned()) };
+    let value = value.parse().map_err(|error| format!("{value:?} is no number: {error}"))?;
+    Ok((name.to_owned(), value))
 }
 
 /// A number means an index, anything else a name.

@@ -205,7 +205,26 @@ fn guest(guest: &Value) -> String {
             ("waiting faults", text(&status["pending_faults"])),
         ]);
     }
-    facts(&lines)
+    let rows = items(&status["limits"]).chain([&guest["log_lines"]]);
+    format!("{}{}", facts(&lines), limits(rows))
+}
+
+/// How far each limit is used; those of a context or GPU VM by the one that uses most.
+fn limits<'a>(rows: impl Iterator<Item = &'a Value>) -> String {
+    let mut table = Table::new(&["limit", "of a", ">used", ">peak", ">limit", ">refused"]);
+    for row in rows.filter(|row| !row.is_null()) {
+        let is_bytes = row["name"].as_str().is_some_and(|name| name.ends_with("_bytes"));
+        let amount = |value: &Value| if is_bytes { with(value, units::bytes) } else { text(value) };
+        table.row([
+            text(&row["name"]),
+            text(&row["scope"]),
+            amount(&row["used"]),
+            amount(&row["peak"]),
+            amount(&row["limit"]),
+            text(&row["refused"]),
+        ]);
+    }
+    table.text(0, "")
 }
 
 fn contexts(result: &Value) -> String {
@@ -216,6 +235,8 @@ fn contexts(result: &Value) -> String {
         "vms (device:asid)",
         ">known pages",
         ">resident pages",
+        ">mappings",
+        ">tables",
         ">waiting",
         ">jobs",
         ">faults",
@@ -235,6 +256,8 @@ fn contexts(result: &Value) -> String {
             if vms.is_empty() { NOTHING.to_owned() } else { vms.join(" ") },
             pages(&context["known_pages"]),
             pages(&context["resident_pages"]),
+            text(&context["mappings"]),
+            with(&context["table_bytes"], units::bytes),
             text(&context["pending_faults"]),
             text(&context["jobs"]),
             text(&context["counters"]["faults_raised"]),
@@ -255,6 +278,11 @@ fn context(context: &Value) -> String {
         ("waiting faults", text(&context["pending_faults"])),
         ("jobs in flight", text(&context["jobs"])),
     ]);
+    let mut table = Table::new(&["holds", ">used", ">limit"]);
+    for row in items(&context["limits"]) {
+        table.row([text(&row["name"]), text(&row["used"]), text(&row["limit"])]);
+    }
+    lines.push_str(&table.text(2, ""));
     for vm in items(&context["vms"]) {
         lines.push_str(&gpu_vm(vm));
     }

@@ -1,0 +1,58 @@
+//! From the configuration's limits to the core's. The names are the same; the core does without what it has no use for.
+
+pub use config::{Limits, Overrides};
+
+use virtio_gpu_svm::host::Limits as CoreLimits;
+
+/// What the core is told of a guest's limits.
+pub fn of(limits: &Limits) -> CoreLimits {
+    let Limits {
+        contexts,
+        resources,
+        resource_bytes,
+        gpu_vms,
+        mappings,
+        total_mappings,
+        table_bytes,
+        pending_faults,
+        total_pending_faults,
+        jobs,
+        total_jobs,
+        queue_bytes,
+        fault_deadline_ms,
+        log_lines: _,
+    } = *limits;
+    CoreLimits {
+        contexts,
+        resources,
+        resource_bytes,
+        gpu_vms,
+        mappings,
+        total_mappings,
+        table_bytes,
+        pending_faults,
+        total_pending_faults,
+        jobs,
+        total_jobs,
+        queue_bytes,
+        fault_deadline_ms,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_gpu_svm::protocol::limit::Limit;
+
+    #[test]
+    fn defaults_are_the_cores() {
+        assert_eq!(of(&Limits::default()), CoreLimits::DEFAULT);
+    }
+
+    #[test]
+    fn every_limit_of_the_core_has_its_name_in_the_configuration() {
+        for limit in Limit::ALL.into_iter().filter(|limit| limit.is_configured()) {
+            assert!(Limits::BOUNDS.iter().any(|(name, ..)| *name == limit.name()), "{limit}");
+        }
+    }
+}
