@@ -27,8 +27,12 @@ impl Starved {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("vm0.sock");
+        // Each refusal is looked for in the log.
+        let config = dir.path().join("svmd.toml");
+        std::fs::write(&config, "[limits]\nlog_lines = 100000\n").unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_svmd"))
             .arg(format!("--socket-path={}", socket.display()))
+            .arg(format!("--config={}", config.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
