@@ -95,7 +95,7 @@ pub struct Token {
 }
 
 impl Token {
-    /// Bytes that the driver left for the answer, at most [`MAX_RESPONSE_BYTES`].
+    /// Bytes that the driver left for the answer, at most [`virtio_gpu_svm::protocol::MAX_RESPONSE_BYTES`].
     pub fn room(&self) -> usize {
         self.room
     }

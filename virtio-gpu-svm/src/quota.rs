@@ -8,7 +8,7 @@
 //! Limits of one context or GPU VM are compared with its own tables by whoever has their lock; here they are only
 //! counted: the most that any has had, and how often one was refused.
 //!
-//! No lock but the list of [`Starved`] contexts, under which nothing is called.
+//! No lock but the list of `Starved` contexts, under which nothing is called.
 
 use crate::context::Context;
 use crate::protocol::limit::Limit;
