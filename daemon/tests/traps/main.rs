@@ -40,6 +40,12 @@ use virtio_gpu_svm::device::{Device, Events};
 use virtio_gpu_svm::host::Host;
 use vmm::{PATIENCE, Vmm};
 
+/// Each test holds this while it has anything open: descriptors and threads of this process are counted.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Guest "vm0" is the one that misbehaves, "vm1" the one that must not notice.
 struct Scene {
     registry: Arc<Registry>,
@@ -56,8 +62,7 @@ impl Scene {
     }
     /// Faults that are not answered for so many milliseconds end, where a housekeeper looks after them; 0: never.
     fn with_deadline(fault_deadline_ms: u32) -> Self {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let limits = Limits {
             contexts: 16,

@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -20,6 +21,7 @@ struct Starved {
     child: Child,
     socket: PathBuf,
     log: Receiver<String>,
+    reader: Option<JoinHandle<()>>,
     _dir: TempDir,
 }
 
@@ -40,8 +42,10 @@ impl Starved {
             .unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (tell, log) = channel();
-        std::thread::spawn(move || stderr.lines().map_while(Result::ok).all(|line| tell.send(line).is_ok()));
-        let daemon = Self { child, socket, log, _dir: dir };
+        let reader = std::thread::spawn(move || {
+            stderr.lines().map_while(Result::ok).all(|line| tell.send(line).is_ok());
+        });
+        let daemon = Self { child, socket, log, reader: Some(reader), _dir: dir };
         let deadline = Instant::now() + PATIENCE;
         while !daemon.socket.exists() {
             assert!(Instant::now() < deadline, "it does not listen");
@@ -103,11 +107,14 @@ impl Drop for Starved {
     fn drop(&mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
+        // It has a descriptor of this process open, which the next test would count.
+        self.reader.take().map(JoinHandle::join);
     }
 }
 
 #[test]
 fn e07_session_that_cannot_begin_for_want_of_descriptors_leaves_nothing() {
+    let _alone = crate::alone();
     let daemon = Starved::start();
     daemon.serves().unwrap();
     let idle = daemon.threads_when_idle();
