@@ -55,6 +55,8 @@ pub enum Bug {
     WakeOne,
     /// A group can be answered before its last record.
     AnswerEarly,
+    /// Who lets a context's lock go does not look for those who were turned away.
+    IgnoreInbox,
 }
 
 thread_local! {

@@ -6,10 +6,13 @@
 //! So schedules are sequentially consistent, and the order of single atomics is not searched.
 
 pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
-pub(crate) use std::sync::{Arc, OnceLock, PoisonError, Weak, atomic};
+pub(crate) use std::sync::{Arc, OnceLock, PoisonError, TryLockError, Weak, atomic};
 
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::atomic::{AtomicBool, Ordering};
+
+/// Each try is a point where others go on; more of them would only hide what becomes of who is turned away.
+pub(crate) const TRIES: usize = 1;
 
 /// One in so many points is a long one.
 const RARE: u32 = 8;

@@ -42,11 +42,18 @@ impl Chore {
     }
 }
 
+#[derive(Default)]
+struct Queue {
+    turns: Turns<Chore>,
+    /// Whether a wait is to end, also one that has not begun.
+    woken: bool,
+}
+
 /// The queue of it.
 #[derive(Default)]
 pub(crate) struct Backlog {
-    /// Guards the queue only.
-    turns: Mutex<Turns<Chore>>,
+    /// Guards the queue only; nothing is locked under it.
+    queue: Mutex<Queue>,
     news: Condvar,
 }
 
@@ -63,28 +70,30 @@ impl Backlog {
     }
     /// Waits until there is something, or [`Backlog::wake`], or this time is over.
     pub fn wait(&self, timeout: Duration) {
-        let turns = self.lock();
-        if turns.is_empty() {
-            drop(self.news.wait_timeout(turns, timeout).unwrap_or_else(PoisonError::into_inner));
+        let mut queue = self.lock();
+        if queue.turns.is_empty() && !queue.woken {
+            (queue, _) = self.news.wait_timeout(queue, timeout).unwrap_or_else(PoisonError::into_inner);
         }
+        queue.woken = false;
     }
-    /// Ends a [`Backlog::wait`].
+    /// Ends a [`Backlog::wait`], or the next one.
     pub fn wake(&self) {
+        self.lock().woken = true;
         self.news.notify_all();
     }
     /// Does the slice whose turn it is. Returns whether there was one.
     pub fn work(&self) -> bool {
-        let Some(chore) = self.lock().pop() else { return false };
+        let Some(chore) = self.lock().turns.pop() else { return false };
         if let Some((guest, left)) = chore.run() {
-            self.lock().push(&guest, left);
+            self.lock().turns.push(&guest, left);
         }
         true
     }
     fn push(&self, guest: &Arc<str>, chore: Chore) {
-        self.lock().push(guest, chore);
+        self.lock().turns.push(guest, chore);
         self.news.notify_one();
     }
-    fn lock(&self) -> MutexGuard<'_, Turns<Chore>> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -6,10 +6,12 @@
 //! resumes and the announcement of records are collected in [`After`] and done when it is released.
 
 mod bind;
+mod inbox;
 mod jobs;
 mod status;
 
 pub use bind::{Bind, Refused};
+pub(crate) use inbox::Report;
 pub use jobs::Launch;
 
 use crate::addr::PageRange;
@@ -30,9 +32,10 @@ use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
 use crate::protocol::limit::Limit;
 use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
-use crate::sync::atomic::AtomicBool;
-use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, Mutex, Weak};
 use crate::timeline::{self, Timelines};
+use inbox::Inbox;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
@@ -155,6 +158,10 @@ pub struct After {
     pub more: bool,
     /// Accesses were let in that are going to take room for pending faults.
     pub let_in: bool,
+    /// A device has let go of a GPU VM that was destroyed.
+    pub let_go: bool,
+    /// It was the last one of a context that was destroyed.
+    pub gone: bool,
 }
 
 impl After {
@@ -217,8 +224,15 @@ pub struct Context {
     pub(crate) left: AtomicBool,
     /// The same for the list of contexts that wait for their guest's room.
     pub(crate) starved: AtomicBool,
-    /// Guards all of [`State`]. Taken by the guest's queue thread and by engines that fault for this context. Under it
-    /// a router's table or the list of starved contexts may be locked, nothing else.
+    /// Whether it has ended; set under its lock.
+    ended: AtomicBool,
+    /// Whether its guest must still hear that it is gone.
+    farewell: AtomicBool,
+    /// What is to be done when the lock is free.
+    inbox: Inbox,
+    /// Guards all of [`State`]. The guest's threads wait for it; engines that fault for this context and the host's
+    /// worker try ([`inbox`]). Under it a router's table, the inbox or the list of starved contexts may be locked,
+    /// nothing else.
     state: Mutex<State>,
 }
 
@@ -273,32 +287,24 @@ impl Context {
             queued: AtomicBool::new(false),
             left: AtomicBool::new(false),
             starved: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            farewell: AtomicBool::new(false),
+            inbox: Inbox::default(),
             state: Mutex::new(state),
         })
     }
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-    /// Does what had to wait for the lock's release, and then, slice by slice, what may go on.
+    /// Does what had to wait for the lock's release, and then, slice by slice, what may go on; then what was reported
+    /// meanwhile. For threads that serve this guest alone.
     pub(crate) fn settle(self: &Arc<Self>, after: After) {
-        self.settle_slices(after, usize::MAX);
+        self.settle_slices(after, usize::MAX, false);
+        self.catch_up();
     }
-    /// The same on a thread that serves other guests too: after a few slices the host's worker goes on.
+    /// The same on a thread that serves other guests too: after a few slices, or where the lock is held, the host's
+    /// worker goes on.
     pub(crate) fn settle_shared(self: &Arc<Self>, after: After) {
-        if self.settle_slices(after, SHARED_SLICES) {
+        if self.settle_slices(after, SHARED_SLICES, true) {
             self.host.leave_work(self);
         }
-    }
-    /// One slice of what may go on. Returns whether there is more.
-    pub(crate) fn work(self: &Arc<Self>) -> bool {
-        let mut after = After { more: true, ..After::default() };
-        {
-            // The guest may have room for what this context has to ask.
-            let mut state = self.lock();
-            state.vms.values_mut().for_each(|vm| vm.population.go_on());
-            self.let_throttled_in(&mut state, true, &mut after);
-        }
-        self.settle_slices(after, 1)
     }
     /// Gives the turn to a context that waits for the guest's room, if there is some.
     fn pass_turn(&self) {
@@ -307,12 +313,13 @@ impl Context {
             && let Some(next) = self.quota.starved.take(|context| &context.starved)
         {
             // One that ends passes the turn on itself, but perhaps it has done so before it was given the turn.
-            if next.lock().life == Life::Alive {
+            if !next.ended.load(Ordering::SeqCst) {
                 return self.host.leave_work(&next);
             }
         }
     }
-    fn settle_slices(self: &Arc<Self>, mut after: After, mut slices: usize) -> bool {
+    /// `shared` says whether others need this thread too. Returns whether there is more.
+    fn settle_slices(self: &Arc<Self>, mut after: After, mut slices: usize, shared: bool) -> bool {
         // Who was let in takes the room that there seems to be, or makes it somebody's by faulting no more.
         let mut let_in = false;
         loop {
@@ -325,6 +332,15 @@ impl Context {
             {
                 guest.announce(self);
             }
+            if after.let_go
+                && let Some(guest) = self.guest.upgrade()
+            {
+                if after.gone && !guest.try_context_retired(self) {
+                    self.farewell.store(true, Ordering::SeqCst);
+                    self.host.leave_work(self);
+                }
+                guest.wake_waiters();
+            }
             if !let_in {
                 self.pass_turn();
             }
@@ -332,8 +348,9 @@ impl Context {
                 return after.more;
             }
             slices = slices.saturating_sub(1);
+            let state = if shared { self.try_lock() } else { Some(self.lock()) };
+            let Some(mut state) = state else { return true };
             after = After::default();
-            let mut state = self.lock();
             self.populate(&mut state, &mut after);
             self.advance(&mut state, &mut after);
             self.let_throttled_in(&mut state, false, &mut after);
@@ -455,6 +472,7 @@ impl Context {
         let retired = {
             let mut state = self.lock();
             state.life = Life::Destroyed;
+            self.ended.store(true, Ordering::SeqCst);
             let vms: Vec<u32> = state.vms.keys().copied().collect();
             for vm_id in vms {
                 self.close_vm(&mut state, vm_id, &mut after);
@@ -483,23 +501,6 @@ impl Context {
         let left: Vec<_> = self.lock().retiring.keys().copied().collect();
         for (device, asid) in left {
             catch_unwind(AssertUnwindSafe(|| self.host.device_of(device).vm_destroy(asid))).ok();
-        }
-    }
-
-    /// A device has retired one of our GPU VMs.
-    pub(crate) fn on_retired(self: &Arc<Self>, device: usize, asid: Asid) {
-        let gone = {
-            let mut state = self.lock();
-            state.retiring.remove(&(device, asid));
-            state.life == Life::Destroyed && state.retiring.is_empty()
-        };
-        // Only now: an invalidation that still found it retiring would wait for a flush that has been.
-        self.on_flushed(device, asid, None);
-        if let Some(guest) = self.guest.upgrade() {
-            if gone {
-                guest.on_context_retired(self);
-            }
-            guest.wake_waiters();
         }
     }
 
@@ -573,9 +574,10 @@ impl Context {
         evicted
     }
 
-    /// The next record that waits, as bytes, and whether more wait.
-    pub(crate) fn take_record(&self, mut stamp: impl FnMut() -> Stamp) -> (Option<Record>, bool) {
-        let mut guard = self.lock();
+    /// The next record that waits, as bytes, and whether more wait. None if the lock is held: then they are announced
+    /// anew when it is free.
+    pub(crate) fn take_record(&self, mut stamp: impl FnMut() -> Stamp) -> Option<(Option<Record>, bool)> {
+        let mut guard = self.lock_or_leave()?;
         let state = &mut *guard;
         let mut record = None;
         while record.is_none() {
@@ -605,7 +607,7 @@ impl Context {
             };
         }
         trim(&mut state.waiting, KEPT);
-        (record, !state.waiting.is_empty())
+        Some((record, !state.waiting.is_empty()))
     }
     fn notice(&self, kind: u32, value: u64, errno: i32) -> crate::event::Notice {
         crate::event::Notice { kind, ctx_id: self.ctx_id, value, errno }

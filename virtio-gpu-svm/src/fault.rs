@@ -326,37 +326,39 @@ impl Raised<'_> {
 }
 
 impl Context {
-    /// A device reported a fault of this context's GPU VM. Runs on the engine's thread: what is known is served here,
-    /// and else the record is written to the guest from here.
-    pub(crate) fn on_fault(self: &Arc<Self>, device: usize, vm_id: u32, fault: &Fault) {
+    /// A device reported a fault of this context's GPU VM. Runs on the engine's thread where the lock is free: what is known
+    /// is served here, and else the record is written to the guest from here.
+    pub(crate) fn on_fault(
+        &self,
+        state: &mut State,
+        device: usize,
+        vm_id: u32,
+        fault: &Fault,
+        after: &mut After,
+    ) {
         let raised = Raised { device, vm_id, fault };
-        let mut after = After::default();
-        {
-            let mut state = self.lock();
-            state.counters.faults_raised = state.counters.faults_raised.saturating_add(1);
-            let resolution = match state.resolve(vm_id, raised.page(), fault.access) {
-                Resolution::Serve => match self.bind_around(&mut state, vm_id, fault.asid, raised.page()) {
-                    Ok(()) => Resolution::Serve,
-                    Err(errno) => Resolution::Refuse(errno),
-                },
-                other => other,
-            };
-            let (outcome, verdict) = match resolution {
-                Resolution::Serve => (Outcome::ServedLocally, Verdict::Retry),
-                Resolution::Refuse(errno) => (Outcome::Refused, Verdict::Fail(errno)),
-                Resolution::Gone => (Outcome::Dropped, Verdict::Fail(ECANCELED)),
-                Resolution::Ask(fault_type, cpu_page) => {
-                    self.ask(&mut state, &raised, fault_type, cpu_page, &mut after);
-                    self.let_throttled_in(&mut state, false, &mut after);
-                    drop(state);
-                    return self.settle_shared(after);
-                }
-            };
+        state.counters.faults_raised = state.counters.faults_raised.saturating_add(1);
+        let resolution = match state.resolve(vm_id, raised.page(), fault.access) {
+            Resolution::Serve => match self.bind_around(state, vm_id, fault.asid, raised.page()) {
+                Ok(()) => Resolution::Serve,
+                Err(errno) => Resolution::Refuse(errno),
+            },
+            other => other,
+        };
+        let ended = match resolution {
+            Resolution::Serve => Some((Outcome::ServedLocally, Verdict::Retry)),
+            Resolution::Refuse(errno) => Some((Outcome::Refused, Verdict::Fail(errno))),
+            Resolution::Gone => Some((Outcome::Dropped, Verdict::Fail(ECANCELED))),
+            Resolution::Ask(fault_type, cpu_page) => {
+                self.ask(state, &raised, fault_type, cpu_page, after);
+                None
+            }
+        };
+        if let Some((outcome, verdict)) = ended {
             after.resume(device, fault.stop, verdict);
-            self.trace(&mut state, &raised, outcome);
-            self.let_throttled_in(&mut state, false, &mut after);
+            self.trace(state, &raised, outcome);
         }
-        self.settle_shared(after);
+        self.let_throttled_in(state, false, after);
     }
 
     /// Makes the fault pending, or joins it to the one that is pending for its page.

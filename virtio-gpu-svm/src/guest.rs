@@ -2,7 +2,8 @@
 //! records leave.
 //!
 //! Commands come from one queue thread; engines announce records; the vhost-user thread changes memory and stops and
-//! starts the rings. Locks are taken in the order guest -> context; engines never take the guest's.
+//! starts the rings. Locks are taken in the order guest -> context; engines never wait for
+//! either.
 
 use crate::backlog::Backlog;
 use crate::clock::RunClock;
@@ -22,9 +23,10 @@ use crate::protocol::{
 use crate::quota::{Charge, Full, Quota};
 use crate::resource::Blob;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TRIES, TryLockError};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Bound;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
@@ -347,9 +349,27 @@ impl Guest {
         }
     }
     /// No device holds anything of a destroyed context any more.
-    pub(crate) fn on_context_retired(self: &Arc<Self>, context: &Arc<Context>) {
+    pub(crate) fn on_context_retired(&self, context: &Arc<Context>) {
+        self.part_from(self.lock(), context);
+    }
+    /// The same for a thread that serves others too. Returns whether it is done: not where the lock is held.
+    pub(crate) fn try_context_retired(&self, context: &Arc<Context>) -> bool {
+        for _ in 0..TRIES {
+            let inner = match self.inner.try_lock() {
+                Ok(inner) => inner,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    std::hint::spin_loop();
+                    continue;
+                }
+            };
+            self.part_from(inner, context);
+            return true;
+        }
+        false
+    }
+    fn part_from(&self, mut inner: MutexGuard<'_, Inner>, context: &Arc<Context>) {
         {
-            let mut inner = self.lock();
             let Some((_, farewell)) = inner.retiring.remove(&context.generation) else { return };
             let quiet = inner.quiet_due && inner.retiring_of_earlier() == 0;
             inner.quiet_due &= !quiet;
@@ -370,6 +390,7 @@ impl Guest {
             // In the same step as it leaves the list, so that sums count it once at any time.
             inner.past.add(&context.counters());
         }
+        drop(inner);
         self.port.ready();
     }
 
@@ -485,7 +506,8 @@ impl Guest {
                 }
                 outbox.next()?
             };
-            let (record, more) = context.take_record(stamp);
+            // One that is being changed is announced anew; the ring's lock is not held for as long as that takes.
+            let Some((record, more)) = context.take_record(stamp) else { continue };
             if more {
                 self.lock_outbox().queue(&context);
             }
@@ -560,7 +582,7 @@ impl Guest {
     /// memory. A panic in this is the caller's to catch; [`Guest::abandon`] is left then.
     pub fn close(self: &Arc<Self>) {
         self.reset();
-        self.wait_until(|| self.lock().retiring.is_empty());
+        self.wait_until(|| self.have_retired());
         if self.is_broken() {
             return self.abandon();
         }
@@ -582,7 +604,12 @@ impl Guest {
         *self.lock_outbox() = Outbox::default();
         let until = Instant::now().checked_add(GRACE);
         let over = || until.is_none_or(|until| Instant::now() >= until);
-        self.wait_while(|| contexts.iter().any(|context| context.is_retiring()) && !over());
+        self.wait_while(|| {
+            for context in &contexts {
+                catch_unwind(AssertUnwindSafe(|| context.catch_up())).ok();
+            }
+            contexts.iter().any(|context| context.is_retiring()) && !over()
+        });
         let past = self.lock().past;
         self.host.forget_guest(self, &past);
     }
@@ -663,8 +690,23 @@ impl Guest {
     /// Waits until engines have let go of destroyed contexts, and of destroyed GPU VMs of these.
     fn wait_retired(&self, contexts: &[Arc<Context>]) {
         self.wait_until(|| {
-            self.lock().retiring.is_empty() && contexts.iter().all(|context| !context.is_retiring())
+            contexts.iter().for_each(Context::catch_up);
+            self.have_retired() && contexts.iter().all(|context| !context.is_retiring())
         });
+    }
+    /// Whether engines have let go of all destroyed contexts. What devices have told of them counts: who waits for it
+    /// does not wait for the host's worker.
+    fn have_retired(&self) -> bool {
+        let told: Vec<_> = {
+            let inner = self.lock();
+            let retiring = inner.retiring.values().map(|(context, _)| context);
+            retiring.filter(|context| context.has_news()).cloned().collect()
+        };
+        for context in told {
+            context.catch_up();
+            context.say_farewell();
+        }
+        self.lock().retiring.is_empty()
     }
     fn wait_until(&self, done: impl Fn() -> bool) {
         self.wait_while(|| !self.is_broken() && !done());
@@ -704,24 +746,31 @@ impl Guest {
     }
     /// What it looks like.
     pub fn status(&self) -> GuestStatus {
-        let inner = self.lock();
-        let regions = inner.memory.regions();
-        GuestStatus {
-            name: self.name.to_string(),
-            epoch: self.epoch,
-            incarnation: inner.incarnation,
-            devices: self.devices.clone(),
-            contexts: inner.contexts.len(),
-            retiring: inner.retiring.len(),
-            resources: inner.resources.len(),
-            memory_bytes: regions.iter().map(|region| region.size()).fold(0, u64::saturating_add),
-            memory_regions: regions.len(),
-            pending_faults: inner.contexts.values().map(|c| c.load().1).fold(0, usize::saturating_add),
-            frozen: inner.frozen,
-            limits: self.quota.status(|limit| {
-                inner.contexts.values().map(|context| context.held(limit)).max().unwrap_or(0)
-            }),
-        }
+        let (mut status, contexts) = {
+            let inner = self.lock();
+            let regions = inner.memory.regions();
+            let status = GuestStatus {
+                name: self.name.to_string(),
+                epoch: self.epoch,
+                incarnation: inner.incarnation,
+                devices: self.devices.clone(),
+                contexts: inner.contexts.len(),
+                retiring: inner.retiring.len(),
+                resources: inner.resources.len(),
+                memory_bytes: regions.iter().map(|region| region.size()).fold(0, u64::saturating_add),
+                memory_regions: regions.len(),
+                pending_faults: 0,
+                frozen: inner.frozen,
+                limits: Vec::new(),
+            };
+            (status, inner.contexts.values().cloned().collect::<Vec<_>>())
+        };
+        // Without the guest's lock: one of them may be held for a whole command.
+        status.pending_faults =
+            contexts.iter().map(|context| context.load().1).fold(0, usize::saturating_add);
+        let most = |limit| contexts.iter().map(|context| context.held(limit)).max().unwrap_or(0);
+        status.limits = self.quota.status(most);
+        status
     }
     /// What it holds, counted from the objects themselves: while nothing happens, what its quota says. For checks.
     pub fn recount(&self) -> Vec<(Limit, u64)> {

@@ -2,7 +2,7 @@
 
 use crate::backlog::Backlog;
 use crate::clock::{Monotonic, Source};
-use crate::context::Context;
+use crate::context::{Context, Report};
 use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
 use crate::fault::router::{Owner, Router};
 use crate::guest::{EventPort, Guest};
@@ -265,8 +265,8 @@ pub(crate) fn on_behalf<T>(fail_session: impl FnOnce(), act: impl FnOnce() -> T)
 }
 
 impl Owner {
-    fn tell(&self, act: impl FnOnce(&Arc<Context>)) {
-        on_behalf(|| self.context.fail_session(), || act(&self.context));
+    fn tell(&self, report: Report) {
+        on_behalf(|| self.context.fail_session(), || self.context.tell(report));
     }
 }
 
@@ -275,7 +275,7 @@ impl Events for Host {
         let slot = self.slot(device);
         slot.faults_raised.fetch_add(1, Ordering::Relaxed);
         match slot.router.route(fault.asid) {
-            Some(owner) => owner.tell(|context| context.on_fault(device, owner.vm_id, &fault)),
+            Some(owner) => owner.tell(Report::Fault { device, vm_id: owner.vm_id, fault }),
             None => {
                 self.remember(&Counters { faults_raised: 1, faults_dropped: 1, ..Counters::default() });
                 slot.device.resume(fault.stop, Verdict::Fail(ECANCELED));
@@ -284,20 +284,19 @@ impl Events for Host {
     }
     fn job_done(&self, device: usize, asid: Asid, job: JobId, end: JobEnd) {
         if let Some(owner) = self.slot(device).router.lookup_owner(asid) {
-            owner.tell(|context| context.on_job_done(job, end));
+            owner.tell(Report::JobDone(job, end));
         }
     }
     fn flushed(&self, device: usize, asid: Asid, ticket: Ticket) {
         if let Some(owner) = self.slot(device).router.lookup_owner(asid) {
-            owner.tell(|context| {
-                context.on_flushed(device, asid, Some(ticket));
-                context.wake_guest();
-            });
+            owner.tell(Report::Flushed(device, asid, ticket));
+            // Who waits for engines asks the device, and may do so now.
+            owner.context.wake_guest();
         }
     }
     fn retired(&self, device: usize, asid: Asid) {
         if let Some(owner) = self.slot(device).router.free_asid(asid) {
-            owner.tell(|context| context.on_retired(device, asid));
+            owner.tell(Report::Retired(device, asid));
         }
     }
 }

@@ -112,23 +112,6 @@ impl Context {
         seq
     }
 
-    /// A device has passed a ticket of one of our GPU VMs, or has retired it (`None`).
-    pub(crate) fn on_flushed(self: &Arc<Self>, device: usize, asid: Asid, ticket: Option<Ticket>) {
-        let mut after = After::default();
-        {
-            let mut state = self.lock();
-            // Records of a destroyed context would be taken for the next one's of its id.
-            if state.invalidations.passed(device, asid, ticket)
-                && state.life == Life::Alive
-                && !state.waiting.contains(&Waiting::InvalDone)
-            {
-                state.waiting.push_back(Waiting::InvalDone);
-                after.announce = true;
-            }
-        }
-        self.settle_shared(after);
-    }
-
     /// Guest memory has changed: forgets what stood on regions that are gone, and returns the GPU VMs whose
     /// translations to them must still be dropped (by the caller, who may wait).
     pub(crate) fn change_memory(&self, table: &Arc<MemoryTable>, gone: &[Arc<Region>]) -> Vec<(usize, Asid)> {
@@ -151,6 +134,26 @@ impl Context {
             }
         }
         vms.values().map(|vm| (vm.device, vm.asid)).collect()
+    }
+}
+
+impl State {
+    /// A device has passed a ticket of one of our GPU VMs, or has retired it (`None`).
+    pub(crate) fn on_flushed(
+        &mut self,
+        device: usize,
+        asid: Asid,
+        ticket: Option<Ticket>,
+        after: &mut After,
+    ) {
+        // Records of a destroyed context would be taken for the next one's of its id.
+        if self.invalidations.passed(device, asid, ticket)
+            && self.life == Life::Alive
+            && !self.waiting.contains(&Waiting::InvalDone)
+        {
+            self.waiting.push_back(Waiting::InvalDone);
+            after.announce = true;
+        }
     }
 }
 

@@ -27,6 +27,7 @@ pub(crate) enum Bug {
     LosePoint,
     WakeOne,
     AnswerEarly,
+    IgnoreInbox,
 }
 
 /// Whether it is on: never.

@@ -4,8 +4,12 @@
 //! code under schedules of its choice.
 
 pub(crate) use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, Weak, atomic,
+    Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError, Weak,
+    atomic,
 };
+
+/// How often a thread that may not wait tries for a lock: a few microseconds.
+pub(crate) const TRIES: usize = 64;
 
 /// Where much could happen if this thread were held up (a translation is in hand, a table is changed and the flush has
 /// not begun): the model lets others go on here.

@@ -215,17 +215,6 @@ impl Context {
         submitted.map_err(|error| Error::Device(error).errno())
     }
 
-    /// A device has ended a job.
-    pub(crate) fn on_job_done(self: &Arc<Self>, id: JobId, end: JobEnd) {
-        let mut after = After::default();
-        {
-            let mut state = self.lock();
-            self.end(&mut state, id, end, &mut after);
-            self.advance(&mut state, &mut after);
-        }
-        self.settle_shared(after);
-    }
-
     /// A bind that waited for pages has them, or will never have them: errno, operation and GPU address.
     pub(crate) fn end_bind(&self, state: &mut State, id: JobId, end: (i32, u32, u64), after: &mut After) {
         let (errno, op, addr) = end;
@@ -233,7 +222,7 @@ impl Context {
     }
 
     /// A started item has ended.
-    fn end(&self, state: &mut State, id: JobId, end: JobEnd, after: &mut After) {
+    pub(super) fn end(&self, state: &mut State, id: JobId, end: JobEnd, after: &mut After) {
         let State { timelines, vms, counters, waiting, undelivered_jobs, .. } = state;
         timelines.end(id, end, |timeline, turn, end| {
             let Some(vm) = vms.get_mut(&timeline.vm_id) else { return };

@@ -200,11 +200,12 @@ impl Context {
     }
 
     /// Ends faults that were raised at `run` of the guest's own time or before: the guest has had its time, the job
-    /// fails, and the GPU VM becomes unusable. Returns whether there were any. PROTOCOL 4.4.
+    /// fails, and the GPU VM becomes unusable. Returns whether there were any. Not while the lock is held: they are as
+    /// late at the next look. PROTOCOL 4.4.
     pub(crate) fn expire_faults(self: &Arc<Self>, run: Duration) -> bool {
         let mut after = After::default();
         let any = {
-            let mut state = self.lock();
+            let Some(mut state) = self.try_lock() else { return false };
             let late = state.faults.raised_until(run);
             let any = !late.is_empty();
             for (cookie, vm_id, page) in late {

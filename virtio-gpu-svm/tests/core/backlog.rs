@@ -14,12 +14,12 @@ const MANY: u32 = 30;
 const FEW: u32 = 3;
 const ROOM: Limits = Limits { contexts: 64, jobs: 4096, total_jobs: 65_536, ..LIMITS };
 /// Jobs that one end sets free: more than an engine starts by itself.
-const JOBS: u32 = 600;
+pub const JOBS: u32 = 600;
 /// Jobs of a slice.
 const SLICE: usize = 64;
 
 /// Two guests of one host.
-fn two_guests() -> (World, World) {
+pub fn two_guests() -> (World, World) {
     let few = World::with_limits(ROOM);
     let guest = few.host.open_guest("many", ROOM, &[0, 1], std::sync::Arc::new(Port::default()));
     let many = few.beside(guest);
@@ -29,7 +29,7 @@ fn two_guests() -> (World, World) {
 }
 
 /// A context with a job whose end sets very many free. Returns that job.
-fn gated(w: &World, ctx_id: u32) -> u64 {
+pub fn gated(w: &World, ctx_id: u32) -> u64 {
     let (vm_id, _) = w.mapped(ctx_id);
     let context = w.guest.context(ctx_id).unwrap();
     let launch = |ring_idx, signal, waits| {

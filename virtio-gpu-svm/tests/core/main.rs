@@ -6,6 +6,7 @@ mod deadlines;
 mod ends;
 mod faults;
 mod fences;
+mod inbox;
 mod kinds;
 mod limits;
 mod mirrors;

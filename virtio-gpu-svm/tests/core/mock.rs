@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
@@ -84,10 +85,18 @@ impl Told {
     }
 }
 
+/// Where a call into the device stops, until it is let go on: with the context's lock in hand.
+struct Gate {
+    asid: Asid,
+    inside: Sender<()>,
+    go: Receiver<()>,
+}
+
 pub struct MockDevice {
     info: DeviceInfo,
     index: usize,
     told: Mutex<Told>,
+    gate: Mutex<Option<Gate>>,
     next_stop: AtomicU64,
 }
 
@@ -129,6 +138,19 @@ impl MockDevice {
         };
         host.fault(self.index, fault);
         stop
+    }
+    /// The next `unbind` or `resident_pages` of a GPU VM says that it has come, and goes on when it is told so.
+    pub fn close_gate(&self, asid: u32) -> (Receiver<()>, Sender<()>) {
+        let ((inside, came), (leave, go)) = (channel(), channel());
+        *self.gate.lock().unwrap() = Some(Gate { asid: Asid(asid), inside, go });
+        (came, leave)
+    }
+    fn pass_gate(&self, asid: Asid) {
+        let gate = self.gate.lock().unwrap().take_if(|gate| gate.asid == asid);
+        if let Some(gate) = gate {
+            gate.inside.send(()).unwrap();
+            gate.go.recv().unwrap();
+        }
     }
     pub fn verdict(&self, stop: StopId) -> Option<Verdict> {
         let told = self.told();
@@ -239,6 +261,7 @@ impl Device for MockDevice {
         Ok(())
     }
     fn unbind(&self, asid: Asid, range: PageRange) -> Flush {
+        self.pass_gate(asid);
         let mut told = self.told();
         let must_be_frozen = self.info.fault_model == FaultModel::None && told.runs_jobs(asid);
         assert!(!must_be_frozen || told.frozen.contains(&asid), "unbound under the jobs of {asid:?}");
@@ -262,6 +285,7 @@ impl Device for MockDevice {
         self.told().tables.get(&asid).map_or(0, Charge::amount)
     }
     fn resident_pages(&self, asid: Asid) -> u64 {
+        self.pass_gate(asid);
         self.told().bound.keys().filter(|(a, _)| *a == asid).count() as u64
     }
     fn resident_in(&self, asid: Asid, range: PageRange) -> u64 {
@@ -346,7 +370,7 @@ impl World {
     pub fn on_devices(limits: Limits, infos: [DeviceInfo; 2]) -> Self {
         let device = |(index, info)| {
             let (told, next_stop) = (Mutex::default(), AtomicU64::new(1));
-            Arc::new(MockDevice { info, index, told, next_stop })
+            Arc::new(MockDevice { info, index, told, gate: Mutex::default(), next_stop })
         };
         let devices: Vec<_> = (0..).zip(infos).map(device).collect();
         let clock = Arc::new(Manual::default());

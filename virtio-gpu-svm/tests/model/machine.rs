@@ -4,7 +4,8 @@
 use crate::process::{Asked, Mm};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 use virtio_gpu_svm_model::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm_model::device::{AddressModel, Device, Events, FaultModel};
 use virtio_gpu_svm_model::guest::{EventPort, Guest};
@@ -251,6 +252,7 @@ pub struct Machine {
     devices: Vec<Arc<SoftDevice>>,
     bell: Arc<Bell>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    over: AtomicBool,
 }
 
 impl Machine {
@@ -292,11 +294,12 @@ impl Machine {
             devices,
             bell,
             threads: Mutex::default(),
+            over: AtomicBool::new(false),
         };
         machine.hello(1);
         Arc::new(machine)
     }
-    /// Engines and the thread for records begin.
+    /// Engines, the thread for records and the housekeeper begin.
     pub fn start(self: &Arc<Self>) {
         let events = Arc::downgrade(&self.host);
         let mut threads = self.threads.lock().unwrap();
@@ -309,6 +312,15 @@ impl Machine {
         }
         let machine = Arc::clone(self);
         threads.push(thread::spawn(move || machine.take_records()));
+        let machine = Arc::clone(self);
+        threads.push(thread::spawn(move || machine.keep_house()));
+    }
+    /// What is left to the host's worker.
+    fn keep_house(&self) {
+        while !self.over.load(Ordering::SeqCst) {
+            self.host.wait_for_work(Duration::MAX);
+            self.host.work_off();
+        }
     }
     /// The VMM takes the region away that can be.
     pub fn unplug(&self) {
@@ -317,7 +329,6 @@ impl Machine {
     /// The operator drops the translations of a context.
     pub fn evict(&self, ctx_id: u32) {
         self.guest.evict(ctx_id, None).unwrap();
-        self.host.work_off();
     }
     /// The rings stop, and nothing of the guest is touched until they go on. No command is carried out meanwhile, and
     /// the guest itself must not write.
@@ -341,6 +352,8 @@ impl Machine {
         self.queue.lock().unwrap().closed = true;
         self.guest.close();
         self.bell.ring(true);
+        self.over.store(true, Ordering::SeqCst);
+        self.host.wake_worker();
         self.devices.iter().for_each(|device| device.shutdown());
         for thread in std::mem::take(&mut *self.threads.lock().unwrap()) {
             thread.join().unwrap();

@@ -215,6 +215,10 @@ fn seeded_waiter_that_is_not_released_is_caught() {
     seeded(Bug::WakeOne, scenarios::groups);
 }
 #[test]
+fn seeded_look_that_is_not_taken_is_caught() {
+    seeded(Bug::IgnoreInbox, scenarios::invalidation);
+}
+#[test]
 fn seeded_answer_before_the_last_record_is_caught() {
     seeded(Bug::AnswerEarly, scenarios::groups);
 }

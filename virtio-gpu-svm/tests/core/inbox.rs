@@ -1,0 +1,182 @@
+//! Who serves many guests waits for the command of none: engines report, the worker passes by, records are delivered,
+//! while the lock of a context is held; and nothing of it is lost.
+
+use crate::backlog::{JOBS, gated, two_guests};
+use crate::mock::{A, C, GPA, World, notices, run, unmap};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{JoinHandle, spawn};
+use std::time::Duration;
+use virtio_gpu_svm::device::{Access, Verdict};
+use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_INVAL_DONE, EVENT_JOB_DONE};
+
+/// Far more than anything here takes: who waits for a guest waits for ever.
+const LONG: Duration = Duration::from_secs(20);
+
+/// No record.
+const NOTHING: [u32; 0] = [];
+
+/// The same world on another thread.
+fn same(w: &World) -> World {
+    w.beside(w.guest.clone())
+}
+
+/// Does something as an engine or the worker would, and fails if that waits for who holds the lock.
+#[track_caller]
+fn without_waiting<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, end) = channel();
+    spawn(move || done.send(act()).unwrap());
+    let Ok(result) = end.recv_timeout(LONG) else { panic!("it waits for who holds the lock, or failed") };
+    result
+}
+
+/// A thread of the guest that is in the midst of something, with the lock of a context in hand.
+struct Busy {
+    go: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Busy {
+    fn in_midst_of((inside, go): (Receiver<()>, Sender<()>), act: impl FnOnce() + Send + 'static) -> Self {
+        let thread = spawn(act);
+        inside.recv().unwrap();
+        Self { go, thread }
+    }
+    fn end(self) {
+        self.go.send(()).unwrap();
+        self.thread.join().unwrap();
+    }
+}
+
+/// An unmap of the first page.
+fn unmaps(w: &World, vm_id: u32, asid: u32) -> Busy {
+    let there = same(w);
+    Busy::in_midst_of(w.devices[0].close_gate(asid), move || {
+        assert_eq!(there.bind(1, vm_id, &[unmap(C, 1)]), 0);
+    })
+}
+
+/// A look of the operator's.
+fn looks(w: &World, asid: u32) -> Busy {
+    let there = same(w);
+    Busy::in_midst_of(w.devices[0].close_gate(asid), move || drop(there.guest.context_summaries()))
+}
+
+fn kinds(w: &World) -> Vec<u32> {
+    notices(w).into_iter().map(|(kind, ..)| kind).collect()
+}
+
+#[test]
+fn reports_during_a_command_do_not_wait_for_it_and_come_in_order() {
+    let (a, b) = two_guests();
+    let (vm_id, asid) = a.mapped(1);
+    assert_eq!(a.exec(1, vm_id), 0);
+    a.devices[0].told().busy = true;
+    let (seq, done) = a.invalidate(1, A, 4096);
+    assert!(done < seq, "engines have not passed");
+    let (_, other) = b.mapped(1);
+    assert_eq!(b.supply(1, &[run(A, GPA, 1, 0)]), 0);
+
+    let command = unmaps(&a, vm_id, asid);
+    let (mine, others) = (same(&a), same(&b));
+    let (stop, served) = without_waiting(move || {
+        let device = &mine.devices[0];
+        let stop = device.raise(&mine.host, asid, C + 8192, Access::Read);
+        device.end_job(&mine.host, 0);
+        device.pass(&mine.host);
+        (stop, device.raise(&others.host, other, C, Access::Read))
+    });
+    assert_eq!(a.devices[0].verdict(served), Some(Verdict::Retry), "the other guest is served meanwhile");
+    assert_eq!(kinds(&a), NOTHING, "nothing of this one is known yet");
+    command.end();
+    assert_eq!(kinds(&a), [EVENT_FAULT, EVENT_JOB_DONE, EVENT_INVAL_DONE]);
+    assert_eq!(a.devices[0].verdict(stop), None, "it waits for the guest");
+    a.host.work_off();
+    assert_eq!(kinds(&a), NOTHING, "each came once");
+    assert_eq!(a.invalidate(1, A, 4096).1, seq);
+}
+
+#[test]
+fn retirement_during_a_command_does_not_wait_for_it() {
+    let (a, _) = two_guests();
+    let (vm_id, asid) = a.mapped(1);
+    let (gone, _) = a.create_vm(1, 1);
+    a.guest.context(1).unwrap().vm_destroy(gone).unwrap();
+    let (seq, done) = a.invalidate(1, A, 4096);
+    assert!(done < seq, "engines may be in the GPU VM that was destroyed");
+
+    let command = unmaps(&a, vm_id, asid);
+    let mine = same(&a);
+    without_waiting(move || mine.devices[1].retire_all(&mine.host));
+    command.end();
+    assert_eq!(kinds(&a), [EVENT_INVAL_DONE]);
+    assert_eq!(a.guest.context(1).unwrap().inval_done_seq(), seq);
+    assert_eq!(a.host.devices()[1].retiring, 0);
+}
+
+#[test]
+fn reports_during_a_look_are_carried_out_by_the_worker() {
+    let (a, _) = two_guests();
+    let (_, asid) = a.mapped(1);
+    let look = looks(&a, asid);
+    let mine = same(&a);
+    without_waiting(move || mine.devices[0].raise(&mine.host, asid, C, Access::Read));
+    look.end();
+    assert_eq!(kinds(&a), NOTHING, "an operator's thread does not work for guests");
+    a.host.work_off();
+    assert_eq!(kinds(&a), [EVENT_FAULT]);
+}
+
+#[test]
+fn report_goes_behind_those_that_lie_there() {
+    let (a, _) = two_guests();
+    let (vm_id, asid) = a.mapped(1);
+    (0..2).for_each(|_| assert_eq!(a.exec(1, vm_id), 0));
+    let [first, second] = a.devices[0].jobs()[..] else { panic!("two jobs") };
+    let look = looks(&a, asid);
+    let mine = same(&a);
+    without_waiting(move || mine.devices[0].end(&mine.host, first, 0));
+    without_waiting({
+        let mine = same(&a);
+        move || _ = mine.devices[0].raise(&mine.host, asid, C, Access::Read)
+    });
+    look.end();
+    // The lock is free, and the worker has not come yet.
+    a.devices[0].end(&a.host, second, 0);
+    assert_eq!(kinds(&a), [EVENT_JOB_DONE, EVENT_FAULT, EVENT_JOB_DONE]);
+}
+
+#[test]
+fn worker_passes_by_a_context_whose_lock_is_held() {
+    let (a, b) = two_guests();
+    let gates = [gated(&a, 1), gated(&b, 1)];
+    let asid = a.devices[0].told().vms.iter().find(|(_, label)| *label.guest == *"g").unwrap().0.0;
+    gates.into_iter().for_each(|gate| a.devices[0].end(&a.host, gate, 0));
+    let started = |name: &str| {
+        let told = a.devices[0].told();
+        told.jobs.iter().filter(|(asid, _)| *told.vms[asid].guest == *name).count()
+    };
+    let (jobs, before) = (usize::try_from(JOBS).unwrap(), started("g"));
+    let look = looks(&a, asid);
+    let mine = same(&a);
+    without_waiting(move || mine.host.work_off());
+    assert_eq!((started("g"), started("many")), (before, jobs), "the other guest's work is done");
+    assert!(before < jobs);
+    look.end();
+    a.host.work_off();
+    assert_eq!(started("g"), jobs, "the worker comes again");
+}
+
+#[test]
+fn delivery_passes_by_a_context_whose_lock_is_held() {
+    let (a, _) = two_guests();
+    let ((_, asid), (_, other)) = (a.mapped(1), a.mapped(2));
+    a.devices[0].raise(&a.host, asid, C, Access::Read);
+    a.devices[0].raise(&a.host, other, C, Access::Read);
+    let look = looks(&a, asid);
+    let mine = same(&a);
+    let told = without_waiting(move || notices(&mine));
+    assert_eq!(told.iter().map(|(_, ctx_id, _)| *ctx_id).collect::<Vec<_>>(), [2]);
+    look.end();
+    a.host.work_off();
+    assert_eq!(notices(&a).iter().map(|(_, ctx_id, _)| *ctx_id).collect::<Vec<_>>(), [1]);
+}
