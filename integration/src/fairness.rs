@@ -73,8 +73,9 @@ pub fn run(
     engines: u32,
     mut tell: impl FnMut(&Row),
 ) -> Result<()> {
-    let (alone, _) = measure(Hostility::None, each, engines)?;
     for hostility in [Hostility::None].iter().chain(hostilities) {
+        // Each time anew: a machine's moods last longer than one of these.
+        let (alone, _) = measure(Hostility::None, each, engines)?;
         let (times, daemon_cpu) = measure(*hostility, each, engines)?;
         for ((operation, times), (_, alone)) in times.into_iter().zip(&alone) {
             tell(&Row { hostility: *hostility, operation, times, alone: *alone, daemon_cpu });

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::BindOp;
-use virtio_gpu_svm::protocol::{CONTROLQ, MAX_BINDS, MAX_PACKETS, MAX_RINGS, PAGE_SIZE};
+use virtio_gpu_svm::protocol::{CONTROLQ, MAX_BINDS, MAX_RINGS, PAGE_SIZE};
 
 const A: u64 = 0x7000_0000_0000;
 const C: u64 = 0x20_0000_0000;
@@ -27,6 +27,12 @@ const MAPPINGS: u64 = 65_536;
 const EVERYTHING: u64 = 1 << 44;
 /// Contexts of guests that have many.
 const CONTEXTS: u32 = 1000;
+/// Rings of each that have an endless job: with so many contexts, as many as `limits.total_jobs` lets there be.
+const BUSY_RINGS: u32 = 16;
+/// Packets of each ring that faults: with those of all contexts about what `limits.queue_bytes` lets there be.
+const PACKETS: u32 = 192;
+/// Contexts that fault.
+const FAULTING: u32 = 64;
 /// The lowest priority.
 const NICE: i32 = 19;
 
@@ -35,7 +41,7 @@ const NICE: i32 = 19;
 pub enum Hostility {
     /// Nothing: there is none.
     None,
-    /// Endless jobs on all rings of 1000 contexts.
+    /// Endless jobs of 1000 contexts, as many as a guest may have.
     Jobs,
     /// Faults of 64 contexts on all rings, as many as may be pending, answered late and raised again.
     Faults,
@@ -144,6 +150,8 @@ struct Hostile {
     gpa: u64,
     guest: Option<RawGuest>,
     vms: Vec<RawVm>,
+    /// Those that have not ended yet, where that matters.
+    jobs: usize,
     control: BufReader<UnixStream>,
     incarnation: u64,
 }
@@ -157,7 +165,7 @@ impl Hostile {
         guest.hello(1)?;
         let control = BufReader::new(UnixStream::connect(daemon.socket("control").with_extension("sock"))?);
         let (guest, incarnation) = (Some(guest), 1);
-        let mut hostile = Self { kind, socket, ram, gpa, guest, vms: vec![], control, incarnation };
+        let mut hostile = Self { kind, socket, ram, gpa, guest, vms: vec![], jobs: 0, control, incarnation };
         hostile.prepare()?;
         Ok(hostile)
     }
@@ -173,7 +181,7 @@ impl Hostile {
                 self.flood_jobs()
             }
             Hostility::Faults => {
-                self.make_contexts(64)?;
+                self.make_contexts(FAULTING)?;
                 self.flood_faults()
             }
             Hostility::Binds | Hostility::Invalidate => {
@@ -243,7 +251,7 @@ impl Hostile {
         for vm in self.vms.clone() {
             let guest = self.guest()?;
             ensure!(guest.bind(vm, &[userptr(C, A, PAGE_SIZE)])? == 0, "a mapping is refused");
-            for ring in 0..MAX_RINGS {
+            for ring in 0..BUSY_RINGS {
                 guest.exec(vm, ring, 0, &[packet::chase(C + 64, C, u64::MAX, 0)])?;
             }
         }
@@ -262,29 +270,39 @@ impl Hostile {
     }
 
     fn flood_faults(&mut self) -> Result<()> {
-        let bytes = u64::from(MAX_RINGS * MAX_PACKETS) * 16 * PAGE_SIZE;
+        let bytes = u64::from(MAX_RINGS * PACKETS) * 16 * PAGE_SIZE;
         for vm in self.vms.clone() {
             let guest = self.guest()?;
             ensure!(guest.bind(vm, &[userptr(C, A, bytes)])? == 0, "a mapping is refused");
             for ring in 0..MAX_RINGS {
-                let page = |n: u32| C + u64::from(ring * MAX_PACKETS + n) * 16 * PAGE_SIZE;
-                let packets: Vec<Packet> = (0..MAX_PACKETS).map(|n| packet::fill(page(n), 8, 1)).collect();
+                let page = |n: u32| C + u64::from(ring * PACKETS + n) * 16 * PAGE_SIZE;
+                let packets: Vec<Packet> = (0..PACKETS).map(|n| packet::fill(page(n), 8, 1)).collect();
                 guest.exec(vm, ring, 0, &packets)?;
             }
         }
+        self.jobs = self.vms.len() * usize::try_from(MAX_RINGS)?;
         Ok(())
     }
 
     fn answer_faults(&mut self) -> Result<()> {
-        let gpa = self.gpa;
+        let (gpa, mut ended) = (self.gpa, 0);
         let guest = self.guest()?;
         for record in guest.take_records()? {
-            if let Record::Fault(fault) = record {
-                guest.answer(&fault, &[(fault.cpu_addr.get(), gpa)], 0)?;
+            match record {
+                Record::Fault(fault) => guest.answer(&fault, &[(fault.cpu_addr.get(), gpa)], 0).map(drop)?,
+                Record::Job(_) => ended += 1,
+                Record::Notice(_) => {}
             }
         }
         guest.vmm().wait(Duration::from_millis(1))?;
-        Ok(())
+        self.jobs = self.jobs.saturating_sub(ended);
+        if self.jobs > 0 {
+            return Ok(());
+        }
+        for vm in self.vms.clone() {
+            ensure!(self.guest()?.bind(vm, &[unmap(C, EVERYTHING)])? == 0, "an unmap is refused");
+        }
+        self.flood_faults()
     }
 
     fn bind_all(&mut self) -> Result<()> {

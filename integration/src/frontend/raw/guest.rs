@@ -16,6 +16,7 @@ use virtio_gpu_svm::protocol::event::{
     NoticeRecord,
 };
 use virtio_gpu_svm::protocol::gpu::{CmdSubmit, CtrlHdr, VIRTIO_GPU_CMD_SUBMIT_3D};
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES, VERSION_MAJOR, VERSION_MINOR};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -234,7 +235,8 @@ impl RawGuest {
     {
         let payload = [request.as_bytes(), tail].concat();
         let (head, reply) = self.submit(ctx_id, &payload, size_of::<T>())?;
-        ensure!(head.status.get() == 0, "the payload is refused: {}", head.status.get());
+        let limit = Limit::from_wire(head.limit.get()).map_or("no limit", Limit::name);
+        ensure!(head.status.get() == 0, "the payload is refused: {} ({limit})", head.status.get());
         let (value, _) = T::read_from_prefix(&reply).map_err(|_| anyhow::anyhow!("a reply of {reply:?}"))?;
         Ok(value)
     }
