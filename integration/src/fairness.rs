@@ -2,16 +2,17 @@
 //! each kind of hostile guest, on a daemon of its own with one soft device of one engine.
 //!
 //! Figures, not tests: how long something takes on this machine now. What holds on any machine (whose turn it is) is
-//! tested by counting. Hostile drivers run in this process at the lowest priority; what the daemon spends is told apart.
+//! tested by counting. Hostile drivers run at the lowest priority; what the daemon spends is told apart.
 
 mod hostile;
 mod victim;
 
-pub use hostile::Hostility;
+pub use hostile::{Hostility, live};
 
 use crate::svmd::{Options, Svmd};
 use anyhow::{Context, Result, ensure};
 use hostile::Crowd;
+use rustix::process::{Pid, Signal, kill_process};
 use std::fmt;
 use std::time::Duration;
 use victim::{Operation, Victim};
@@ -63,10 +64,11 @@ impl Row {
 pub const HEADER: &str =
     "beside       operation    times    p50 us    p99 us    max us   ratio  cpu %  within";
 
-/// Measures the operations alone and beside each of these, each for so long, and tells each row as it comes.
+/// Measures the operations alone and beside each of these, each for so long, and tells each row as it comes. In short
+/// rounds, alone and beside in turn: a machine's moods last longer than one of these.
 ///
 /// # Errors
-/// The daemon, or the guest that is measured, fails.
+/// The daemon, or one of the guests, fails.
 pub fn run(
     hostilities: &[Hostility],
     each: Duration,
@@ -74,32 +76,70 @@ pub fn run(
     mut tell: impl FnMut(&Row),
 ) -> Result<()> {
     for hostility in [Hostility::None].iter().chain(hostilities) {
-        // Each time anew: a machine's moods last longer than one of these.
-        let (alone, _) = measure(Hostility::None, each, engines)?;
-        let (times, daemon_cpu) = measure(*hostility, each, engines)?;
-        for ((operation, times), (_, alone)) in times.into_iter().zip(&alone) {
-            tell(&Row { hostility: *hostility, operation, times, alone: *alone, daemon_cpu });
+        let mut alone = Scene::set(Hostility::None, engines)?;
+        let mut beside = Scene::set(*hostility, engines)?;
+        for _ in 0..ROUNDS {
+            beside.signal(Signal::STOP)?;
+            alone.measure(each / ROUNDS)?;
+            beside.signal(Signal::CONT)?;
+            beside.measure(each / ROUNDS)?;
+        }
+        let daemon_cpu = beside.cpu_share()?;
+        for ((operation, times), (_, alone)) in beside.samples.into_iter().zip(alone.samples) {
+            let (times, alone) = (Times::of(times)?, Times::of(alone)?);
+            tell(&Row { hostility: *hostility, operation, times, alone, daemon_cpu });
         }
     }
     Ok(())
 }
 
-fn measure(hostility: Hostility, each: Duration, engines: u32) -> Result<(Vec<(Operation, Times)>, u64)> {
-    let guests = hostile::guests().chain(["victim".to_owned()]).collect();
-    let options = Options { guests, devices: 1, engines, ledger: 0, ..Options::default() };
-    let daemon = Svmd::launch(&options)?;
-    // It answers when all guests' sockets are there.
-    daemon.call("guest.list", serde_json::json!({}))?;
-    let mut victim = Victim::connect(&daemon.socket("victim"))?;
-    let crowd = Crowd::gather(&daemon, hostility)?;
-    victim.run(each / 10)?;
-    let before = cpu_ticks(daemon.pid())?;
-    let samples = victim.run(each)?;
-    let spent = cpu_ticks(daemon.pid())?.saturating_sub(before);
-    crowd.disperse()?;
-    let daemon_cpu = spent * 100 * 1000 / TICKS / u64::try_from(each.as_millis())?.max(1);
-    let times = samples.into_iter().map(|(operation, samples)| Ok((operation, Times::of(samples)?)));
-    Ok((times.collect::<Result<_>>()?, daemon_cpu))
+/// Rounds of each measurement, alone and beside.
+const ROUNDS: u32 = 10;
+
+/// A daemon, the guest that is measured, and its company.
+struct Scene {
+    victim: Victim,
+    samples: Vec<(Operation, Vec<Duration>)>,
+    measured: Duration,
+    ticks: u64,
+    crowd: Crowd,
+    daemon: Svmd,
+}
+
+impl Scene {
+    fn set(hostility: Hostility, engines: u32) -> Result<Self> {
+        let guests = hostile::guests().chain(["victim".to_owned()]).collect();
+        let options = Options { guests, devices: 1, engines, ledger: 0, ..Options::default() };
+        let daemon = Svmd::launch(&options)?;
+        // It answers when all guests' sockets are there.
+        daemon.call("guest.list", serde_json::json!({}))?;
+        let victim = Victim::connect(&daemon.socket("victim"))?;
+        let crowd = Crowd::gather(&daemon, hostility)?;
+        Ok(Self { victim, samples: vec![], measured: Duration::ZERO, ticks: 0, crowd, daemon })
+    }
+    fn signal(&mut self, signal: Signal) -> Result<()> {
+        self.crowd.signal(signal)?;
+        let pid = Pid::from_raw(self.daemon.pid().cast_signed()).context("no process")?;
+        kill_process(pid, signal).context("cannot signal svmd")
+    }
+    fn measure(&mut self, how_long: Duration) -> Result<()> {
+        // Caches and sleeping threads are not what is measured.
+        self.victim.run(how_long / 10)?;
+        let before = cpu_ticks(self.daemon.pid())?;
+        for (n, (operation, times)) in self.victim.run(how_long)?.into_iter().enumerate() {
+            match self.samples.get_mut(n) {
+                Some((_, all)) => all.extend(times),
+                None => self.samples.push((operation, times)),
+            }
+        }
+        self.ticks += cpu_ticks(self.daemon.pid())?.saturating_sub(before);
+        self.measured += how_long;
+        Ok(())
+    }
+    /// CPU time of the daemon, in hundredths of one CPU.
+    fn cpu_share(&self) -> Result<u64> {
+        Ok(self.ticks * 100 * 1000 / TICKS / u64::try_from(self.measured.as_millis())?.max(1))
+    }
 }
 
 /// What a process has used so far.

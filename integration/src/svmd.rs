@@ -137,6 +137,11 @@ impl Svmd {
         self.folder.join(format!("{guest}.sock"))
     }
 
+    /// Where its sockets are.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// What the daemon has written so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.folder.join("svmd.log")).unwrap_or_default()

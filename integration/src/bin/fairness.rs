@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use clap::Parser;
-use integration::fairness::{HEADER, Hostility, run};
+use integration::fairness::{HEADER, Hostility, live, run};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ struct Arguments {
     /// Beside what.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [
         Hostility::Jobs, Hostility::Faults, Hostility::Binds, Hostility::Invalidate, Hostility::Kicks,
-        Hostility::Sessions, Hostility::Status, Hostility::Hello, Hostility::Everything,
+        Hostility::Sessions, Hostility::Status, Hostility::Hello, Hostility::Limits, Hostility::Everything,
     ])]
     beside: Vec<Hostility>,
     /// How long each is measured.
@@ -22,6 +23,12 @@ struct Arguments {
     /// Engines of the device.
     #[arg(long, default_value_t = 1)]
     engines: u32,
+    /// To be this hostile guest, until killed.
+    #[arg(long, hide = true, requires = "folder")]
+    hostile: Option<Hostility>,
+    /// Where the daemon's sockets are, for a hostile guest.
+    #[arg(long, hide = true)]
+    folder: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -35,6 +42,9 @@ fn main() -> ExitCode {
 }
 
 fn measure(arguments: &Arguments) -> Result<()> {
+    if let (Some(kind), Some(folder)) = (arguments.hostile, &arguments.folder) {
+        live(folder, kind)?;
+    }
     let each = Duration::try_from_secs_f64(arguments.seconds)?;
     println!("{HEADER}");
     run(&arguments.beside, each, arguments.engines, |row| println!("{row}"))

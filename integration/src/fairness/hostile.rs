@@ -1,5 +1,4 @@
-//! Guests at their limits, one kind of hostility each. Each has a thread of this process with the lowest priority, and
-//! goes on until it is told to stop.
+//! Guests at their limits, one kind of hostility each.
 
 use crate::frontend::Profile;
 use crate::frontend::ram::{GuestRam, Layout};
@@ -8,12 +7,12 @@ use crate::svmd::Svmd;
 use anyhow::{Context, Result, ensure};
 use guest_agent::client::packet;
 use guest_agent::driver::Transport;
+use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::request::BindOp;
@@ -29,8 +28,8 @@ const EVERYTHING: u64 = 1 << 44;
 const CONTEXTS: u32 = 1000;
 /// Rings of each that have an endless job: with so many contexts, as many as `limits.total_jobs` lets there be.
 const BUSY_RINGS: u32 = 16;
-/// Packets of each ring that faults: with those of all contexts about what `limits.queue_bytes` lets there be.
-const PACKETS: u32 = 192;
+/// Packets of each ring that faults: those of all and `limits.total_jobs` jobs are what `limits.queue_bytes` lets there be.
+const PACKETS: u32 = 64;
 /// Contexts that fault.
 const FAULTING: u32 = 64;
 /// The lowest priority.
@@ -57,12 +56,15 @@ pub enum Hostility {
     Status,
     /// Contexts with GPU VMs, all dropped by the HELLO of the next incarnation.
     Hello,
-    /// All of them at once.
+    /// One guest at all its limits: endless jobs and faults of 1000 contexts, all its mappings and records, and, one
+    /// after the other, what is done to one ring.
+    Limits,
+    /// A guest of each kind, all at once.
     Everything,
 }
 
 impl Hostility {
-    const EACH: [Self; 8] = [
+    const EACH: [Self; 9] = [
         Self::Jobs,
         Self::Faults,
         Self::Binds,
@@ -71,6 +73,7 @@ impl Hostility {
         Self::Sessions,
         Self::Status,
         Self::Hello,
+        Self::Limits,
     ];
 
     /// For people, and for guests.
@@ -85,6 +88,7 @@ impl Hostility {
             Self::Sessions => "sessions",
             Self::Status => "status",
             Self::Hello => "hello",
+            Self::Limits => "limits",
             Self::Everything => "everything",
         }
     }
@@ -95,10 +99,9 @@ pub fn guests() -> impl Iterator<Item = String> {
     Hostility::EACH.iter().map(|hostility| hostility.name().to_owned())
 }
 
-/// Hostile guests at work.
+/// Hostile guests at work, each in a process of its own: what they do to their own memory disturbs nobody's.
 pub struct Crowd {
-    ending: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<Result<()>>>,
+    processes: Vec<Child>,
 }
 
 impl Crowd {
@@ -112,33 +115,62 @@ impl Crowd {
             Hostility::Everything => Hostility::EACH.to_vec(),
             one => vec![one],
         };
-        let ending = Arc::new(AtomicBool::new(false));
-        let mut threads = vec![];
+        let mut crowd = Self { processes: vec![] };
         for kind in kinds {
-            let mut hostile = Hostile::new(daemon, kind)?;
-            let ending = Arc::clone(&ending);
-            threads.push(std::thread::spawn(move || {
-                // Its own time is not what is measured.
-                rustix::process::nice(NICE).context("nice")?;
-                while !ending.load(Ordering::Relaxed) {
-                    hostile.annoy()?;
-                }
-                Ok(())
-            }));
+            // This program, also where another one has been built in its place.
+            let mut process = Command::new("/proc/self/exe")
+                .args(["--hostile", kind.name(), "--folder"])
+                .arg(daemon.folder())
+                .stdout(Stdio::piped())
+                .spawn()?;
+            let said = process.stdout.take().context("no pipe")?;
+            crowd.processes.push(process);
+            let mut line = String::new();
+            BufReader::new(said).read_line(&mut line)?;
+            ensure!(line == READY, "the hostile guest {:?} cannot be made", kind.name());
         }
-        Ok(Self { ending, threads })
+        Ok(crowd)
     }
 
-    /// Ends them.
+    /// Stops them where they are, or lets them go on.
     ///
     /// # Errors
-    /// One of them has found something that it did not expect.
-    pub fn disperse(self) -> Result<()> {
-        self.ending.store(true, Ordering::Relaxed);
-        for thread in self.threads {
-            thread.join().map_err(|_| anyhow::anyhow!("a hostile guest panicked"))??;
+    /// One of them has ended: it has found something that it did not expect, and said what.
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        for process in &mut self.processes {
+            ensure!(process.try_wait()?.is_none(), "a hostile guest has ended");
+            kill_process(Pid::from_child(process), signal)?;
         }
         Ok(())
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            // One that has ended already is reported by `signal`.
+            process.kill().ok();
+            process.wait().ok();
+        }
+    }
+}
+
+/// What a hostile process says when it begins.
+const READY: &str = "ready\n";
+
+/// The life of a hostile process: until it is killed.
+///
+/// # Errors
+/// The daemon, whose sockets are in `folder`, did something that it did not expect.
+pub fn live(folder: &Path, kind: Hostility) -> Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("prctl")?;
+    let mut hostile = Hostile::new(folder, kind)?;
+    // Its own time is not what is measured.
+    rustix::process::nice(NICE).context("nice")?;
+    print!("{READY}");
+    std::io::stdout().flush()?;
+    loop {
+        hostile.annoy()?;
     }
 }
 
@@ -149,23 +181,36 @@ struct Hostile {
     ram: Arc<GuestRam>,
     gpa: u64,
     guest: Option<RawGuest>,
-    vms: Vec<RawVm>,
-    /// Those that have not ended yet, where that matters.
+    contexts: u32,
+    /// GPU VMs that fault, and how many jobs of them have not ended.
+    faulting: Vec<RawVm>,
     jobs: usize,
+    /// The GPU VM that has all the mappings.
+    bound: Option<RawVm>,
     control: BufReader<UnixStream>,
     incarnation: u64,
 }
 
 impl Hostile {
-    fn new(daemon: &Svmd, kind: Hostility) -> Result<Self> {
-        let socket = daemon.socket(kind.name());
+    fn new(folder: &Path, kind: Hostility) -> Result<Self> {
+        let socket = folder.join(kind.name()).with_extension("sock");
         let ram = GuestRam::new(Layout::Flat { bytes: 48 << 20 }, 1)?;
         let gpa = ram.take_pages(1)?[0] * PAGE_SIZE;
         let mut guest = RawGuest::connect(&socket, &ram, Profile::Qemu)?;
         guest.hello(1)?;
-        let control = BufReader::new(UnixStream::connect(daemon.socket("control").with_extension("sock"))?);
-        let (guest, incarnation) = (Some(guest), 1);
-        let mut hostile = Self { kind, socket, ram, gpa, guest, vms: vec![], jobs: 0, control, incarnation };
+        let mut hostile = Self {
+            kind,
+            socket,
+            ram,
+            gpa,
+            guest: Some(guest),
+            contexts: 0,
+            faulting: vec![],
+            jobs: 0,
+            bound: None,
+            control: BufReader::new(UnixStream::connect(folder.join("control.sock"))?),
+            incarnation: 1,
+        };
         hostile.prepare()?;
         Ok(hostile)
     }
@@ -176,19 +221,19 @@ impl Hostile {
 
     fn prepare(&mut self) -> Result<()> {
         match self.kind {
-            Hostility::Jobs => {
-                self.make_contexts(CONTEXTS)?;
-                self.flood_jobs()
-            }
+            Hostility::Jobs => self.flood_jobs(CONTEXTS),
             Hostility::Faults => {
-                self.make_contexts(FAULTING)?;
+                self.faulting = self.make_vms(FAULTING)?;
                 self.flood_faults()
             }
-            Hostility::Binds | Hostility::Invalidate => {
-                self.make_contexts(1)?;
-                self.bind_all()
+            Hostility::Binds | Hostility::Invalidate => self.bind_all(),
+            Hostility::Limits => {
+                self.bind_all()?;
+                self.faulting = self.make_vms(FAULTING)?;
+                self.flood_faults()?;
+                self.flood_jobs(CONTEXTS - FAULTING * MAX_RINGS / BUSY_RINGS)
             }
-            Hostility::Status => self.make_contexts(CONTEXTS),
+            Hostility::Status => self.make_vms(CONTEXTS).map(drop),
             Hostility::Sessions => {
                 self.guest = None;
                 Ok(())
@@ -205,14 +250,13 @@ impl Hostile {
                 std::thread::sleep(Duration::from_millis(10));
                 Ok(())
             }
-            Hostility::Faults => self.answer_faults(),
-            Hostility::Binds => {
-                let vm = self.vms[0];
-                let all = unmap(C, MAPPINGS * 2 * PAGE_SIZE);
-                ensure!(self.guest()?.bind(vm, &[all])? == 0, "an unmap is refused");
-                self.bind_all()
+            Hostility::Faults => {
+                self.answer_faults()?;
+                self.guest()?.vmm().wait(Duration::from_millis(1))?;
+                Ok(())
             }
-            Hostility::Invalidate => self.guest()?.invalidate(1, A, EVERYTHING).map(drop),
+            Hostility::Binds => self.bind_anew(),
+            Hostility::Invalidate => self.invalidate(),
             Hostility::Kicks => self.kick(),
             Hostility::Sessions => {
                 let mut guest = RawGuest::connect(&self.socket, &self.ram_of_one_session()?, Profile::Qemu)?;
@@ -220,11 +264,18 @@ impl Hostile {
             }
             Hostility::Status => self.list_contexts(),
             Hostility::Hello => {
-                self.make_contexts(64)?;
+                self.make_vms(64)?;
+                self.contexts = 0;
                 self.incarnation += 1;
                 let incarnation = self.incarnation;
-                self.vms.clear();
                 self.guest()?.hello(incarnation).map(drop)
+            }
+            Hostility::Limits => {
+                self.answer_faults()?;
+                self.bind_anew()?;
+                self.invalidate()?;
+                self.kick()?;
+                self.list_contexts()
             }
         }
     }
@@ -234,44 +285,41 @@ impl Hostile {
         GuestRam::new(Layout::Flat { bytes: 48 << 20 }, self.incarnation)
     }
 
-    fn make_contexts(&mut self, count: u32) -> Result<()> {
-        for ctx_id in 1..=count {
-            let guest = self.guest()?;
-            guest.create_context(ctx_id)?;
-            let vm = guest.create_vm(ctx_id, 0)?;
-            self.vms.push(vm);
+    /// So many contexts more, with a GPU VM each.
+    fn make_vms(&mut self, count: u32) -> Result<Vec<RawVm>> {
+        let mut vms = vec![];
+        for _ in 0..count {
+            self.contexts += 1;
+            let ctx_id = self.contexts;
+            self.guest()?.create_context(ctx_id)?;
+            vms.push(self.guest()?.create_vm(ctx_id, 0)?);
         }
-        Ok(())
+        Ok(vms)
     }
 
-    /// Walks along a list that leads to itself.
-    fn flood_jobs(&mut self) -> Result<()> {
+    /// Walks along lists that lead to themselves, in so many contexts.
+    fn flood_jobs(&mut self, contexts: u32) -> Result<()> {
         let (ram, gpa) = (Arc::clone(&self.ram), self.gpa);
         ram.store(gpa, C)?;
-        for vm in self.vms.clone() {
-            let guest = self.guest()?;
-            ensure!(guest.bind(vm, &[userptr(C, A, PAGE_SIZE)])? == 0, "a mapping is refused");
+        let vms = self.make_vms(contexts)?;
+        let guest = self.guest()?;
+        for vm in &vms {
+            ensure!(guest.bind(*vm, &[userptr(C, A, PAGE_SIZE)])? == 0, "a mapping is refused");
             for ring in 0..BUSY_RINGS {
-                guest.exec(vm, ring, 0, &[packet::chase(C + 64, C, u64::MAX, 0)])?;
+                guest.exec(*vm, ring, 0, &[packet::chase(C + 64, C, u64::MAX, 0)])?;
             }
         }
-        // The first of each faults, and joins or finds what was answered.
-        let mut left = self.vms.len();
-        while left > 0 {
-            let guest = self.guest()?;
-            let fault = guest.wait_record(|record| match record {
-                Record::Fault(fault) => Some(*fault),
-                _ => None,
-            })?;
+        // The first of each faults, and the others join or find what was answered.
+        for vm in &vms {
+            let fault = guest.wait_fault(vm.ctx_id)?;
             guest.answer(&fault, &[(fault.cpu_addr.get(), gpa)], 0)?;
-            left -= 1;
         }
         Ok(())
     }
 
     fn flood_faults(&mut self) -> Result<()> {
         let bytes = u64::from(MAX_RINGS * PACKETS) * 16 * PAGE_SIZE;
-        for vm in self.vms.clone() {
+        for vm in self.faulting.clone() {
             let guest = self.guest()?;
             ensure!(guest.bind(vm, &[userptr(C, A, bytes)])? == 0, "a mapping is refused");
             for ring in 0..MAX_RINGS {
@@ -280,10 +328,11 @@ impl Hostile {
                 guest.exec(vm, ring, 0, &packets)?;
             }
         }
-        self.jobs = self.vms.len() * usize::try_from(MAX_RINGS)?;
+        self.jobs = self.faulting.len() * usize::try_from(MAX_RINGS)?;
         Ok(())
     }
 
+    /// Answers what there is; when the last job has ended, all begins anew.
     fn answer_faults(&mut self) -> Result<()> {
         let (gpa, mut ended) = (self.gpa, 0);
         let guest = self.guest()?;
@@ -294,25 +343,37 @@ impl Hostile {
                 Record::Notice(_) => {}
             }
         }
-        guest.vmm().wait(Duration::from_millis(1))?;
         self.jobs = self.jobs.saturating_sub(ended);
         if self.jobs > 0 {
             return Ok(());
         }
-        for vm in self.vms.clone() {
+        for vm in self.faulting.clone() {
             ensure!(self.guest()?.bind(vm, &[unmap(C, EVERYTHING)])? == 0, "an unmap is refused");
         }
         self.flood_faults()
     }
 
     fn bind_all(&mut self) -> Result<()> {
+        let vm = match self.bound {
+            Some(vm) => vm,
+            None => self.make_vms(1)?[0],
+        };
+        self.bound = Some(vm);
         let map = |n: u64| userptr(C + n * 2 * PAGE_SIZE, A + n * 2 * PAGE_SIZE, PAGE_SIZE);
         let ops: Vec<BindOp> = (0..MAPPINGS).map(map).collect();
-        let vm = self.vms[0];
         for part in ops.chunks(usize::try_from(MAX_BINDS)?) {
             ensure!(self.guest()?.bind(vm, part)? == 0, "a mapping is refused");
         }
         Ok(())
+    }
+    fn bind_anew(&mut self) -> Result<()> {
+        let vm = self.bound.context("nothing is bound")?;
+        ensure!(self.guest()?.bind(vm, &[unmap(C, EVERYTHING)])? == 0, "an unmap is refused");
+        self.bind_all()
+    }
+    fn invalidate(&mut self) -> Result<()> {
+        let vm = self.bound.context("nothing is bound")?;
+        self.guest()?.invalidate(vm.ctx_id, A, EVERYTHING).map(drop)
     }
 
     /// Chains that lead in a circle, as many as a ring takes.
