@@ -15,7 +15,9 @@ use daemon::limits::{Limits, Overrides};
 use daemon::registry::{Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::Host;
 use vmm::PATIENCE;
 
@@ -62,6 +64,18 @@ impl Daemon {
 
     pub(crate) fn event(&self) -> RegistryEvent {
         self.events.recv_timeout(PATIENCE).unwrap()
+    }
+
+    /// What a guest has while its VMM is connected. The registry hears of a session a moment after its VMM is served.
+    pub(crate) fn guest(&self, name: &str) -> Arc<Guest> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(guest) = self.registry.guest(name) {
+                return guest;
+            }
+            assert!(Instant::now() < deadline, "no VMM of {name} is connected");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits until the guest's VMM is gone, and says why it went.

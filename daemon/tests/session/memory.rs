@@ -106,7 +106,7 @@ fn region_that_stays_keeps_its_identity() {
     let file = memfd(0x20_0000, true);
     let (low, high) = (region(&file, 0, 0x10_0000, 0), region(&file, 0x4000_0000, 0x10_0000, 0x10_0000));
     let ids = || -> Vec<u64> {
-        let table = daemon.registry.guest("vm0").unwrap().memory();
+        let table = daemon.guest("vm0").memory();
         table.regions().iter().map(|region| region.id()).collect()
     };
     frontend.set_mem_table(&[low]).unwrap();

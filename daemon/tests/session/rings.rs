@@ -47,11 +47,11 @@ fn with_context(daemon: &Daemon) -> Vmm {
 }
 
 fn contexts(daemon: &Daemon) -> usize {
-    daemon.registry.guest("vm0").unwrap().status().contexts
+    daemon.guest("vm0").status().contexts
 }
 
 fn frozen(daemon: &Daemon) -> bool {
-    daemon.registry.guest("vm0").unwrap().status().frozen
+    daemon.guest("vm0").status().frozen
 }
 
 #[test]

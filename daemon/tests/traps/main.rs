@@ -37,6 +37,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use virtio_gpu_svm::device::{Device, Events};
+use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::Host;
 use vmm::{PATIENCE, Vmm};
 
@@ -98,6 +99,17 @@ impl Scene {
     fn socket(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.sock"))
     }
+    /// What a guest has while its VMM is connected. The registry hears of a session a moment after its VMM is served.
+    fn guest(&self, name: &str) -> Arc<Guest> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(guest) = self.registry.guest(name) {
+                return guest;
+            }
+            assert!(Instant::now() < deadline, "no VMM of {name} is connected");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
     /// Waits until a guest's VMM is gone, and says why it went.
     fn wait_disconnected(&self, guest: &str) -> String {
         loop {
@@ -138,6 +150,18 @@ impl Footprint {
         let mut threads: Vec<_> = names.map(|name| name.trim().to_owned()).filter(ours).collect();
         threads.sort_unstable();
         Self { descriptors, threads }
+    }
+    /// The same, once it stands still: threads that have just been made have their maker's name, and those that end are
+    /// told of before they are gone.
+    fn settled() -> Self {
+        let (mut last, mut same) = (Self::now(), 0);
+        while same < 20 {
+            std::thread::sleep(Duration::from_millis(2));
+            let now = Self::now();
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+        }
+        last
     }
     /// Its threads but one of this name.
     fn threads_without(&self, name: &str) -> Vec<String> {

@@ -101,7 +101,7 @@ fn every_request_in_every_form_costs_its_own_session_at_most() {
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let scene = Scene::start();
     let mut neighbour = Vmm::start(&scene.socket("vm1"));
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let (mut sent, mut ended) = (0, 0);
     for _ in 0..rounds {
         let mut forms: Vec<_> = (0..REQUESTS)
@@ -149,7 +149,7 @@ fn every_request_in_every_form_costs_its_own_session_at_most() {
 fn every_message_cut_at_every_byte_ends_its_session() {
     let scene = Scene::start();
     let mut neighbour = Vmm::start(&scene.socket("vm1"));
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let requests = [
         GET_FEATURES,
         SET_FEATURES,

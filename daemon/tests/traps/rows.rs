@@ -152,7 +152,7 @@ fn names_of_processes_have_nothing_but_what_stands_there() {
         let create =
             CtxCreate { hdr: hdr(VIRTIO_GPU_CMD_CTX_CREATE, 1), nlen, debug_name, ..CtxCreate::default() };
         accepted(&mut vmm, create.as_bytes());
-        let contexts = scene.registry.guest("vm0").unwrap().context_summaries();
+        let contexts = scene.guest("vm0").context_summaries();
         assert_eq!(contexts[0].name, seen);
         accepted(&mut vmm, hdr(VIRTIO_GPU_CMD_CTX_DESTROY, 1).as_bytes());
     }
@@ -162,7 +162,7 @@ fn names_of_processes_have_nothing_but_what_stands_there() {
 fn panic_in(method: &'static str, prepare: &[Vec<u8>], act: impl FnOnce(&mut Vmm)) {
     let scene = Scene::start();
     let mut neighbour = furnished(&scene, "vm1");
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let mut vmm = furnished(&scene, "vm0");
     for command in prepare {
         accepted(&mut vmm, command);
@@ -241,7 +241,7 @@ fn e01_panic_of_the_housekeeper_costs_the_session_it_is_about() {
 fn e01_panic_while_a_session_is_closed_leaves_no_thread() {
     let scene = Scene::start();
     let mut neighbour = furnished(&scene, "vm1");
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let vmm = furnished(&scene, "vm0");
     scene.device.arm("vm_destroy");
     drop(vmm);
@@ -268,7 +268,7 @@ fn e02_file_that_ends_early_by_any_arithmetic_is_refused() {
     ];
     for region in regions {
         for add in [false, true] {
-            let before = Footprint::now();
+            let before = Footprint::settled();
             let raw = Raw::negotiated(&scene.socket("vm0"), ALL_PROTOCOL);
             if add {
                 raw.send(ADD_MEM_REG, &one_region(region), &[raw.memory.as_fd()]);
@@ -313,7 +313,7 @@ fn e03_what_was_not_offered_ends_the_session_or_is_answered_with_no() {
         ("POSTCOPY_END", 30, vec![], 0),
     ];
     for (name, request, body, fds) in ends {
-        let before = Footprint::now();
+        let before = Footprint::settled();
         let raw = Raw::negotiated(&scene.socket("vm0"), ALL_PROTOCOL);
         raw.send_memory();
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -357,7 +357,7 @@ fn e05_owner_of_a_session_owns_nothing_of_the_next() {
 #[test]
 fn e06_sessions_leave_no_descriptor_and_no_thread() {
     let scene = Scene::start();
-    let before = Footprint::now();
+    let before = Footprint::settled();
     for _ in 0..50 {
         let mut vmm = furnished(&scene, "vm0");
         works(&mut vmm);
@@ -394,7 +394,7 @@ fn e08_regions_at_one_address_of_the_vmm_are_its_own_loss() {
 fn e08_address_of_the_vmm_that_wraps_costs_the_session_alone() {
     let scene = Scene::start();
     let mut neighbour = furnished(&scene, "vm1");
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let last = u64::MAX - PAGE_SIZE + 1;
     let raw = Raw::negotiated(&scene.socket("vm0"), ALL_PROTOCOL);
     raw.send(SET_MEM_TABLE, &table(&[[0, MEMORY, last, 0]]), &[raw.memory.as_fd()]);
@@ -417,7 +417,7 @@ fn e08_address_of_the_vmm_that_wraps_costs_the_session_alone() {
 #[test]
 fn e08_one_file_may_be_many_regions_and_one_event_all_events() {
     let scene = Scene::start();
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let raw = Raw::negotiated(&scene.socket("vm0"), ALL_PROTOCOL);
     let regions: Vec<_> = (0..8).map(|n| [n << 30, MEMORY, BASE + (n << 30), 0]).collect();
     raw.send(SET_MEM_TABLE, &table(&regions), &[raw.memory.as_fd(); 8]);
@@ -480,7 +480,7 @@ fn e08_queues_beyond_the_last_are_refused() {
 #[test]
 fn e09_stray_descriptors_are_closed() {
     let scene = Scene::start();
-    let before = Footprint::now();
+    let before = Footprint::settled();
     for request in
         [GET_FEATURES, SET_FEATURES, SET_OWNER, GET_CONFIG, SET_CONFIG, SET_VRING_NUM, RESET_DEVICE]
     {
@@ -511,7 +511,7 @@ fn e09_stray_descriptors_are_closed() {
 #[test]
 fn e10_headers_that_are_none_end_the_session() {
     let scene = Scene::start();
-    let before = Footprint::now();
+    let before = Footprint::settled();
     let header = |request: u32, flags: u32, size: u32| [request, flags, size].map(u32::to_le_bytes).concat();
     let mut headers = vec![header(1, PLAIN, u32::MAX), header(1, PLAIN, 0x1001)];
     headers.extend([0, 45, 60, 61, 255, 256, 1 << 16, u32::MAX].map(|request| header(request, PLAIN, 0)));
@@ -552,7 +552,7 @@ fn features_may_be_set_twice_and_only_those_that_were_offered() {
 fn config_of_any_size_and_place_has_nothing_but_the_device_in_it() {
     let scene = Scene::start();
     let raw = Raw::negotiated(&scene.socket("vm0"), ALL_PROTOCOL);
-    let space = scene.registry.guest("vm0").unwrap().config_space();
+    let space = scene.guest("vm0").config_space();
     let mut asked = 0;
     for offset in (0..0x100).chain([0xf00, 0xff0, 0xfff]) {
         for size in [1, 2, 3, 4, 7, 8, 64, 127, 128, 129, 0x100, 0xff4 - offset.min(0xff3)] {
@@ -586,7 +586,7 @@ fn vmm_that_leaves_or_resets_or_takes_memory_while_jobs_run_is_served_again() {
     ];
     let scene = Scene::start();
     let mut neighbour = furnished(&scene, "vm1");
-    let before = Footprint::now();
+    let before = Footprint::settled();
     for (what, deed) in deeds {
         let mut vmm = furnished(&scene, "vm0");
         accepted(&mut vmm, &supply());
