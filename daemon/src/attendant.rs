@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vhost::vhost_user::Listener;
+use virtio_gpu_svm::host::Limits;
 
 /// Pause after a session that could not be set up: the VMM's next try must not keep a core busy.
 const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -25,8 +26,10 @@ pub(crate) struct Seat {
     pub name: String,
     pub socket: String,
     pub devices: Vec<usize>,
-    /// Its own limits.
-    pub limits: Overrides,
+    /// Its own limits, as the operator gave them.
+    pub overrides: Overrides,
+    /// What it may use.
+    pub limits: Limits,
     /// Lines of the log that it may cause.
     pub log: Arc<LogBudget>,
     /// Set once and for ever: the attendant is to leave.

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::info::GuestStatus;
-use virtio_gpu_svm::quota::LimitStatus;
+use virtio_gpu_svm::quota::{LimitStatus, Quota};
 
 /// Most bytes of a guest's name.
 pub const MAX_NAME: usize = 64;
@@ -127,7 +127,11 @@ pub struct GuestEntry {
     pub sessions: u64,
     /// Why the last session ended, unless the VMM just left.
     pub last_error: Option<String>,
-    /// Lines of the log that it may cause, and has caused.
+    /// What it may use, and what its session uses, has used and was refused: 0 while no VMM is connected.
+    pub limits: Vec<LimitStatus>,
+    /// Milliseconds in which it must answer a fault; 0: any time will do.
+    pub fault_deadline_ms: u32,
+    /// Lines of the log that it may cause, and has caused in all its sessions.
     pub log_lines: LimitStatus,
     /// The core's view of it while a VMM is connected.
     pub status: Option<GuestStatus>,
@@ -216,7 +220,7 @@ impl Registry {
             return Err(AddError::ShuttingDown);
         }
         if let Some(there) = guests.by_name.get(&spec.name) {
-            if there.socket == label && there.devices == devices && there.limits == spec.limits {
+            if there.socket == label && there.devices == devices && there.overrides == spec.limits {
                 return Ok(false);
             }
             return Err(AddError::NameTaken { name: spec.name, socket: there.socket.clone() });
@@ -230,12 +234,14 @@ impl Registry {
         let door = Door::open(endpoint, &label)?;
         let stop = Waker::new().map_err(|e| failed("make an event for", e))?;
         let limits = self.options.limits.with(&spec.limits);
+        let core_limits = limits::of(&limits);
         let log = Arc::new(LogBudget::new(format!("guest {}", spec.name), limits.log_lines));
         let seat = Arc::new(Seat {
             name: spec.name.clone(),
             socket: label.clone(),
             devices,
-            limits: spec.limits,
+            overrides: spec.limits,
+            limits: core_limits,
             log: Arc::clone(&log),
             stop,
             live: Mutex::default(),
@@ -246,7 +252,7 @@ impl Registry {
             setup: Setup {
                 host: Arc::clone(&self.host),
                 name: spec.name.clone(),
-                limits: limits::of(&limits),
+                limits: core_limits,
                 devices: seat.devices.clone(),
                 allow_unsealed: self.options.allow_unsealed,
                 log,
@@ -354,6 +360,11 @@ impl Registry {
             (live.session.clone(), live.sessions, live.last_error.clone())
         };
         let device_name = |index: &usize| self.device_names.get(*index).cloned();
+        let mut status = session.as_ref().map(|session| session.guest().status());
+        let limits = match &mut status {
+            Some(status) => std::mem::take(&mut status.limits),
+            None => Quota::new(&seat.limits).status(|_| 0),
+        };
         GuestEntry {
             name: seat.name.clone(),
             socket: seat.socket.clone(),
@@ -362,8 +373,10 @@ impl Registry {
             sessions,
             last_error,
             queues: session.as_ref().map(|session| session.rings()).unwrap_or_default(),
+            limits,
+            fault_deadline_ms: seat.limits.fault_deadline_ms,
             log_lines: seat.log.status(),
-            status: session.map(|session| session.guest().status()),
+            status,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! svmctl as a process: exit status, JSON and text.
 
 use crate::harness::Server;
+use daemon::limits::Limits;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -71,6 +72,29 @@ fn tables_name_what_there_is() {
     assert!(run(&["contexts"]).contains("no contexts"));
     assert!(run(&["stats"]).contains("all counters are 0"));
     assert!(run(&["discover"]).contains("guest.add name socket [devices]"));
+}
+
+#[test]
+fn limits_of_a_guest_without_a_vmm_are_shown() {
+    let server = Server::start();
+    let socket = server.guest_socket("vm0.sock");
+    let add = ["guest", "add", "vm0", &socket, "--limit", "contexts=2", "--limit", "table_bytes=2097152"];
+    stdout(&svmctl(&server.socket(), &add));
+    let shown = stdout(&svmctl(&server.socket(), &["guest", "show", "vm0"]));
+    let row = |name: &str| -> Vec<String> {
+        let line = shown.lines().find(|line| line.starts_with(name));
+        line.unwrap_or_else(|| panic!("no {name} in {shown}")).split_whitespace().map(str::to_owned).collect()
+    };
+    for (name, ..) in Limits::BOUNDS {
+        assert_eq!(row(name)[0], name);
+    }
+    assert_eq!(row("contexts "), ["contexts", "guest", "0", "0", "2", "0"]);
+    assert_eq!(row("table_bytes"), ["table_bytes", "guest", "0", "B", "0", "B", "2", "MiB", "0"]);
+    assert_eq!(row("fault_deadline_ms"), ["fault_deadline_ms", "fault", "-", "-", "0", "-"]);
+    let entry = json_of(&server, &["guest", "show", "vm0"]);
+    let contexts = json!({"name": "contexts", "scope": "guest", "used": 0, "peak": 0, "limit": 2, "refused": 0});
+    assert_eq!((&entry["limits"][0], &entry["status"]), (&contexts, &Value::Null));
+    assert_eq!(entry["limits"].as_array().unwrap().len() + 2, Limits::BOUNDS.len());
 }
 
 #[test]
