@@ -7,7 +7,7 @@ use crate::eventq::Waker;
 use crate::fuse::Failure;
 use crate::limits::Overrides;
 use crate::log_budget::LogBudget;
-use crate::registry::{AddError, Endpoint, RegistryEvent, Subscribers, lock};
+use crate::registry::{AddError, RegistryEvent, Subscribers, lock};
 use crate::relay::Relay;
 use crate::session::{self, Session, Setup};
 use crate::socket::ListeningSocket;
@@ -87,16 +87,11 @@ pub(crate) enum Door {
 }
 
 impl Door {
-    /// Makes or takes over the guest's socket.
+    /// One that VMMs knock at.
     ///
     /// # Errors
-    /// [`AddError::SocketInUse`], [`AddError::Io`].
-    pub fn open(endpoint: Endpoint, label: &str) -> Result<Self, AddError> {
-        let socket = match endpoint {
-            Endpoint::Path(path) => ListeningSocket::make(&path)?,
-            Endpoint::Listener(fd) => ListeningSocket::inherited(fd),
-            Endpoint::Connected(relay) => return Ok(Self::Connected(relay)),
-        };
+    /// [`AddError::Io`].
+    pub fn listening(socket: ListeningSocket, label: &str) -> Result<Self, AddError> {
         let failed = |source| AddError::Io { action: "duplicate", path: PathBuf::from(label), source };
         let accepting = Listener::from(socket.listener().try_clone().map_err(failed)?);
         Ok(Self::Listening(socket, accepting))
