@@ -205,7 +205,8 @@ fn guest(guest: &Value) -> String {
             ("waiting faults", text(&status["pending_faults"])),
         ]);
     }
-    let deadline = json!({ "name": "fault_deadline_ms", "scope": "fault", "limit": guest["fault_deadline_ms"] });
+    let deadline =
+        json!({ "name": "fault_deadline_ms", "scope": "fault", "limit": guest["fault_deadline_ms"] });
     let rows = items(&guest["limits"]).chain([&deadline, &guest["log_lines"]]);
     format!("{}{}", facts(&lines), limits(rows))
 }
