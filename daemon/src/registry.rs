@@ -179,7 +179,7 @@ pub struct Registry {
     /// Guards the list of guests; never held while a socket is made, or while a session begins or ends.
     guests: Mutex<Guests>,
     subscribers: Arc<Subscribers>,
-    /// Lines of the log that clients of the control socket may cause.
+    /// Lines of the log about guests that come and go.
     log: LogBudget,
 }
 
@@ -225,7 +225,7 @@ impl Registry {
         let device_names = host.devices().into_iter().map(|device| device.name).collect();
         let runtime_dirs = RuntimeDirs::new(&options.runtime_dirs);
         let (guests, subscribers) = (Mutex::default(), Arc::default());
-        let log = LogBudget::new("clients of the control socket".to_owned(), options.limits.log_lines);
+        let log = LogBudget::new("guests added and removed".to_owned(), options.limits.log_lines);
         Arc::new(Self { host, options, runtime_dirs, device_names, guests, subscribers, log })
     }
 
@@ -350,6 +350,11 @@ impl Registry {
     /// The core's guest of that name, while a VMM is connected.
     pub fn guest(&self, name: &str) -> Option<Arc<Guest>> {
         self.seat(name)?.session().map(|session| Arc::clone(session.guest()))
+    }
+
+    /// Lines of the log that anybody may cause in a minute who has no number of their own.
+    pub fn log_lines(&self) -> u32 {
+        self.options.limits.log_lines
     }
 
     /// The host.

@@ -1,13 +1,17 @@
 //! Limits that an operator gives, from his command to the refusal; and how many lines of the log others may cause.
 
+use crate::device::{BROKEN, Idle};
 use crate::harness::{Client, LIMITS, Server};
 use crate::process::Svmd;
 use crate::vmm::Vmm;
+use daemon::control::Options;
+use daemon::limits::Limits;
 use serde_json::json;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use virtio_gpu_svm::protocol::CAPSET_SVM;
 use virtio_gpu_svm::protocol::control::SvmResp;
 use virtio_gpu_svm::protocol::errno::ENOSPC;
@@ -111,4 +115,36 @@ fn log_of_a_noisy_guest_is_cut_and_says_so_and_its_neighbours_is_not() {
         before.rsplit(' ').next()?.parse::<usize>().ok()
     };
     assert_eq!(told + log.lines().filter_map(left_out).sum::<usize>(), all, "{log}");
+}
+
+/// What this process has logged.
+static LOGGED: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Logged;
+
+impl Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        LOGGED.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn methods_that_fail_are_told_within_the_budget_of_their_socket() {
+    tracing_subscriber::fmt().with_ansi(false).with_writer(|| Logged).init();
+    let limits = Limits { log_lines: 1, ..LIMITS };
+    let server = Server::start_limited(vec![Idle::start(BROKEN, Vec::new())], Options::default(), limits);
+    let mut client = server.client();
+    for _ in 0..NOISE {
+        assert_eq!(client.error("device.ledger", json!({"device": 0})), (-32603, "internal".into()));
+    }
+    assert_eq!(client.result("guest.list", json!({})), json!({"guests": []}));
+    drop(server);
+    let logged = String::from_utf8(LOGGED.lock().unwrap().clone()).unwrap();
+    let told = logged.matches("a control method failed").count();
+    assert!((1..=NOISE / 2).contains(&told), "{told} of {NOISE}: {logged}");
+    assert!(logged.contains("lines about clients of the control socket suppressed"), "{logged}");
 }
