@@ -4,10 +4,8 @@ use crate::raw::*;
 use crate::vmm::{Vmm, memfd, region};
 use crate::{Footprint, Scene};
 use daemon::housekeeper::Housekeeper;
-use rustix::fs::OFlags;
-use std::fs::OpenOptions;
+use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use vhost::VhostBackend;
@@ -516,7 +514,7 @@ fn files_that_cannot_be_made_non_blocking_end_the_session() {
     let scene = Scene::start();
     let mut neighbour = furnished(&scene, "vm1");
     // It names a place in the file system and does nothing else.
-    let path = OpenOptions::new().read(true).custom_flags(OFlags::PATH.bits() as i32).open("/").unwrap();
+    let path = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
     let before = Footprint::now();
     for (queue, name) in [(0u64, "control"), (1, "cursor"), (2, "event")] {
         for (request, file) in [(SET_VRING_KICK, "kick"), (SET_VRING_CALL, "call")] {
