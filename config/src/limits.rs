@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 /// Most of a number of objects that have an entry in a table.
 const MANY: u64 = 1 << 20;
+/// A name of more bytes is like none.
+const LONGEST: usize = 32;
 /// Most bytes: a terabyte.
 const BYTES: u64 = 1 << 40;
 
@@ -147,14 +149,39 @@ impl Limits {
 fn check(name: &str, value: u64) -> Result<(), Refused> {
     let refused = |problem: String| Err((name.to_owned(), problem));
     let Some((_, least, most)) = Limits::BOUNDS.iter().find(|(known, ..)| *known == name) else {
+        let meant = nearest(name).map(|known| format!("did you mean {known}? ")).unwrap_or_default();
         let names: Vec<_> = Limits::BOUNDS.iter().map(|(known, ..)| *known).collect();
-        return refused(format!("there is no such limit; there are {}", names.join(", ")));
+        return refused(format!("there is no such limit; {meant}there are {}", names.join(", ")));
     };
     if (least..=most).contains(&&value) {
         Ok(())
     } else {
         refused(format!("{value} is not in {least}..={most}"))
     }
+}
+
+/// The limit whose name a misspelt one is most like, if it is like any.
+fn nearest(name: &str) -> Option<&'static str> {
+    // A name may come from a client, and is then as long as it likes.
+    if name.len() > LONGEST {
+        return None;
+    }
+    let distances = Limits::BOUNDS.iter().map(|(known, ..)| (distance(name, known), *known));
+    distances.min().filter(|(edits, known)| *edits <= known.len() / 3).map(|(_, known)| known)
+}
+
+/// Characters to be put in, left out or replaced to make one of the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut next = vec![i + 1];
+        for ((to, replaced), left_out) in b.chars().zip(&row).zip(row.iter().skip(1)) {
+            let put_in = next.last().copied().unwrap_or(0) + 1;
+            next.push(put_in.min(left_out + 1).min(replaced + usize::from(from != to)));
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or(0)
 }
 
 /// Limits of one guest, by name, in place of those of `[limits]`.

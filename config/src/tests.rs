@@ -130,6 +130,27 @@ fn models_of_soft_devices_are_read() {
 }
 
 #[test]
+fn misspelt_limit_is_named_with_the_nearest_and_all() {
+    let problem = |name: &str| Overrides::new([(name.to_owned(), 1)]).unwrap_err();
+    for (wrong, meant) in [
+        ("conexts", "contexts"),
+        ("context", "contexts"),
+        ("log-lines", "log_lines"),
+        ("job", "jobs"),
+        ("total_pending_fault", "total_pending_faults"),
+        ("fault_deadline", "fault_deadline_ms"),
+    ] {
+        let (name, problem) = problem(wrong);
+        assert_eq!(name, wrong);
+        assert!(problem.contains(&format!("did you mean {meant}?")), "{wrong}: {problem}");
+        assert!(Limits::BOUNDS.iter().all(|(known, ..)| problem.contains(known)), "{wrong}: {problem}");
+    }
+    for unlike in ["", "colour", "CONTEXTS", &"contexts".repeat(5)] {
+        assert!(!problem(unlike).1.contains("did you mean"), "{unlike}");
+    }
+}
+
+#[test]
 fn guest_has_its_own_limits_and_else_those_of_all() {
     let text = "[limits]\njobs = 7\n[[guest]]\nname='g'\nsocket='/x'\nlimits = { contexts = 2, queue_bytes = 65536 }";
     let config = Config::parse(text, "test.toml").unwrap();

@@ -7,7 +7,7 @@ use crate::eventq::Waker;
 use crate::fuse::Failure;
 use crate::limits::Overrides;
 use crate::log_budget::LogBudget;
-use crate::registry::{AddError, Endpoint, RegistryEvent, Subscribers, lock};
+use crate::registry::{AddError, RegistryEvent, Subscribers, lock};
 use crate::relay::Relay;
 use crate::session::{self, Session, Setup};
 use crate::socket::ListeningSocket;
@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use vhost::vhost_user::Listener;
+use virtio_gpu_svm::host::Limits;
 
 /// Pause after a session that could not be set up: the VMM's next try must not keep a core busy.
 const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -25,8 +26,10 @@ pub(crate) struct Seat {
     pub name: String,
     pub socket: String,
     pub devices: Vec<usize>,
-    /// Its own limits.
-    pub limits: Overrides,
+    /// Its own limits, as the operator gave them.
+    pub overrides: Overrides,
+    /// What it may use.
+    pub limits: Limits,
     /// Lines of the log that it may cause.
     pub log: Arc<LogBudget>,
     /// Set once and for ever: the attendant is to leave.
@@ -84,16 +87,11 @@ pub(crate) enum Door {
 }
 
 impl Door {
-    /// Makes or takes over the guest's socket.
+    /// One that VMMs knock at.
     ///
     /// # Errors
-    /// [`AddError::SocketInUse`], [`AddError::Io`].
-    pub fn open(endpoint: Endpoint, label: &str) -> Result<Self, AddError> {
-        let socket = match endpoint {
-            Endpoint::Path(path) => ListeningSocket::make(&path)?,
-            Endpoint::Listener(fd) => ListeningSocket::inherited(fd),
-            Endpoint::Connected(relay) => return Ok(Self::Connected(relay)),
-        };
+    /// [`AddError::Io`].
+    pub fn listening(socket: ListeningSocket, label: &str) -> Result<Self, AddError> {
         let failed = |source| AddError::Io { action: "duplicate", path: PathBuf::from(label), source };
         let accepting = Listener::from(socket.listener().try_clone().map_err(failed)?);
         Ok(Self::Listening(socket, accepting))

@@ -25,6 +25,17 @@ pub enum Failure {
     /// The framework's queue thread ended: a kick file that cannot be read.
     #[error("its queue thread ended (a kick file could not be read)")]
     QueueThread,
+    /// A file of a ring could block us, so the ring would have to do without it: silent for ever.
+    #[error("the {file} file of its {queue} queue cannot be made non-blocking")]
+    RingFile {
+        /// Which: kick or call.
+        file: &'static str,
+        /// Of which queue.
+        queue: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
     /// Its memory was refused.
     #[error(transparent)]
     Memory(#[from] guest_memory::Error),

@@ -4,7 +4,8 @@
 //! [`session`] serves it. Within a session
 //! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, [`sigbus`] what happens when it goes away all the same, and [`fuse`] ends the session
-//! when something in it cannot go on; [`limits`] and [`log_budget`] say how much of all this one guest may cause.
+//! when something in it cannot go on; [`limits`] and [`log_budget`] say how much of all this one guest may cause, and
+//! [`panic_log`] what is told of panics.
 //! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there for;
 //! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
@@ -20,6 +21,7 @@ pub mod hostmmu;
 pub mod housekeeper;
 pub mod limits;
 pub mod log_budget;
+pub mod panic_log;
 pub mod queue;
 pub mod registry;
 pub mod relay;

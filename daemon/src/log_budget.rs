@@ -1,8 +1,9 @@
 //! How many lines of the log somebody may cause: so many at once, and again as many in each minute. What is left out is
 //! counted, and told in one line as soon as there is room for that and for the line which follows it.
 //!
-//! One for each guest, over all its sessions, for what the guest, its driver and its VMM cause; one for the control
-//! socket; one for each device that has processes of its own.
+//! One for each guest, over all its sessions, for what the guest, its driver and its VMM cause; one for the clients of each
+//! control socket, and one for the guests that they add and remove; one for each device that has processes of its own; one
+//! for panics.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

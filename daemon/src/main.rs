@@ -14,6 +14,7 @@ use daemon::control::methods::Rights;
 use daemon::control::{self, ControlState, Users};
 use daemon::devices::Devices;
 use daemon::housekeeper::Housekeeper;
+use daemon::panic_log;
 use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use daemon::sandbox::{self, Profile};
 use daemon::socket::{ListeningSocket, PRIVATE};
@@ -76,6 +77,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     let inherited = args.fd.map(inherited::take).transpose().map_err(Failure::Usage)?;
     let config = args.configuration().map_err(Failure::Usage)?;
     log_to_stderr(config.daemon.log);
+    panic_log::install(config.limits.log_lines);
     // Sockets are made with a mode of their own each; nothing else is made, so this takes away what none of them has.
     let modes = control_mode(&config.daemon) | read_only_mode(&config.daemon) | PRIVATE;
     rustix::process::umask(Mode::from_raw_mode(0o777) - modes);

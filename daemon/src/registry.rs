@@ -11,16 +11,16 @@ use crate::log_budget::LogBudget;
 use crate::relay::Relay;
 use crate::ring::RingStatus;
 use crate::session::Setup;
-use crate::socket::RuntimeDirs;
+use crate::socket::{Folder, ListeningSocket, RuntimeDirs};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::info::GuestStatus;
-use virtio_gpu_svm::quota::LimitStatus;
+use virtio_gpu_svm::quota::{LimitStatus, Quota};
 
 /// Most bytes of a guest's name.
 pub const MAX_NAME: usize = 64;
@@ -127,7 +127,11 @@ pub struct GuestEntry {
     pub sessions: u64,
     /// Why the last session ended, unless the VMM just left.
     pub last_error: Option<String>,
-    /// Lines of the log that it may cause, and has caused.
+    /// What it may use, and what its session uses, has used and was refused: 0 while no VMM is connected.
+    pub limits: Vec<LimitStatus>,
+    /// Milliseconds in which it must answer a fault; 0: any time will do.
+    pub fault_deadline_ms: u32,
+    /// Lines of the log that it may cause, and has caused in all its sessions.
     pub log_lines: LimitStatus,
     /// The core's view of it while a VMM is connected.
     pub status: Option<GuestStatus>,
@@ -172,11 +176,10 @@ pub struct Registry {
     runtime_dirs: RuntimeDirs,
     /// Names of the host's devices, by index.
     device_names: Vec<String>,
-    /// Guards the list of guests. Held while a socket is made, so that two calls cannot make the same one; never while
-    /// a session begins or ends.
+    /// Guards the list of guests; never held while a socket is made, or while a session begins or ends.
     guests: Mutex<Guests>,
     subscribers: Arc<Subscribers>,
-    /// Lines of the log that clients of the control socket may cause.
+    /// Lines of the log about guests that come and go.
     log: LogBudget,
 }
 
@@ -186,13 +189,43 @@ struct Guests {
     closed: bool,
 }
 
+/// A guest that is to be added, checked as far as others do not matter.
+struct Wanted {
+    name: String,
+    label: String,
+    devices: Vec<usize>,
+    overrides: Overrides,
+}
+
+impl Wanted {
+    /// Whether the same guest is there already.
+    fn is_in(&self, guests: &Guests) -> Result<bool, AddError> {
+        if guests.closed {
+            return Err(AddError::ShuttingDown);
+        }
+        if let Some(there) = guests.by_name.get(&self.name) {
+            let same = there.socket == self.label
+                && there.devices == self.devices
+                && there.overrides == self.overrides;
+            let taken = || AddError::NameTaken { name: self.name.clone(), socket: there.socket.clone() };
+            return if same { Ok(true) } else { Err(taken()) };
+        }
+        let path = Path::new(&self.label);
+        // Labels of inherited sockets are no paths, and may come again.
+        if path.is_absolute() && guests.by_name.values().any(|seat| seat.socket == self.label) {
+            return Err(AddError::SocketInUse(path.to_owned()));
+        }
+        Ok(false)
+    }
+}
+
 impl Registry {
     /// A registry without guests.
     pub fn new(host: Arc<Host>, options: Options) -> Arc<Self> {
         let device_names = host.devices().into_iter().map(|device| device.name).collect();
         let runtime_dirs = RuntimeDirs::new(&options.runtime_dirs);
         let (guests, subscribers) = (Mutex::default(), Arc::default());
-        let log = LogBudget::new("clients of the control socket".to_owned(), options.limits.log_lines);
+        let log = LogBudget::new("guests added and removed".to_owned(), options.limits.log_lines);
         Arc::new(Self { host, options, runtime_dirs, device_names, guests, subscribers, log })
     }
 
@@ -211,48 +244,37 @@ impl Registry {
         };
         let label = endpoint.label();
 
-        let mut guests = self.lock();
-        if guests.closed {
-            return Err(AddError::ShuttingDown);
+        let wanted = Wanted { name: spec.name, label, devices, overrides: spec.limits };
+        if wanted.is_in(&self.lock())? {
+            return Ok(false);
         }
-        if let Some(there) = guests.by_name.get(&spec.name) {
-            if there.socket == label && there.devices == devices && there.limits == spec.limits {
-                return Ok(false);
+        match endpoint {
+            Endpoint::Path(path) => {
+                // Others may hold the folder for a while, so this is not waited for under our own lock. Whoever adds the
+                // same guest meanwhile waits here too, and then finds it.
+                let folder = Folder::lock(&path)?;
+                if wanted.is_in(&self.lock())? {
+                    return Ok(false);
+                }
+                let socket = ListeningSocket::make(&path, &folder)?;
+                let door = Door::listening(socket, &wanted.label)?;
+                self.seat_guest(wanted, door)
             }
-            return Err(AddError::NameTaken { name: spec.name, socket: there.socket.clone() });
+            Endpoint::Listener(fd) => {
+                let door = Door::listening(ListeningSocket::inherited(fd), &wanted.label)?;
+                self.seat_guest(wanted, door)
+            }
+            Endpoint::Connected(relay) => self.seat_guest(wanted, Door::Connected(relay)),
         }
-        if let Endpoint::Path(path) = &endpoint
-            && guests.by_name.values().any(|seat| seat.socket == label)
-        {
-            return Err(AddError::SocketInUse(path.clone()));
-        }
+    }
+
+    /// Gives a guest its seat, unless somebody else has taken the name since.
+    fn seat_guest(&self, wanted: Wanted, door: Door) -> Result<bool, AddError> {
+        let (name, label) = (wanted.name.clone(), wanted.label.clone());
         let failed = |action, source| AddError::Io { action, path: PathBuf::from(&label), source };
-        let door = Door::open(endpoint, &label)?;
         let stop = Waker::new().map_err(|e| failed("make an event for", e))?;
-        let limits = self.options.limits.with(&spec.limits);
-        let log = Arc::new(LogBudget::new(format!("guest {}", spec.name), limits.log_lines));
-        let seat = Arc::new(Seat {
-            name: spec.name.clone(),
-            socket: label.clone(),
-            devices,
-            limits: spec.limits,
-            log: Arc::clone(&log),
-            stop,
-            live: Mutex::default(),
-            thread: Mutex::default(),
-        });
-        let attendant = Attendant {
-            seat: Arc::clone(&seat),
-            setup: Setup {
-                host: Arc::clone(&self.host),
-                name: spec.name.clone(),
-                limits: limits::of(&limits),
-                devices: seat.devices.clone(),
-                allow_unsealed: self.options.allow_unsealed,
-                log,
-            },
-            subscribers: Arc::clone(&self.subscribers),
-        };
+        let attendant = self.attendant(&wanted, stop);
+        let seat = Arc::clone(&attendant.seat);
         // The attendant begins when its guest was announced: what it tells of the guest comes after that.
         let (begin, begun) = std::sync::mpsc::sync_channel(1);
         let attend = move || {
@@ -260,18 +282,48 @@ impl Registry {
                 attendant.run(door);
             }
         };
+        let mut guests = self.lock();
+        if wanted.is_in(&guests)? {
+            return Ok(false);
+        }
         let thread = std::thread::Builder::new()
-            .name(format!("guest {}", spec.name))
+            .name(format!("guest {name}"))
             .spawn(attend)
             .map_err(|e| failed("start a thread for", e))?;
         *lock(&seat.thread) = Some(thread);
-        guests.by_name.insert(spec.name.clone(), seat);
+        guests.by_name.insert(name.clone(), seat);
         drop(guests);
-        self.log.log(|| tracing::info!(guest = %spec.name, socket = %label, "guest added"));
-        self.subscribers.tell(&RegistryEvent::GuestAdded { name: spec.name });
+        self.log.log(|| tracing::info!(guest = %name, socket = %label, "guest added"));
+        self.subscribers.tell(&RegistryEvent::GuestAdded { name });
         // It waits for this and nothing else.
         begin.send(()).ok();
         Ok(true)
+    }
+
+    fn attendant(&self, wanted: &Wanted, stop: Waker) -> Attendant {
+        let limits = self.options.limits.with(&wanted.overrides);
+        let core_limits = limits::of(&limits);
+        let log = Arc::new(LogBudget::new(format!("guest {}", wanted.name), limits.log_lines));
+        let seat = Seat {
+            name: wanted.name.clone(),
+            socket: wanted.label.clone(),
+            devices: wanted.devices.clone(),
+            overrides: wanted.overrides.clone(),
+            limits: core_limits,
+            log: Arc::clone(&log),
+            stop,
+            live: Mutex::default(),
+            thread: Mutex::default(),
+        };
+        let setup = Setup {
+            host: Arc::clone(&self.host),
+            name: wanted.name.clone(),
+            limits: core_limits,
+            devices: wanted.devices.clone(),
+            allow_unsealed: self.options.allow_unsealed,
+            log,
+        };
+        Attendant { seat: Arc::new(seat), setup, subscribers: Arc::clone(&self.subscribers) }
     }
 
     /// Removes a guest: ends its session and removes the socket that was made for it. On return nothing of it is left.
@@ -298,6 +350,11 @@ impl Registry {
     /// The core's guest of that name, while a VMM is connected.
     pub fn guest(&self, name: &str) -> Option<Arc<Guest>> {
         self.seat(name)?.session().map(|session| Arc::clone(session.guest()))
+    }
+
+    /// Lines of the log that anybody may cause in a minute who has no number of their own.
+    pub fn log_lines(&self) -> u32 {
+        self.options.limits.log_lines
     }
 
     /// The host.
@@ -354,6 +411,11 @@ impl Registry {
             (live.session.clone(), live.sessions, live.last_error.clone())
         };
         let device_name = |index: &usize| self.device_names.get(*index).cloned();
+        let mut status = session.as_ref().map(|session| session.guest().status());
+        let limits = match &mut status {
+            Some(status) => std::mem::take(&mut status.limits),
+            None => Quota::new(&seat.limits).status(|_| 0),
+        };
         GuestEntry {
             name: seat.name.clone(),
             socket: seat.socket.clone(),
@@ -362,8 +424,10 @@ impl Registry {
             sessions,
             last_error,
             queues: session.as_ref().map(|session| session.rings()).unwrap_or_default(),
+            limits,
+            fault_deadline_ms: seat.limits.fault_deadline_ms,
             log_lines: seat.log.status(),
-            status: session.map(|session| session.guest().status()),
+            status,
         }
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! What this adds to the framework's vring:
 //! * kick and call files become non-blocking, so that a full or stolen one cannot stop a thread (an engine thread
-//!   signals too, and serves other guests);
+//!   signals too, and serves other guests); one that cannot ends the session, since the ring would be silent for ever;
 //! * a queue size that the framework would silently ignore is remembered and fails the ring;
 //! * a kick file that is replaced while the ring runs fails it too: the framework would close the old one and still
 //!   watch it, for ever if the VMM keeps it readable, and never watch the new one;
@@ -14,6 +14,7 @@
 //!   available in the other, and they could keep each other busy without the driver. (Where it only reads they may.)
 //! * a ring whose driver broke the queue's rules is latched as failed until it is stopped.
 
+use crate::fuse::{Failure, Fuse};
 use crate::queue::{Cost, RingError};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde::Serialize;
@@ -22,7 +23,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -52,7 +53,17 @@ struct Shared {
     used: AtomicU64,
     /// The guest's other rings.
     peers: OnceLock<Vec<Weak<Self>>>,
+    /// Guards who is told of a file that cannot be used, and what nobody could be told yet; a section is a few moves.
+    unusable: Mutex<Unusable>,
     counts: Counts,
+}
+
+/// Files that cannot be used.
+#[derive(Default)]
+struct Unusable {
+    /// The session's fuse, and which queue this is.
+    told: Option<(Arc<Fuse>, &'static str)>,
+    found: Option<(&'static str, io::Error)>,
 }
 
 impl Shared {
@@ -62,6 +73,17 @@ impl Shared {
     fn areas(&self) -> Areas {
         let at = |place: &AtomicU64| place.load(Ordering::Relaxed);
         Areas::new(at(&self.desc), at(&self.avail), at(&self.used), self.size.load(Ordering::Relaxed))
+    }
+    /// Ends the session for a file that cannot be used, as soon as both are known.
+    fn tell(&self, learn: impl FnOnce(&mut Unusable)) {
+        let mut unusable = self.unusable.lock().unwrap_or_else(PoisonError::into_inner);
+        learn(&mut unusable);
+        let Some((fuse, queue)) = unusable.told.clone() else { return };
+        let found = unusable.found.take();
+        drop(unusable);
+        if let Some((file, source)) = found {
+            fuse.blow(Failure::RingFile { file, queue, source });
+        }
     }
 }
 
@@ -161,6 +183,15 @@ impl Ring {
         let others = rings.iter().filter(|ring| !Arc::ptr_eq(&ring.shared, &self.shared));
         self.shared.peers.get_or_init(|| others.map(|ring| Arc::downgrade(&ring.shared)).collect());
     }
+    /// Names the session's fuse and the queue: a VMM may have brought a file that cannot be used before.
+    pub fn set_fuse(&self, fuse: &Arc<Fuse>, queue: &'static str) {
+        self.shared.tell(|unusable| unusable.told = Some((Arc::clone(fuse), queue)));
+    }
+    /// The file, if it cannot block us.
+    fn usable(&self, name: &'static str, file: File) -> Option<File> {
+        let set_up = nonblocking(file);
+        set_up.map_err(|error| self.shared.tell(|unusable| unusable.found = Some((name, error)))).ok()
+    }
     /// How it fares.
     pub fn status(&self) -> RingStatus {
         let counts = &self.shared.counts;
@@ -197,10 +228,10 @@ impl Ring {
 }
 
 /// Sets O_NONBLOCK. The flag belongs to the open file, which the VMM shares; event files of VMMs have it already.
-fn nonblocking(file: File) -> Option<File> {
-    let set = fcntl_getfl(file.as_fd()).and_then(|flags| fcntl_setfl(file.as_fd(), flags | OFlags::NONBLOCK));
-    // A file that refuses the flag could block us: the ring does without it.
-    set.ok().map(|()| file)
+fn nonblocking(file: File) -> io::Result<File> {
+    let flags = fcntl_getfl(file.as_fd())?;
+    fcntl_setfl(file.as_fd(), flags | OFlags::NONBLOCK)?;
+    Ok(file)
 }
 
 impl<'a> VringStateGuard<'a, FrameworkMemory> for Ring {
@@ -278,7 +309,7 @@ impl VringT<FrameworkMemory> for Ring {
         if running {
             return;
         }
-        self.vring.set_kick(file.and_then(nonblocking));
+        self.vring.set_kick(file.and_then(|file| self.usable("kick", file)));
     }
     /// An empty kick file is no error: it was read by someone else, or a notification was taken back.
     fn read_kick(&self) -> io::Result<bool> {
@@ -288,7 +319,7 @@ impl VringT<FrameworkMemory> for Ring {
         }
     }
     fn set_call(&self, file: Option<File>) {
-        self.vring.set_call(file.and_then(nonblocking));
+        self.vring.set_call(file.and_then(|file| self.usable("call", file)));
     }
     fn set_err(&self, file: Option<File>) {
         self.vring.set_err(file);

@@ -62,6 +62,9 @@ pub const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 /// The waker's id in the framework's event loop: ids up to the number of queues are its own.
 const WAKER_ID: u16 = 4;
 
+/// Queues as people know them, by index.
+const QUEUE_NAMES: [&str; NUM_QUEUES] = ["control", "cursor", "event"];
+
 /// What a session needs to know.
 pub struct Setup {
     /// Where its guest is opened.
@@ -237,9 +240,13 @@ impl Session {
 
     /// On the queue thread.
     fn on_event(&self, event: u16, rings: &[Ring]) {
-        for ring in self.rings.get_or_init(|| rings.to_vec()) {
-            ring.set_peers(rings);
-        }
+        self.rings.get_or_init(|| {
+            for (ring, queue) in rings.iter().zip(QUEUE_NAMES) {
+                ring.set_peers(rings);
+                ring.set_fuse(&self.fuse, queue);
+            }
+            rings.to_vec()
+        });
         if let Some(ring) = self.ring(EVENTQ) {
             self.events.attach_ring(ring);
         }

@@ -7,12 +7,14 @@
 
 use crate::registry::AddError;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, fchmod, flock, open, statat};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -67,6 +69,27 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// The folder of a socket that is to be made, locked against other daemons while this lives.
+#[derive(Debug)]
+pub struct Folder {
+    _locked: OwnedFd,
+}
+
+impl Folder {
+    /// Locks the folder of a path. May take a second, while others hold it.
+    ///
+    /// # Errors
+    /// [`AddError::Io`].
+    pub fn lock(path: &Path) -> Result<Self, AddError> {
+        let failed = |action, source: io::Error| AddError::Io { action, path: path.to_owned(), source };
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let folder = open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| failed("open the folder of", e.into()))?;
+        lock(&folder).map_err(|e| failed("lock the folder of", e))?;
+        Ok(Self { _locked: folder })
+    }
+}
+
 /// A listening socket that is ours while this lives.
 #[derive(Debug)]
 pub struct ListeningSocket {
@@ -76,20 +99,16 @@ pub struct ListeningSocket {
 }
 
 impl ListeningSocket {
-    /// Makes a socket with mode 0600 at a path that [`RuntimeDirs::resolve`] gave.
+    /// Makes a socket with mode 0600 at a path that [`RuntimeDirs::resolve`] gave, in its folder.
     ///
     /// # Errors
     /// [`AddError::SocketInUse`], [`AddError::Io`].
-    pub fn make(path: &Path) -> Result<Self, AddError> {
-        Self::make_with(path, PRIVATE)
+    pub fn make(path: &Path, folder: &Folder) -> Result<Self, AddError> {
+        Self::make_with(path, folder, PRIVATE)
     }
 
-    fn make_with(path: &Path, mode: Mode) -> Result<Self, AddError> {
+    fn make_with(path: &Path, _folder: &Folder, mode: Mode) -> Result<Self, AddError> {
         let failed = |action, source: io::Error| AddError::Io { action, path: path.to_owned(), source };
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        let folder = open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| failed("open the folder of", e.into()))?;
-        lock(&folder).map_err(|e| failed("lock the folder of", e))?;
         clear(path)?;
 
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
@@ -120,7 +139,8 @@ impl ListeningSocket {
         let missing = |source| AddError::Io { action: "find the folder of", path: path.to_owned(), source };
         let folder = fs::canonicalize(folder_of(path)).map_err(missing)?;
         let name = path.file_name().ok_or_else(|| missing(io::ErrorKind::InvalidInput.into()))?;
-        Self::make_with(&folder.join(name), mode)
+        let path = folder.join(name);
+        Self::make_with(&path, &Folder::lock(&path)?, mode)
     }
 
     /// The listening socket for a tokio runtime, within which this must be called.
@@ -177,11 +197,17 @@ fn clear(path: &Path) -> Result<(), AddError> {
         Ok(meta) if !meta.file_type().is_socket() => return Err(AddError::SocketInUse(path.to_owned())),
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|e| failed("remove the dead socket", e))
-        }
-        // It answered, or may yet.
-        _ => Err(AddError::SocketInUse(path.to_owned())),
+    if is_dead(path).map_err(|e| failed("look at", e))? {
+        fs::remove_file(path).map_err(|e| failed("remove the dead socket", e))
+    } else {
+        Err(AddError::SocketInUse(path.to_owned()))
     }
+}
+
+/// Whether nobody listens any more. Whoever has not answered yet may do so, and is not waited for.
+fn is_dead(path: &Path) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let tried = SocketAddrUnix::new(path).and_then(|address| connect(&socket, &address));
+    Ok(tried == Err(rustix::io::Errno::CONNREFUSED))
 }

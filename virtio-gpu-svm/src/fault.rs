@@ -13,6 +13,7 @@
 //! The table of pending faults lives in the context, under its lock, together with the address space: so an answer
 //! cannot pass between "is the page known?" and "then it is pending".
 
+pub(crate) mod recent;
 pub mod response;
 pub mod router;
 
@@ -496,7 +497,7 @@ impl Context {
         }
         after.more |= state.has_more();
         let now = self.host.now_ns();
-        self.host.traces.push(FaultTrace {
+        self.host.recent.push(FaultTrace {
             time_ns: pending.raised_ns,
             guest: self.label.guest.to_string(),
             ctx_id: self.ctx_id,
@@ -556,7 +557,7 @@ impl Context {
     /// Counts and traces a fault that did not become pending.
     fn trace(&self, state: &mut State, raised: &Raised, outcome: Outcome) {
         state.count(outcome, 1);
-        self.host.traces.push(FaultTrace {
+        self.host.recent.push(FaultTrace {
             time_ns: self.host.now_ns(),
             guest: self.label.guest.to_string(),
             ctx_id: self.ctx_id,

@@ -1,19 +1,27 @@
-//! One guest: a VMM's session. Owns its contexts, its blob resources, its view of guest memory, and the order in which
-//! records leave.
+//! One guest: a VMM's session. Owns its contexts, its blob resources (`resources`), its view of guest memory, and the order
+//! in which records leave (`records`). `life` begins and ends what belongs to one driver, `engines` knows when engines have
+//! let go of it, `status` tells people.
 //!
 //! Commands come from one queue thread; engines announce records; the vhost-user thread changes memory and stops and
 //! starts the rings. Locks are taken in the order guest -> context; engines never wait for
 //! either.
 
+mod engines;
+mod life;
+mod records;
+mod resources;
+mod status;
+
+pub use life::Greeting;
+
 use crate::backlog::Backlog;
 use crate::clock::RunClock;
 use crate::context::{Context, NewContext};
-use crate::device::Ticket;
-use crate::event::{Notice, Record, Stamp, notice_record};
+use crate::event::Notice;
 use crate::host::{Host, Limits};
-use crate::info::{ContextStatus, ContextSummary, Counters, GuestStatus, HostStats};
-use crate::memory::{MemoryTable, Region};
-use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES, EventHdr};
+use crate::info::Counters;
+use crate::memory::MemoryTable;
+use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES};
 use crate::protocol::gpu::GpuConfig;
 use crate::protocol::limit::Limit;
 use crate::protocol::{
@@ -21,22 +29,17 @@ use crate::protocol::{
     SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::quota::{Charge, Full, Quota};
-use crate::resource::Blob;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TRIES, TryLockError};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use records::Outbox;
+use resources::Resource;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zerocopy::IntoBytes;
 
-/// Longest wait for an engine to pass a checkpoint before it is looked at again; a guard against a lost wake-up, not a
-/// deadline.
-const RECHECK: Duration = Duration::from_millis(10);
 /// Contexts whose deadlines are looked at in a slice.
 const LOOKS: usize = 64;
-/// How long a device may take to retire what a panic has left behind; engines need a slice.
-const GRACE: Duration = Duration::from_secs(1);
 
 /// Told when a guest has records to deliver. Called from engine and queue threads, with no lock of the core held.
 pub trait EventPort: Send + Sync {
@@ -67,45 +70,6 @@ pub enum Error {
     /// Over the quota.
     #[error(transparent)]
     Full(#[from] Full),
-}
-
-/// What a HELLO found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Greeting {
-    /// Contexts of earlier incarnations that engines may still use.
-    pub retiring: u32,
-    /// Host devices of this guest.
-    pub num_devices: u32,
-}
-
-struct Resource {
-    blob: Arc<Blob>,
-    /// Contexts that may use it. Each an entry of its own: a hash table would keep the room of the most that there were.
-    attached: BTreeSet<u32>,
-    /// Of the resource itself, which goes with it.
-    _one: Charge,
-    /// Of what describes the blob, and of attachments.
-    bytes: Charge,
-}
-
-impl Resource {
-    /// What an attachment takes: an entry of a tree.
-    const ATTACHMENT_BYTES: u64 = 16;
-
-    fn attach(&mut self, ctx_id: u32) -> Result<(), Full> {
-        if !self.attached.contains(&ctx_id) {
-            self.bytes.grow(Self::ATTACHMENT_BYTES)?;
-            self.attached.insert(ctx_id);
-        }
-        Ok(())
-    }
-    fn detach(&mut self, ctx_id: u32) -> bool {
-        let was_attached = self.attached.remove(&ctx_id);
-        if was_attached {
-            self.bytes.shrink(Self::ATTACHMENT_BYTES);
-        }
-        was_attached
-    }
 }
 
 #[derive(Default)]
@@ -140,15 +104,6 @@ enum Farewell {
     Record,
     /// The context ended with its incarnation or session.
     None,
-}
-
-#[derive(Default)]
-struct Outbox {
-    notices: VecDeque<Notice>,
-    /// Contexts whose CONTEXT_RETIRED is among them: such records would pile up in front of a driver that fetches none.
-    retired_charge: Charge,
-    /// Contexts with a record that waits, each once: one record a turn.
-    ready: VecDeque<Arc<Context>>,
 }
 
 /// One guest.
@@ -291,23 +246,6 @@ impl Guest {
         self.lock().incarnation != 0
     }
 
-    /// Opens a driver's life: contexts and resources of an earlier incarnation are dropped, and what is left runs if it
-    /// was frozen. PROTOCOL 4.1.
-    pub(crate) fn hello(self: &Arc<Self>, incarnation: u64) -> Greeting {
-        if self.lock().incarnation != incarnation {
-            self.drop_everything();
-        }
-        if self.is_frozen() {
-            self.thaw();
-        }
-        let mut inner = self.lock();
-        inner.incarnation = incarnation;
-        let retiring = inner.retiring_of_earlier();
-        inner.quiet_due = retiring > 0;
-        let retiring = u32::try_from(retiring).unwrap_or(u32::MAX);
-        Greeting { retiring, num_devices: self.num_devices() }
-    }
-
     /// PROTOCOL 3.4.
     pub(crate) fn context_create(self: &Arc<Self>, new: NewContext) -> Result<(), Error> {
         let mut inner = self.lock();
@@ -394,257 +332,6 @@ impl Guest {
         self.port.ready();
     }
 
-    /// PROTOCOL 3.5.
-    pub(crate) fn resource_create(&self, blob: Blob) -> Result<(), Error> {
-        let mut inner = self.lock();
-        let id = blob.resource_id;
-        if inner.resources.contains_key(&id) {
-            return Err(Error::ResourceExists(id));
-        }
-        let mut one = self.quota.charge(Limit::Resources);
-        one.grow(1)?;
-        let mut bytes = self.quota.charge(Limit::ResourceBytes);
-        bytes.grow(blob.bytes())?;
-        let resource = Resource { blob: Arc::new(blob), attached: BTreeSet::new(), _one: one, bytes };
-        inner.resources.insert(id, resource);
-        Ok(())
-    }
-    /// PROTOCOL 3.5.
-    pub(crate) fn resource_attach(&self, ctx_id: u32, resource_id: u32) -> Result<(), Error> {
-        let mut inner = self.lock();
-        if !inner.contexts.contains_key(&ctx_id) {
-            return Err(Error::NoContext(ctx_id));
-        }
-        let resource = inner.resources.get_mut(&resource_id).ok_or(Error::NoResource(resource_id))?;
-        Ok(resource.attach(ctx_id)?)
-    }
-    /// PROTOCOL 3.5: its mappings in the context are unmapped.
-    pub(crate) fn resource_detach(&self, ctx_id: u32, resource_id: u32) -> Result<(), Error> {
-        let context = {
-            let mut inner = self.lock();
-            let context = inner.contexts.get(&ctx_id).cloned().ok_or(Error::NoContext(ctx_id))?;
-            let resource = inner.resources.get_mut(&resource_id).ok_or(Error::NoResource(resource_id))?;
-            if !resource.detach(ctx_id) {
-                return Err(Error::NotAttached(resource_id));
-            }
-            context
-        };
-        context.unmap_blob(resource_id);
-        Ok(())
-    }
-    /// PROTOCOL 3.5: the guest frees the pages after the answer, so it waits until engines have let go.
-    pub(crate) fn resource_unref(&self, resource_id: u32) -> Result<(), Error> {
-        let (attached, contexts) = {
-            let mut inner = self.lock();
-            let resource = inner.resources.remove(&resource_id).ok_or(Error::NoResource(resource_id))?;
-            let attached = resource.attached.iter().filter_map(|ctx_id| inner.contexts.get(ctx_id).cloned());
-            (attached.collect::<Vec<_>>(), inner.contexts.values().cloned().collect::<Vec<_>>())
-        };
-        attached.iter().for_each(|context| context.unmap_blob(resource_id));
-        let flushes = contexts.iter().flat_map(|context| context.flush_all()).collect();
-        self.wait_flushed(flushes);
-        self.wait_retired(&contexts);
-        Ok(())
-    }
-    /// The blob of a resource that is attached to a context.
-    pub(crate) fn attached_blob(&self, ctx_id: u32, resource_id: u32) -> Result<Arc<Blob>, Error> {
-        let inner = self.lock();
-        let resource = inner.resources.get(&resource_id).ok_or(Error::NoResource(resource_id))?;
-        if !resource.attached.contains(&ctx_id) {
-            return Err(Error::NotAttached(resource_id));
-        }
-        Ok(Arc::clone(&resource.blob))
-    }
-
-    /// A context has records for the guest.
-    pub(crate) fn announce(&self, context: &Arc<Context>) {
-        self.lock_outbox().queue(context);
-        self.port.ready();
-    }
-    /// Whether there is a record to deliver.
-    pub fn has_events(&self) -> bool {
-        let outbox = self.lock_outbox();
-        !outbox.notices.is_empty() || !outbox.ready.is_empty()
-    }
-    /// Moves records into an event buffer of `room` bytes: clears `buf` and fills it with a header and as many records
-    /// as fit, one of each context in turn. Leaves `buf` empty when there is no record, or room for none. To be called
-    /// by one thread at a time. PROTOCOL 7.
-    pub fn fill_events(&self, buf: &mut Vec<u8>, room: usize) {
-        buf.clear();
-        let fits = room.saturating_sub(size_of::<EventHdr>()) / EVENT_RECORD_BYTES;
-        let first = self.sequence.load(Ordering::Relaxed);
-        let mut records = 0_u32;
-        while usize::try_from(records).is_ok_and(|records| records < fits) {
-            let Some(record) = self.next_record() else { break };
-            if buf.is_empty() {
-                buf.extend_from_slice(EventHdr::default().as_bytes());
-            }
-            buf.extend_from_slice(&record);
-            records = records.saturating_add(1);
-        }
-        let hdr = EventHdr {
-            num_records: records.into(),
-            flags: 0.into(),
-            daemon_epoch: self.epoch.into(),
-            sequence: first.into(),
-        };
-        if records > 0 && hdr.write_to_prefix(buf).is_err() {
-            unreachable!("the header was put there");
-        }
-    }
-    fn next_record(&self) -> Option<Record> {
-        let stamp = || Stamp {
-            timestamp: self.host.now_ns(),
-            sequence: self.sequence.fetch_add(1, Ordering::Relaxed),
-        };
-        loop {
-            let context = {
-                let mut outbox = self.lock_outbox();
-                if let Some(notice) = outbox.notices.pop_front() {
-                    outbox.retired_charge.shrink((notice.kind == EVENT_CONTEXT_RETIRED).into());
-                    return Some(notice_record(notice, stamp()));
-                }
-                outbox.next()?
-            };
-            // One that is being changed is announced anew; the ring's lock is not held for as long as that takes.
-            let Some((record, more)) = context.take_record(stamp) else { continue };
-            if more {
-                self.lock_outbox().queue(&context);
-            }
-            if record.is_some() {
-                return record;
-            }
-        }
-    }
-
-    /// Publishes a new memory table: what stood on removed regions is invalidated; waits for at most one slice of each
-    /// engine.
-    pub fn set_memory(&self, table: Arc<MemoryTable>) {
-        let (gone, contexts) = {
-            let mut inner = self.lock();
-            let kept: HashSet<u64> = table.regions().iter().map(|region| region.id()).collect();
-            let old = std::mem::replace(&mut inner.memory, Arc::clone(&table));
-            let gone: Vec<Arc<Region>> =
-                old.regions().iter().filter(|region| !kept.contains(&region.id())).cloned().collect();
-            (gone, inner.contexts.values().cloned().collect::<Vec<_>>())
-        };
-        for context in &contexts {
-            let vms = context.change_memory(&table, &gone);
-            for (device, asid) in vms {
-                gone.iter().for_each(|region| self.host.device_of(device).drop_region(asid, region.id()));
-            }
-            context.refill();
-        }
-        if !gone.is_empty() {
-            // GPU VMs on their way out hold regions too.
-            self.wait_retired(&contexts);
-        }
-    }
-    /// The memory table now.
-    pub fn memory(&self) -> Arc<MemoryTable> {
-        Arc::clone(&self.lock().memory)
-    }
-    /// The rings stopped: stops this guest's jobs; on return no engine touches its memory. Until [`Guest::thaw`],
-    /// [`Guest::reset`] or a HELLO no other command may be carried out.
-    pub fn freeze(&self) {
-        let contexts: Vec<Arc<Context>> = {
-            let mut inner = self.lock();
-            inner.frozen = true;
-            self.clock.stop();
-            inner.contexts.values().cloned().collect()
-        };
-        let flushes = contexts.iter().flat_map(|context| context.set_frozen(true)).collect();
-        self.wait_flushed(flushes);
-        self.wait_retired(&contexts);
-    }
-    /// The rings run again with the driver that left them.
-    pub fn thaw(&self) {
-        let contexts: Vec<Arc<Context>> = {
-            let mut inner = self.lock();
-            inner.frozen = false;
-            self.clock.start();
-            inner.contexts.values().cloned().collect()
-        };
-        for context in contexts {
-            context.set_frozen(false);
-        }
-        self.port.ready();
-    }
-    /// The rings run again from nothing: the driver began anew; drops every context and resource.
-    pub fn reset(self: &Arc<Self>) {
-        self.drop_everything();
-        let mut inner = self.lock();
-        inner.incarnation = 0;
-        inner.frozen = false;
-        self.clock.start();
-    }
-    /// The session ended: as [`Guest::reset`], and the guest leaves the host's list. On return no engine touches its
-    /// memory. A panic in this is the caller's to catch; [`Guest::abandon`] is left then.
-    pub fn close(self: &Arc<Self>) {
-        self.reset();
-        self.wait_until(|| self.have_retired());
-        if self.is_broken() {
-            return self.abandon();
-        }
-        let past = self.lock().past;
-        self.host.forget_guest(self, &past);
-    }
-    /// The same after a panic in what was done for it: every GPU VM is given up, and its device has a while to retire it.
-    /// What does not retire is left behind; engines that are still in it touch memory that they keep mapped themselves.
-    pub fn abandon(self: &Arc<Self>) {
-        self.fail();
-        let contexts = {
-            let mut inner = self.lock();
-            inner.resources.clear();
-            let alive = std::mem::take(&mut inner.contexts).into_values();
-            let retiring = std::mem::take(&mut inner.retiring).into_values().map(|(context, _)| context);
-            alive.chain(retiring).collect::<Vec<_>>()
-        };
-        contexts.iter().for_each(Context::abandon);
-        *self.lock_outbox() = Outbox::default();
-        let until = Instant::now().checked_add(GRACE);
-        let over = || until.is_none_or(|until| Instant::now() >= until);
-        self.wait_while(|| {
-            for context in &contexts {
-                catch_unwind(AssertUnwindSafe(|| context.catch_up())).ok();
-            }
-            contexts.iter().any(|context| context.is_retiring()) && !over()
-        });
-        let past = self.lock().past;
-        self.host.forget_guest(self, &past);
-    }
-    /// Its state may be half changed: who waits for it waits no longer.
-    pub(crate) fn fail(&self) {
-        self.broken.store(true, Ordering::SeqCst);
-        self.wake_waiters();
-    }
-    /// The same, found by a thread that serves others too.
-    pub(crate) fn fail_session(&self) {
-        self.fail();
-        self.port.failed();
-    }
-    fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::SeqCst)
-    }
-    /// Drops contexts and resources, and every record that waits.
-    fn drop_everything(self: &Arc<Self>) {
-        let contexts = {
-            let mut inner = self.lock();
-            inner.resources.clear();
-            inner.quiet_due = false;
-            for (_, farewell) in inner.retiring.values_mut() {
-                *farewell = Farewell::None;
-            }
-            let contexts: Vec<_> = std::mem::take(&mut inner.contexts).into_values().collect();
-            for context in &contexts {
-                inner.retiring.insert(context.generation, (Arc::clone(context), Farewell::None));
-            }
-            contexts
-        };
-        contexts.iter().for_each(|context| self.end_context(context));
-        self.lock_outbox().clear();
-    }
-
     /// Its own time: what has passed while its rings ran.
     pub(crate) fn run_time(&self) -> Duration {
         self.clock.now()
@@ -673,149 +360,6 @@ impl Guest {
         let last = busy.or(some.get(LOOKS.wrapping_sub(1)))?;
         Some(last.ctx_id)
     }
-    /// Wakes who waits for engines.
-    pub(crate) fn wake_waiters(&self) {
-        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-        *passed = passed.wrapping_add(1);
-        self.waiters.notify_all();
-    }
-    /// Waits until engines have passed tickets of GPU VMs: at most one slice each.
-    fn wait_flushed(&self, flushes: Vec<(usize, crate::device::Asid, Ticket)>) {
-        self.wait_until(|| {
-            flushes
-                .iter()
-                .all(|(device, asid, ticket)| self.host.device_of(*device).has_flushed(*asid, *ticket))
-        });
-    }
-    /// Waits until engines have let go of destroyed contexts, and of destroyed GPU VMs of these.
-    fn wait_retired(&self, contexts: &[Arc<Context>]) {
-        self.wait_until(|| {
-            contexts.iter().for_each(Context::catch_up);
-            self.have_retired() && contexts.iter().all(|context| !context.is_retiring())
-        });
-    }
-    /// Whether engines have let go of all destroyed contexts. What devices have told of them counts: who waits for it
-    /// does not wait for the host's worker.
-    fn have_retired(&self) -> bool {
-        let told: Vec<_> = {
-            let inner = self.lock();
-            let retiring = inner.retiring.values().map(|(context, _)| context);
-            retiring.filter(|context| context.has_news()).cloned().collect()
-        };
-        for context in told {
-            context.catch_up();
-            context.say_farewell();
-        }
-        self.lock().retiring.is_empty()
-    }
-    fn wait_until(&self, done: impl Fn() -> bool) {
-        self.wait_while(|| !self.is_broken() && !done());
-    }
-    fn wait_while(&self, waits: impl Fn() -> bool) {
-        loop {
-            let before = *self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-            if !waits() {
-                return;
-            }
-            let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-            if *passed == before {
-                // Both ends of the wait lead to another look at what is waited for.
-                drop(self.waiters.wait_timeout(passed, RECHECK).unwrap_or_else(PoisonError::into_inner));
-            }
-        }
-    }
-
-    /// GPU VMs alive on a host device.
-    pub(crate) fn vms_on(&self, device: usize) -> usize {
-        self.list().iter().flat_map(|context| context.asids()).filter(|(on, _)| *on == device).count()
-    }
-    /// Adds this guest's counts.
-    pub(crate) fn add_to(&self, stats: &mut HostStats) {
-        let (alive, mut sum, all) = {
-            let inner = self.lock();
-            let retiring = inner.retiring.values().map(|(context, _)| Arc::clone(context));
-            let all: Vec<_> = inner.contexts.values().cloned().chain(retiring).collect();
-            (inner.contexts.len(), inner.past, all)
-        };
-        stats.contexts = stats.contexts.saturating_add(alive);
-        for context in all {
-            stats.gpu_vms = stats.gpu_vms.saturating_add(context.load().0);
-            sum.add(&context.counters());
-        }
-        stats.counters.add(&sum);
-    }
-    /// What it looks like.
-    pub fn status(&self) -> GuestStatus {
-        let (mut status, contexts) = {
-            let inner = self.lock();
-            let regions = inner.memory.regions();
-            let status = GuestStatus {
-                name: self.name.to_string(),
-                epoch: self.epoch,
-                incarnation: inner.incarnation,
-                devices: self.devices.clone(),
-                contexts: inner.contexts.len(),
-                retiring: inner.retiring.len(),
-                resources: inner.resources.len(),
-                memory_bytes: regions.iter().map(|region| region.size()).fold(0, u64::saturating_add),
-                memory_regions: regions.len(),
-                pending_faults: 0,
-                frozen: inner.frozen,
-                limits: Vec::new(),
-            };
-            (status, inner.contexts.values().cloned().collect::<Vec<_>>())
-        };
-        // Without the guest's lock: one of them may be held for a whole command.
-        status.pending_faults =
-            contexts.iter().map(|context| context.load().1).fold(0, usize::saturating_add);
-        let most = |limit| contexts.iter().map(|context| context.held(limit)).max().unwrap_or(0);
-        status.limits = self.quota.status(most);
-        status
-    }
-    /// What it holds, counted from the objects themselves: while nothing happens, what its quota says. For checks.
-    pub fn recount(&self) -> Vec<(Limit, u64)> {
-        let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
-        let inner = self.lock();
-        let outbox = self.lock_outbox();
-        let untold = outbox.notices.iter().filter(|notice| notice.kind == EVENT_CONTEXT_RETIRED).count();
-        let attached =
-            |resource: &Resource| count(resource.attached.len()).saturating_mul(Resource::ATTACHMENT_BYTES);
-        let bytes = |resource: &Resource| resource.blob.bytes().saturating_add(attached(resource));
-        let mut sums = vec![
-            (
-                Limit::Contexts,
-                count(inner.contexts.len().saturating_add(inner.retiring.len()).saturating_add(untold)),
-            ),
-            (Limit::Resources, count(inner.resources.len())),
-            (Limit::ResourceBytes, inner.resources.values().map(bytes).fold(0, u64::saturating_add)),
-        ];
-        let retiring = inner.retiring.values().map(|(context, _)| Arc::clone(context));
-        let contexts: Vec<_> = inner.contexts.values().cloned().chain(retiring).collect();
-        drop((inner, outbox));
-        for limit in [
-            Limit::GpuVms,
-            Limit::TotalMappings,
-            Limit::TableBytes,
-            Limit::TotalPendingFaults,
-            Limit::TotalJobs,
-            Limit::QueueBytes,
-        ] {
-            let of = |context: &Arc<Context>| context.recount(limit);
-            sums.push((limit, contexts.iter().map(of).fold(0, u64::saturating_add)));
-        }
-        sums
-    }
-    /// Its contexts with all their mappings, by id.
-    pub fn contexts(&self) -> Vec<ContextStatus> {
-        self.list().iter().map(|context| context.status()).collect()
-    }
-    /// Its contexts without their mappings, by id.
-    pub fn context_summaries(&self) -> Vec<ContextSummary> {
-        self.list().iter().map(|context| context.summary()).collect()
-    }
-    fn list(&self) -> Vec<Arc<Context>> {
-        self.lock().contexts.values().cloned().collect()
-    }
     /// Drops the translations of a context, on one host device or on all; the next accesses fault. Returns the pages
     /// that had a translation.
     ///
@@ -823,21 +367,5 @@ impl Guest {
     /// [`Error::NoContext`].
     pub fn evict(&self, ctx_id: u32, device: Option<usize>) -> Result<u64, Error> {
         Ok(self.context(ctx_id)?.evict(device))
-    }
-}
-
-impl Outbox {
-    fn clear(&mut self) {
-        *self = Self { retired_charge: self.retired_charge.sibling(), ..Self::default() };
-    }
-    fn queue(&mut self, context: &Arc<Context>) {
-        if !context.queued.swap(true, Ordering::Relaxed) {
-            self.ready.push_back(Arc::clone(context));
-        }
-    }
-    fn next(&mut self) -> Option<Arc<Context>> {
-        let context = self.ready.pop_front()?;
-        context.queued.store(false, Ordering::Relaxed);
-        Some(context)
     }
 }

@@ -4,20 +4,19 @@ use crate::backlog::Backlog;
 use crate::clock::{Monotonic, Source};
 use crate::context::{Context, Report};
 use crate::device::{AddressModel, Asid, Device, Events, Fault, FaultModel, JobEnd, JobId, Ticket, Verdict};
+use crate::fault::recent::Recent;
 use crate::fault::router::{Owner, Router};
 use crate::guest::{EventPort, Guest};
 use crate::info::{Counters, DeviceStatus, FaultTrace, HostStats};
 use crate::protocol::errno::ECANCELED;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use crate::fault::recent::RECENT_FAULTS;
 pub use crate::quota::Limits;
-
-/// Faults that are remembered for people.
-pub const RECENT_FAULTS: usize = 1024;
 
 /// Slices of what is left to the worker that are done before the clock is looked at again.
 const WORK_SLICES: usize = 256;
@@ -45,23 +44,6 @@ impl Gauge {
     }
 }
 
-/// The last faults that came to an end.
-#[derive(Default)]
-pub(crate) struct Traces {
-    /// Guards the list only.
-    last: Mutex<VecDeque<FaultTrace>>,
-}
-
-impl Traces {
-    pub(crate) fn push(&self, trace: FaultTrace) {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.len() >= RECENT_FAULTS {
-            last.pop_front();
-        }
-        last.push_back(trace);
-    }
-}
-
 /// All guests and all devices of one daemon.
 pub struct Host {
     slots: Vec<Slot>,
@@ -70,7 +52,7 @@ pub struct Host {
     /// Sums over guests that are gone, and faults that had no owner.
     past: Mutex<Counters>,
     pub(crate) pending_vms: Gauge,
-    pub(crate) traces: Traces,
+    pub(crate) recent: Recent,
     backlog: Backlog,
     clock: Arc<dyn Source>,
     /// What the clock showed at the start.
@@ -95,7 +77,7 @@ impl Host {
             guests: Mutex::new(BTreeMap::new()),
             past: Mutex::new(Counters::default()),
             pending_vms: Gauge::default(),
-            traces: Traces::default(),
+            recent: Recent::default(),
             backlog: Backlog::default(),
             started: clock.now(),
             clock,
@@ -175,8 +157,7 @@ impl Host {
     }
     /// The last faults that came to an end, the newest last; at most `limit`.
     pub fn recent_faults(&self, limit: usize) -> Vec<FaultTrace> {
-        let last = self.traces.last.lock().unwrap_or_else(PoisonError::into_inner);
-        last.iter().skip(last.len().saturating_sub(limit)).cloned().collect()
+        self.recent.last(limit)
     }
     /// Leaves it to the worker to end the faults that their guests have not answered in time. To be called every now and
     /// then; costs nothing while no fault waits.

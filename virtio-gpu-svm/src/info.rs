@@ -53,7 +53,8 @@ pub struct GuestStatus {
     pub pending_faults: usize,
     /// Whether its rings are stopped and its jobs with them.
     pub frozen: bool,
-    /// What it may use, and what it uses.
+    /// What it may use, and what it uses. Not told where it was taken out, to be told beside this.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Vec::is_empty"))]
     pub limits: Vec<LimitStatus>,
 }
 

@@ -8,6 +8,7 @@
 use super::methods::Rights;
 use super::rpc::{Error, Kind};
 use crate::fuse::LogLimit;
+use crate::log_budget::LogBudget;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -66,6 +67,7 @@ pub(super) struct Admission {
     options: Options,
     places: Vec<Weak<Place>>,
     log: LogLimit,
+    budget: Arc<LogBudget>,
 }
 
 /// One connection's place among them.
@@ -96,8 +98,9 @@ impl Place {
 }
 
 impl Admission {
-    pub fn new(options: Options) -> Self {
-        Self { options, places: Vec::new(), log: LogLimit::default() }
+    /// No connection yet; lines about those that are refused come from this budget.
+    pub fn new(options: Options, budget: Arc<LogBudget>) -> Self {
+        Self { options, places: Vec::new(), log: LogLimit::default(), budget }
     }
 
     /// A place for one more connection, of a peer with this user id.
@@ -131,7 +134,9 @@ impl Admission {
 
     fn note(&self, uid: u32, reason: &'static str) {
         if self.log.admits() {
-            tracing::warn!(uid, reason, "control connection refused; more of them may not be told");
+            self.budget.log(|| {
+                tracing::warn!(uid, reason, "control connection refused; more of them may not be told");
+            });
         }
     }
 
@@ -185,7 +190,7 @@ mod tests {
     const OWNER: u32 = 100;
 
     fn admission(idle: Duration) -> Admission {
-        Admission::new(Options {
+        let options = Options {
             users: Users::Only(vec![1, 2, 3, 4]),
             owners: vec![OWNER],
             max_connections: 6,
@@ -193,7 +198,8 @@ mod tests {
             reserved: 2,
             idle,
             ..Options::default()
-        })
+        };
+        Admission::new(options, Arc::new(LogBudget::new("x".to_owned(), 1)))
     }
 
     fn refused(outcome: Result<Arc<Place>, Error>) -> Kind {

@@ -71,6 +71,15 @@ impl Shape {
         }
     }
 
+    /// What is wrong with a value, for people.
+    fn problem(self, value: &Value) -> Option<String> {
+        // Whoever misspells one of many names is told which.
+        if let (Self::Limits, Some(Err((name, problem)))) = (self, limits(value)) {
+            return Some(format!(": {}: {problem}", quote(&name)));
+        }
+        (!self.accepts(value)).then(|| format!(" is not {}", self.wanted()))
+    }
+
     fn accepts(self, value: &Value) -> bool {
         match self {
             Self::Text => value.as_str().is_some_and(is_text),
@@ -83,7 +92,7 @@ impl Shape {
                 (1..=MAX_ITEMS).contains(&items.len())
                     && items.iter().all(|item| item.as_str().is_some_and(|word| words.contains(&word)))
             }),
-            Self::Limits => limits(value).is_some(),
+            Self::Limits => matches!(limits(value), Some(Ok(_))),
         }
     }
 
@@ -108,10 +117,10 @@ impl Shape {
     }
 }
 
-/// Limits of a guest, if all of them are some.
-fn limits(value: &Value) -> Option<Overrides> {
+/// Limits of a guest; none if these are no names and numbers, else what is wrong with the first wrong one.
+fn limits(value: &Value) -> Option<Result<Overrides, (String, String)>> {
     let numbers = value.as_object()?.iter().map(|(name, value)| Some((name.clone(), value.as_u64()?)));
-    Overrides::new(numbers.collect::<Option<Vec<_>>>()?).ok()
+    Some(Overrides::new(numbers.collect::<Option<Vec<_>>>()?))
 }
 
 fn is_text(text: &str) -> bool {
@@ -140,10 +149,12 @@ impl<'a> Args<'a> {
                 None if param.required => {
                     return invalid(format!("parameter {} is missing: {}", param.name, param.doc));
                 }
-                Some(value) if !param.shape.accepts(value) => {
-                    return invalid(format!("parameter {} is not {}", param.name, param.shape.wanted()));
+                None => {}
+                Some(value) => {
+                    if let Some(problem) = param.shape.problem(value) {
+                        return invalid(format!("parameter {}{problem}", param.name));
+                    }
                 }
-                None | Some(_) => {}
             }
         }
         Ok(Self(given))
@@ -166,7 +177,7 @@ impl<'a> Args<'a> {
     }
     /// Limits of a guest; none if not given.
     pub fn limits(&self, name: &str) -> Overrides {
-        self.0.get(name).and_then(limits).unwrap_or_default()
+        self.0.get(name).and_then(limits).and_then(Result::ok).unwrap_or_default()
     }
     /// A required parameter that was read with one of the above.
     ///

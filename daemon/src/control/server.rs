@@ -9,6 +9,7 @@ use super::admission::{Admission, Options, Place};
 use super::events::Subscription;
 use super::methods::{self, Rights, Then};
 use super::rpc::{self, Error, Id, Kind, Message, Request};
+use crate::log_budget::LogBudget;
 use serde_json::Value;
 use std::io;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ struct Desk {
     state: Arc<ControlState>,
     rights: Rights,
     stall: Duration,
+    /// Lines that clients may cause.
+    log: Arc<LogBudget>,
     /// Turns of methods that do not wait.
     looking: Semaphore,
     /// Turns of methods that may, so that they hold nobody else up.
@@ -53,15 +56,21 @@ struct Desk {
 /// Serves clients of `listener` until it is dropped; its connections end with it. Needs a tokio runtime with I/O and
 /// time, and [`METHOD_THREADS`] threads that may block.
 pub async fn serve(listener: UnixListener, state: Arc<ControlState>, options: Options) {
+    let whose = match options.rights {
+        Rights::Full => "clients of the control socket",
+        Rights::ReadOnly => "clients of the read-only control socket",
+    };
+    let log = Arc::new(LogBudget::new(whose.to_owned(), state.registry.log_lines()));
+    let mut admission = Admission::new(options.clone(), Arc::clone(&log));
     let desk = Arc::new(Desk {
         state,
         rights: options.rights,
         stall: options.stall,
+        log: Arc::clone(&log),
         looking: Semaphore::new(RUNNING),
         waiting: Semaphore::new(RUNNING),
         large: Arc::new(Semaphore::new(MAX_LARGE)),
     });
-    let mut admission = Admission::new(options);
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -76,14 +85,18 @@ pub async fn serve(listener: UnixListener, state: Arc<ControlState>, options: Op
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a control connection");
+                    log.log(|| tracing::warn!(%error, "cannot accept a control connection"));
                     sleep(ACCEPT_RETRY).await;
                 }
             },
             Some(ended) = connections.join_next() => match ended {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "control connection ended"),
-                Err(error) => tracing::error!(%error, "control connection failed"),
+                // A line that is not written takes nothing from those that are.
+                Ok(Err(error)) if tracing::enabled!(tracing::Level::DEBUG) => {
+                    log.log(|| tracing::debug!(%error, "control connection ended"));
+                }
+                Ok(Err(_)) => {}
+                Err(error) => log.log(|| tracing::error!(%error, "control connection failed")),
             },
         }
         // Clients that are there first, however many come.
@@ -232,7 +245,7 @@ impl Desk {
         let outcome = tokio::task::spawn_blocking(move || methods::call(&state, rights, &request)).await;
         drop(turn);
         outcome.unwrap_or_else(|error| {
-            tracing::error!(%error, "a control method failed");
+            self.log.log(|| tracing::error!(%error, "a control method failed"));
             Err(Error::new(Kind::Internal, "the method failed in svmd; its log says more"))
         })
     }

@@ -48,14 +48,14 @@ impl Server {
     }
 
     pub fn start_on(devices: Vec<Arc<dyn Device>>, options: Options) -> Self {
+        Self::start_limited(devices, options, LIMITS)
+    }
+
+    pub fn start_limited(devices: Vec<Arc<dyn Device>>, options: Options, limits: Limits) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::new(
             Host::new(devices),
-            registry::Options {
-                runtime_dirs: vec![dir.path().to_owned()],
-                limits: LIMITS,
-                allow_unsealed: false,
-            },
+            registry::Options { runtime_dirs: vec![dir.path().to_owned()], limits, allow_unsealed: false },
         );
         let shutdown = Arc::new(Notify::new());
         let stop = Arc::new(Notify::new());

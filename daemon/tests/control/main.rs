@@ -12,6 +12,7 @@ mod greedy;
 #[path = "../failing_calls/guest.rs"]
 mod guest;
 mod harness;
+mod limits;
 mod methods;
 mod process;
 mod protocol;

@@ -4,25 +4,31 @@ use crate::harness::{Client, PATIENCE};
 use serde_json::{Value, json};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-struct Svmd {
+pub struct Svmd {
     dir: TempDir,
     child: Child,
 }
 
 impl Svmd {
     fn start() -> Self {
+        Self::start_with(|_, _| {})
+    }
+
+    /// With what is done to its command, in a folder of its own.
+    pub fn start_with(set_up: impl FnOnce(&mut Command, &Path)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_svmd"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_svmd"));
+        command
             .arg(format!("--control-socket={}", dir.path().join("control.sock").display()))
             .arg(format!("--runtime-dir={}", dir.path().display()))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+            .stdin(Stdio::null());
+        set_up(&mut command, dir.path());
+        let child = command.spawn().unwrap();
         let mut svmd = Self { dir, child };
         let deadline = Instant::now() + PATIENCE;
         while UnixStream::connect(svmd.socket()).is_err() {
@@ -34,7 +40,15 @@ impl Svmd {
     }
 
     fn socket(&self) -> PathBuf {
-        self.dir.path().join("control.sock")
+        self.path("control.sock")
+    }
+
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.dir.path().join(file)
+    }
+
+    pub fn take_stderr(&mut self) -> ChildStderr {
+        self.child.stderr.take().unwrap()
     }
 
     fn svmctl(&self, args: &[&str]) -> Output {

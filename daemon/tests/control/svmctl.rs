@@ -1,6 +1,7 @@
 //! svmctl as a process: exit status, JSON and text.
 
 use crate::harness::Server;
+use daemon::limits::Limits;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -74,6 +75,30 @@ fn tables_name_what_there_is() {
 }
 
 #[test]
+fn limits_of_a_guest_without_a_vmm_are_shown() {
+    let server = Server::start();
+    let socket = server.guest_socket("vm0.sock");
+    let add = ["guest", "add", "vm0", &socket, "--limit", "contexts=2", "--limit", "table_bytes=2097152"];
+    stdout(&svmctl(&server.socket(), &add));
+    let shown = stdout(&svmctl(&server.socket(), &["guest", "show", "vm0"]));
+    let row = |name: &str| -> Vec<String> {
+        let line = shown.lines().find(|line| line.starts_with(name));
+        line.unwrap_or_else(|| panic!("no {name} in {shown}")).split_whitespace().map(str::to_owned).collect()
+    };
+    for (name, ..) in Limits::BOUNDS {
+        assert_eq!(row(name)[0], name);
+    }
+    assert_eq!(row("contexts "), ["contexts", "guest", "0", "0", "2", "0"]);
+    assert_eq!(row("table_bytes"), ["table_bytes", "guest", "0", "B", "0", "B", "2", "MiB", "0"]);
+    assert_eq!(row("fault_deadline_ms"), ["fault_deadline_ms", "fault", "-", "-", "0", "-"]);
+    let entry = json_of(&server, &["guest", "show", "vm0"]);
+    let contexts =
+        json!({"name": "contexts", "scope": "guest", "used": 0, "peak": 0, "limit": 2, "refused": 0});
+    assert_eq!((&entry["limits"][0], &entry["status"]), (&contexts, &Value::Null));
+    assert_eq!(entry["limits"].as_array().unwrap().len() + 2, Limits::BOUNDS.len());
+}
+
+#[test]
 fn refusal_is_status_1_and_names_kind_and_remedy() {
     let server = Server::start();
     let (status, text) = failure(&svmctl(&server.socket(), &["guest", "show", "nobody"]));
@@ -83,6 +108,23 @@ fn refusal_is_status_1_and_names_kind_and_remedy() {
     assert_eq!(status, 1);
     assert!(text.contains("[unknown-device]"), "{text}");
     assert_eq!(failure(&svmctl(&server.socket(), &["events", "--kind", "x"])).0, 1);
+}
+
+#[test]
+fn misspelt_limit_is_named() {
+    let server = Server::start();
+    let socket = server.guest_socket("vm0.sock");
+    let refused = |limit: &str| {
+        let add = ["guest", "add", "vm0", &socket, "--limit", "jobs=2", "--limit", limit];
+        failure(&svmctl(&server.socket(), &add))
+    };
+    let (status, text) = refused("conexts=2");
+    assert_eq!(status, 1);
+    assert!(text.contains("\"conexts\": there is no such limit; did you mean contexts?"), "{text}");
+    let (status, text) = refused("contexts=0");
+    assert_eq!(status, 1);
+    assert!(text.contains("\"contexts\": 0 is not in 1..="), "{text}");
+    assert_eq!(json_of(&server, &["guests"]), json!({"guests": []}));
 }
 
 #[test]

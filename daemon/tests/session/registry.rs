@@ -1,8 +1,13 @@
 //! Guests are added and removed: what is idempotent, what is refused, what happens in the file system.
 
-use crate::vmm::Vmm;
+use crate::vmm::{PATIENCE, Vmm};
 use crate::{Daemon, spec};
 use daemon::registry::{AddError, GuestSpec, RegistryEvent};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -119,6 +124,87 @@ fn guest_is_announced_before_its_vmm() {
     assert_eq!(told, Err(RecvTimeoutError::Timeout));
     assert_eq!(daemon.event(), RegistryEvent::GuestAdded { name: "vm0".into() });
     assert_eq!(daemon.event(), RegistryEvent::GuestConnected { name: "vm0".into() });
+}
+
+/// How many times this process has a folder open.
+fn times_open(folder: &Path) -> usize {
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    // One that is closed meanwhile leads nowhere.
+    open.filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|place| place == folder)).count()
+}
+
+#[test]
+fn folder_that_others_hold_holds_up_nobody_but_who_adds_a_guest_there() {
+    // Whoever waits for the folder gives up after a while, which on a slow machine may be before it is let go.
+    for _ in 0..5 {
+        let daemon = Daemon::start();
+        daemon.add("vm0");
+        let folder = fs::File::open(daemon.dir.path()).unwrap();
+        flock(&folder, FlockOperation::LockExclusive).unwrap();
+        let added = std::thread::scope(|scope| {
+            let (registry, wanted) = (&daemon.registry, spec("vm1", &daemon.path("vm1.sock")));
+            let adding = scope.spawn(move || registry.add(wanted));
+            while times_open(daemon.dir.path()) < 2 && !adding.is_finished() {
+                std::thread::yield_now();
+            }
+            let there: Vec<_> = daemon.registry.list().into_iter().map(|guest| guest.name).collect();
+            assert_eq!(there, ["vm0"]);
+            assert!(!daemon.registry.add(spec("vm0", &daemon.path("vm0.sock"))).unwrap());
+            flock(&folder, FlockOperation::Unlock).unwrap();
+            adding.join().unwrap()
+        });
+        match added {
+            Ok(added) => return assert!(added),
+            Err(error) => assert!(matches!(error, AddError::Io { .. }), "{error}"),
+        }
+    }
+    panic!("who lists guests waits for the folder too");
+}
+
+#[test]
+fn same_guest_that_is_added_by_many_at_once_is_added_once() {
+    let daemon = Daemon::start();
+    let path = daemon.path("vm0.sock");
+    let added = std::thread::scope(|scope| {
+        let registry = &daemon.registry;
+        let adding = [(); 8].map(|()| {
+            let wanted = spec("vm0", &path);
+            scope.spawn(move || registry.add(wanted).unwrap())
+        });
+        adding.map(|adding| adding.join().unwrap())
+    });
+    assert_eq!(added.iter().filter(|added| **added).count(), 1);
+    assert!(!Vmm::start(&path).command(&[0; 24]).is_empty());
+}
+
+#[test]
+fn socket_of_another_program_that_takes_nobody_more_is_not_waited_for() {
+    let daemon = Daemon::start();
+    let path = daemon.path("vm0.sock");
+    let socket = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap()
+    };
+    let address = SocketAddrUnix::new(&path).unwrap();
+    let other = socket();
+    bind(&other, &address).unwrap();
+    listen(&other, 0).unwrap();
+    let mut waiting = Vec::new();
+    let full = loop {
+        let next = socket();
+        match connect(&next, &address) {
+            Ok(()) => waiting.push(next),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full, Errno::AGAIN);
+    let (tell, told) = channel();
+    let registry = std::sync::Arc::clone(&daemon.registry);
+    let wanted = spec("vm0", &path);
+    std::thread::spawn(move || tell.send(registry.add(wanted)));
+    let refused = told.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(refused, Err(AddError::SocketInUse(_))), "{refused:?}");
+    assert!(path.exists());
 }
 
 #[test]

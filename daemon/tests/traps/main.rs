@@ -13,6 +13,7 @@
 //! | E9 | stray descriptors | `rows::e09_..`, `messages` |
 //! | E10 | sizes, ids, versions and flags that are none | `rows::e10_..` |
 //! | E11 to E13 | chains and indices | `queue::tests`, `session::rings` |
+//! | | files of rings that cannot be made non-blocking | `rows::files_that_..` |
 //!
 //! Descriptors and threads of this process are counted, so the tests run one at a time, and nothing else belongs here.
 

@@ -4,6 +4,7 @@ use crate::raw::*;
 use crate::vmm::{Vmm, memfd, region};
 use crate::{Footprint, Scene};
 use daemon::housekeeper::Housekeeper;
+use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -505,6 +506,31 @@ fn e09_stray_descriptors_are_closed() {
         scene.wait_disconnected("vm0");
         before.wait_restored();
     }
+    scene.serves_the_next();
+}
+
+#[test]
+fn files_that_cannot_be_made_non_blocking_end_the_session() {
+    let scene = Scene::start();
+    let mut neighbour = furnished(&scene, "vm1");
+    // It names a place in the file system and does nothing else.
+    let path = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let before = Footprint::now();
+    for (queue, name) in [(0u64, "control"), (1, "cursor"), (2, "event")] {
+        for (request, file) in [(SET_VRING_KICK, "kick"), (SET_VRING_CALL, "call")] {
+            let raw = Raw::negotiated(&scene.socket("vm0"), ALL_PROTOCOL);
+            raw.send_memory();
+            raw.send(request, &queue.to_le_bytes(), &[path.as_fd()]);
+            let reason = scene.wait_disconnected("vm0");
+            let expected = format!("the {file} file of its {name} queue cannot be made non-blocking");
+            assert!(reason.contains(&expected), "{reason}");
+            let entry = scene.registry.get("vm0").unwrap();
+            assert_eq!(entry.last_error, Some(reason));
+            drop(raw);
+            before.wait_restored();
+        }
+    }
+    works(&mut neighbour);
     scene.serves_the_next();
 }
 

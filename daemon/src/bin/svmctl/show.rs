@@ -3,7 +3,7 @@
 use crate::cli::{Command, ContextCommand, GuestCommand};
 use crate::table::Table;
 use crate::units;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fmt::Write;
 
 const NOTHING: &str = "-";
@@ -205,7 +205,9 @@ fn guest(guest: &Value) -> String {
             ("waiting faults", text(&status["pending_faults"])),
         ]);
     }
-    let rows = items(&status["limits"]).chain([&guest["log_lines"]]);
+    let deadline =
+        json!({ "name": "fault_deadline_ms", "scope": "fault", "limit": guest["fault_deadline_ms"] });
+    let rows = items(&guest["limits"]).chain([&deadline, &guest["log_lines"]]);
     format!("{}{}", facts(&lines), limits(rows))
 }
 
