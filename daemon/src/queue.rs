@@ -20,6 +20,7 @@ pub use chain::{ChainError, MAX_SPANS};
 
 use crate::ring::{Areas, Counts, FrameworkMemory, Ring};
 use chain::{Chain, Span, Table, Walk};
+use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
 use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -82,6 +83,18 @@ pub enum Next {
     Empty,
     /// There may be more, but this turn is over: take another soon.
     Spent,
+}
+
+/// Why [`Turn::serve`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a ring that has more must be visited again"]
+pub enum Served {
+    /// Nothing is available.
+    Empty,
+    /// There may be more, but this turn is over: take another soon.
+    Spent,
+    /// A command was not carried out; its chain is where it was.
+    Stopped,
 }
 
 /// A chain that must be given back: by [`Turn::complete`] or, unused, by [`Turn::put_back`].
@@ -167,6 +180,36 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
         let Budget { chains, descriptors, bytes, .. } = self.budget;
         // Without commands there are no bytes to be counted.
         self.cost.chains >= chains || self.cost.descriptors >= descriptors || self.cost.bytes > bytes
+    }
+
+    /// Has command after command carried out by `act`, which is given the command and the room for its answer, and gives each
+    /// chain back with what it has written. The driver need not notify meanwhile.
+    ///
+    /// # Errors
+    /// [`RingError`]; the ring must be latched.
+    pub fn serve(
+        &mut self,
+        mut act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
+    ) -> Result<Served, RingError> {
+        let (mut command, mut answer) = (Vec::new(), Vec::new());
+        self.disarm()?;
+        loop {
+            let token = match self.next(&mut command)? {
+                Next::Chain(token) => token,
+                Next::Empty if self.rearm()? => {
+                    self.disarm()?;
+                    continue;
+                }
+                Next::Empty => return Ok(Served::Empty),
+                Next::Spent => return Ok(Served::Spent),
+            };
+            answer.clear();
+            if act(&command, &mut answer, token.room()).is_break() {
+                self.put_back(token);
+                return Ok(Served::Stopped);
+            }
+            self.complete(token, &answer)?;
+        }
     }
 
     /// Takes the next well-formed chain and copies its readable part, at most one byte more than a command may have,

@@ -25,10 +25,11 @@ use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
 use crate::guest_memory::{self, GuestMemory};
 use crate::log_budget::LogBudget;
-use crate::queue::{Budget, Next, RingError, Turn};
+use crate::queue::{Budget, RingError, Served, Turn};
 use crate::ring::{FrameworkMemory, Ring, RingStatus};
 use crate::sigbus::Loss;
 use std::cell::RefCell;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -310,33 +311,19 @@ impl Session {
     }
 
     fn drain(&self, queue: u16, turn: &mut Turn<'_>) -> Result<(), RingError> {
-        let (mut command, mut answer) = (Vec::new(), Vec::new());
-        turn.disarm()?;
-        loop {
-            let token = match turn.next(&mut command)? {
-                Next::Chain(token) => token,
-                Next::Empty if turn.rearm()? => {
-                    turn.disarm()?;
-                    continue;
-                }
-                Next::Empty => return Ok(()),
-                Next::Spent => {
-                    self.waker.wake();
-                    return Ok(());
-                }
-            };
-            answer.clear();
+        let served = turn.serve(|command, answer, room| {
             // The ring's lock must not be poisoned by a fault of the core.
-            let done = catch_unwind(AssertUnwindSafe(|| {
-                self.carry_out(queue, &command, &mut answer, token.room());
-            }));
-            if done.is_err() {
-                turn.put_back(token);
-                self.fuse.blow(Failure::Panicked("carrying out a command"));
-                return Ok(());
+            match catch_unwind(AssertUnwindSafe(|| self.carry_out(queue, command, answer, room))) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
             }
-            turn.complete(token, &answer)?;
+        })?;
+        match served {
+            Served::Empty => {}
+            Served::Spent => self.waker.wake(),
+            Served::Stopped => self.fuse.blow(Failure::Panicked("carrying out a command")),
         }
+        Ok(())
     }
 
     fn carry_out(&self, queue: u16, command: &[u8], answer: &mut Vec<u8>, room: usize) {

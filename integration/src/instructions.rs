@@ -10,6 +10,8 @@
 
 pub mod workload;
 
+mod bulk;
+mod ring;
 mod scene;
 mod sides;
 

@@ -117,14 +117,14 @@ impl PageRange {
     /// The same pages as few ranges: sorted, and those that touch or overlap joined.
     pub fn merge(mut ranges: Vec<Self>) -> Vec<Self> {
         ranges.sort_unstable();
-        let mut merged: Vec<Self> = Vec::new();
-        for range in ranges {
-            match merged.last_mut() {
-                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-                _ => merged.push(range),
+        ranges.dedup_by(|range, last| {
+            let touches = range.start <= last.end;
+            if touches {
+                last.end = last.end.max(range.end);
             }
-        }
-        merged
+            touches
+        });
+        ranges
     }
     /// What both have, if anything.
     pub fn intersect(self, other: Self) -> Option<Self> {

@@ -10,6 +10,7 @@ use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
 use crate::quota::Charge;
 use crate::seeded::{self, Bug};
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 /// log2 of the pages of a leaf.
 pub const LEAF_PAGES_SHIFT: u32 = LEAF_SIZE.trailing_zeros() - PAGE_SHIFT;
@@ -125,6 +126,10 @@ impl AddressSpace {
     pub fn known_pages(&self) -> u64 {
         self.known
     }
+    /// Begins to read pages one after the other.
+    pub fn walk(&self) -> Walk<'_> {
+        Walk { space: self, hot: None }
+    }
     /// What a page is, if it is known.
     pub fn lookup(&self, page: u64) -> Option<Page> {
         self.leaves.get(&(page >> LEAF_PAGES_SHIFT))?.page(page & (LEAF_PAGES - 1))
@@ -147,6 +152,38 @@ impl AddressSpace {
             self.obtain_leaf(index);
         }
     }
+    /// Installs runs one after the other, each whole or not at all, and tells what became of each until `tell` has heard
+    /// enough. A leaf is found once for all runs in a row that lie in it.
+    pub fn install_all(
+        &mut self,
+        runs: impl Iterator<Item = Run>,
+        mut tell: impl FnMut(Install) -> ControlFlow<()>,
+    ) {
+        let mut runs = runs.peekable();
+        while let Some(run) = runs.next() {
+            if tell(self.install(&run)).is_break() {
+                return;
+            }
+            let index = run.va.end.saturating_sub(1) >> LEAF_PAGES_SHIFT;
+            let Self { leaves, known, .. } = self;
+            // A leaf that has a page needs nothing more for others.
+            let Some(leaf) = leaves.get_mut(&index).filter(|leaf| leaf.bytes_to_fill() == 0) else {
+                continue;
+            };
+            if seeded::on(Bug::WrongLeaf) {
+                continue;
+            }
+            let lies_in = |run: &Run| {
+                let last = run.va.end.saturating_sub(1);
+                (run.va.start >> LEAF_PAGES_SHIFT, last >> LEAF_PAGES_SHIFT) == (index, index)
+            };
+            while let Some(run) = runs.next_if(lies_in) {
+                if tell(leaf.install(&run, index, known)).is_break() {
+                    return;
+                }
+            }
+        }
+    }
     /// Installs a run, all of it or nothing.
     pub fn install(&mut self, run: &Run) -> Install {
         let leaves = leaves_of(run.va);
@@ -157,7 +194,7 @@ impl AddressSpace {
                 Some(leaf) => leaf.invalidated,
                 None => self.absent_invalidated,
             };
-            if invalidated > run.as_of && !seeded::on(Bug::InstallStale) {
+            if is_stale(invalidated, run) {
                 return Install::Raced;
             }
         }
@@ -181,10 +218,8 @@ impl AddressSpace {
             let (part, slots) = part_of(run.va, index);
             let first = run.first.plus(part.start.wrapping_sub(run.va.start));
             let leaf = self.obtain_leaf(index);
-            let before = leaf.known;
-            leaf.fill(slots, first);
-            let after = leaf.known;
-            self.known = self.known.wrapping_add(after).wrapping_sub(before);
+            let added = leaf.fill(slots, first);
+            self.known = self.known.wrapping_add(added);
         }
         Install::Done
     }
@@ -257,34 +292,62 @@ impl Leaf {
             Pages::Small(entries) => Page::decode(*entries.get(usize::try_from(slot).ok()?)?),
         }
     }
+    /// Installs a run that lies in this leaf, which has room for it.
+    fn install(&mut self, run: &Run, index: u64, known: &mut u64) -> Install {
+        if is_stale(self.invalidated, run) {
+            return Install::Raced;
+        }
+        if let Pages::Small(entries) = &mut self.pages
+            && run.va.pages() == 1
+        {
+            let (entry, new) = (entry_mut(entries, run.va.start), run.first.encode());
+            if !allows(*entry, new) {
+                return Install::Conflict;
+            }
+            let added = u64::from(*entry == 0);
+            *entry = new;
+            self.known = self.known.saturating_add(added);
+            *known = known.wrapping_add(added);
+            return Install::Done;
+        }
+        if self.contradicts(run, index) {
+            return Install::Conflict;
+        }
+        let added = self.fill(part_of(run.va, index).1, run.first);
+        *known = known.wrapping_add(added);
+        Install::Done
+    }
     /// Whether a known page would become another one, or lose rights, behind the back of GPU VMs that use it.
     fn contradicts(&self, run: &Run, index: u64) -> bool {
         let (part, slots) = part_of(run.va, index);
         let first = run.first.plus(part.start.wrapping_sub(run.va.start));
-        if let Pages::Large(known) = self.pages {
-            let same = known.plus(slots.start).gpa_page == first.gpa_page;
-            return !same || (first.readonly && !known.readonly);
+        match &self.pages {
+            Pages::Empty => false,
+            Pages::Large(known) => {
+                let same = known.plus(slots.start).gpa_page == first.gpa_page;
+                !same || (first.readonly && !known.readonly)
+            }
+            Pages::Small(entries) => {
+                let mut news = (0..).map(|n| first.plus(n).encode());
+                !slots_in(entries.as_slice(), slots)
+                    .iter()
+                    .all(|entry| news.next().is_some_and(|new| allows(*entry, new)))
+            }
         }
-        self.known != 0
-            && slots.zip(0..).any(|(slot, n)| {
-                self.page(slot).is_some_and(|known| {
-                    let new = first.plus(n);
-                    known.gpa_page != new.gpa_page || (new.readonly && !known.readonly)
-                })
-            })
     }
-    fn fill(&mut self, slots: std::ops::Range<u64>, first: Page) {
+    /// Returns how many pages were not known.
+    fn fill(&mut self, slots: std::ops::Range<u64>, first: Page) -> u64 {
         if slots == (0..LEAF_PAGES) {
             self.pages = Pages::Large(first);
-            self.known = LEAF_PAGES;
-            return;
+            return LEAF_PAGES.saturating_sub(std::mem::replace(&mut self.known, LEAF_PAGES));
         }
         let mut added = 0_u64;
         for (entry, n) in self.small(slots).iter_mut().zip(0..) {
-            added = added.saturating_add(u64::from(*entry & PRESENT == 0));
+            added = added.wrapping_add(u64::from(*entry == 0));
             *entry = first.plus(n).encode();
         }
         self.known = self.known.saturating_add(added);
+        added
     }
     fn clear(&mut self, slots: std::ops::Range<u64>) {
         if self.known == 0 || slots == (0..LEAF_PAGES) {
@@ -314,13 +377,70 @@ impl Leaf {
             self.pages = Pages::Small(entries);
         }
         match &mut self.pages {
-            Pages::Small(entries) => usize::try_from(slots.start)
-                .ok()
-                .zip(usize::try_from(slots.end).ok())
-                .and_then(|(start, end)| entries.get_mut(start..end))
-                .unwrap_or_default(),
+            Pages::Small(entries) => match (usize::try_from(slots.start), usize::try_from(slots.end)) {
+                (Ok(start), Ok(end)) => entries.get_mut(start..end).unwrap_or_default(),
+                _ => &mut [],
+            },
             Pages::Empty | Pages::Large(_) => &mut [],
         }
+    }
+}
+
+/// Reads pages one after the other; finds a leaf once.
+pub struct Walk<'a> {
+    space: &'a AddressSpace,
+    hot: Option<(u64, Option<&'a Leaf>)>,
+}
+
+impl Walk<'_> {
+    /// What a page is, and how many of `most` pages from it on follow in guest memory too, as far as its leaf goes; at
+    /// least 1. None if it is not known.
+    #[inline]
+    pub fn run(&mut self, page: u64, most: u64) -> Option<(Page, u64)> {
+        let index = page >> LEAF_PAGES_SHIFT;
+        let leaf = match self.hot {
+            Some((hot, leaf)) if hot == index => leaf,
+            _ => {
+                let leaf = self.space.leaves.get(&index);
+                self.hot = Some((index, leaf));
+                leaf
+            }
+        };
+        let slot = page & (LEAF_PAGES - 1);
+        let most = most.min(LEAF_PAGES.saturating_sub(slot));
+        match &leaf?.pages {
+            Pages::Empty => None,
+            Pages::Large(first) => Some((first.plus(slot), most)),
+            Pages::Small(entries) => {
+                let entries = slots_in(entries.as_slice(), slot..slot.saturating_add(most));
+                let page = Page::decode(*entries.first()?)?;
+                let following = (0..).map(|n| page.plus(n).encode());
+                let run = entries.iter().zip(following).take_while(|(entry, next)| **entry == *next).count();
+                Some((page, u64::try_from(run).unwrap_or(1)))
+            }
+        }
+    }
+}
+
+/// Whether a run was translated before an invalidation of its leaf.
+fn is_stale(invalidated: u64, run: &Run) -> bool {
+    invalidated > run.as_of && !seeded::on(Bug::InstallStale)
+}
+
+/// Whether an entry may become another: the same page, with no fewer rights.
+fn allows(entry: u64, new: u64) -> bool {
+    entry == 0 || entry == new || entry == new | READONLY
+}
+
+#[expect(clippy::indexing_slicing, reason = "the index is masked to the length of the table")]
+fn entry_mut(entries: &mut [u64; LEAF_SLOTS], page: u64) -> &mut u64 {
+    &mut entries[(page & (LEAF_PAGES - 1)) as usize & (LEAF_SLOTS - 1)]
+}
+
+fn slots_in(entries: &[u64], slots: std::ops::Range<u64>) -> &[u64] {
+    match (usize::try_from(slots.start), usize::try_from(slots.end)) {
+        (Ok(start), Ok(end)) => entries.get(start..end).unwrap_or_default(),
+        _ => &[],
     }
 }
 

@@ -9,7 +9,7 @@ pub mod submit;
 
 use crate::addr::{PageRange, RangeError};
 use crate::address_space::{Page, Run};
-use crate::context::{self, NewContext};
+use crate::context::{self, Context, NewContext};
 use crate::device::{self, AddressModel, FaultModel};
 use crate::fault::response::{self, Code, Supplied};
 use crate::guest::{self, Guest};
@@ -198,6 +198,8 @@ const _: () = assert!(MAX_BLOB_ENTRIES <= 1 << 16 && MAX_RUNS <= 1 << 16 && MAX_
 struct Answer<'a> {
     guest: &'a Arc<Guest>,
     request: CtrlHdr,
+    /// The context of the request, once it was looked up.
+    context: Option<Arc<Context>>,
     out: &'a mut Vec<u8>,
     room: usize,
 }
@@ -216,15 +218,25 @@ impl Answer<'_> {
         }
     }
     fn head(&self, kind: u32, refusal: Refusal) -> SvmResp {
-        let context = self.guest.context(self.request.ctx_id.get()).ok();
+        let inval_done_seq = match &self.context {
+            Some(context) => context.inval_done_seq(),
+            None => {
+                self.guest.context(self.request.ctx_id.get()).map_or(0, |context| context.inval_done_seq())
+            }
+        };
         SvmResp {
             hdr: self.header(kind),
             status: refusal.status().into(),
             detail: refusal.detail().into(),
             limit: refusal.limit().into(),
             daemon_epoch: self.guest.epoch().into(),
-            inval_done_seq: context.map_or(0, |context| context.inval_done_seq()).into(),
+            inval_done_seq: inval_done_seq.into(),
         }
+    }
+    fn context(&mut self) -> Result<Arc<Context>> {
+        let context = self.guest.context(self.request.ctx_id.get())?;
+        self.context = Some(Arc::clone(&context));
+        Ok(context)
     }
     /// A response in virtio-gpu's own layout.
     fn put<T: IntoBytes + Immutable>(&mut self, response: &T) {
@@ -239,11 +251,11 @@ impl Answer<'_> {
 pub fn control(guest: &Arc<Guest>, request: &[u8], response: &mut Vec<u8>, room: usize) {
     response.clear();
     let Ok((hdr, _)) = CtrlHdr::read_from_prefix(request) else {
-        let mut answer = Answer { guest, request: CtrlHdr::default(), out: response, room };
+        let mut answer = Answer { guest, request: CtrlHdr::default(), context: None, out: response, room };
         answer.refuse(&Error::Length);
         return;
     };
-    let mut answer = Answer { guest, request: hdr, out: response, room };
+    let mut answer = Answer { guest, request: hdr, context: None, out: response, room };
     let result =
         if request.len() > MAX_COMMAND_BYTES { Err(Error::Length) } else { answer.dispatch(request) };
     match result {
@@ -256,7 +268,7 @@ pub fn control(guest: &Arc<Guest>, request: &[u8], response: &mut Vec<u8>, room:
 pub fn cursor(guest: &Arc<Guest>, request: &[u8], response: &mut Vec<u8>, room: usize) {
     response.clear();
     let hdr = CtrlHdr::read_from_prefix(request).map(|(hdr, _)| hdr).unwrap_or_default();
-    let mut answer = Answer { guest, request: hdr, out: response, room };
+    let mut answer = Answer { guest, request: hdr, context: None, out: response, room };
     let error = match hdr.kind.get() {
         VIRTIO_GPU_CMD_UPDATE_CURSOR | VIRTIO_GPU_CMD_MOVE_CURSOR => Error::Unsupported,
         other => Error::UnknownCommand(other),
@@ -495,15 +507,15 @@ impl Answer<'_> {
             return Err(Error::Count);
         }
         let runs = checked_runs(runs)?;
-        let supplied = self.guest.context(self.request.ctx_id.get())?.supply(&runs)?;
+        let supplied = self.context()?.supply(runs)?;
         self.supplied(supplied)
     }
     fn page_response(&mut self, request: &[u8]) -> Result<()> {
         let (cmd, runs) = with_list::<PageResponse, PageRun>(request, |cmd| cmd.num_runs.get(), MAX_RUNS)?;
         let code = Code::from_wire(cmd.code.get()).ok_or(Error::Value)?;
         let runs = checked_runs(runs)?;
-        let context = self.guest.context(self.request.ctx_id.get())?;
-        let supplied = context.respond(cmd.cookie.get(), code, &runs)?;
+        let context = self.context()?;
+        let supplied = context.respond(cmd.cookie.get(), code, runs)?;
         self.supplied(supplied)
     }
     fn supplied(&mut self, supplied: Supplied) -> Result<()> {
@@ -531,7 +543,7 @@ impl Answer<'_> {
             }
             _ => return Err(Error::Value),
         };
-        let seq = self.guest.context(self.request.ctx_id.get())?.invalidate(range);
+        let seq = self.context()?.invalidate(range);
         let resp = self.ok();
         self.put(&InvalidateResp { resp, seq: seq.into(), reserved: 0.into() });
         Ok(())
@@ -543,20 +555,22 @@ impl Answer<'_> {
             u32::try_from(MAX_COMMAND_BYTES).unwrap_or(0),
         )?;
         zero(cmd.padding.get() == 0)?;
-        let context = self.guest.context(self.request.ctx_id.get())?;
+        let context = self.context()?;
         let fenced = self.request.flags.get() & VIRTIO_GPU_FLAG_FENCE != 0;
         let area = self.room.saturating_sub(size_of::<SvmResp>());
         let submission = submit::Submission { guest: self.guest, context: &context, fenced };
-        let (reply, refused) = submission.run(payload, area)?;
-        let head = match refused {
+        // The head says how it went, and is written when that is known.
+        self.out.resize(size_of::<SvmResp>(), 0);
+        let head = match submission.run(payload, self.out, area)? {
             None => self.ok(),
             Some((index, Refusal { errno, limit, .. })) => {
                 let error = Error::At { index, errno, limit };
                 self.head(error.response(), error.refusal())
             }
         };
-        self.put(&head);
-        self.out.extend_from_slice(&reply);
+        if head.write_to_prefix(self.out).is_err() {
+            unreachable!("the head has its place");
+        }
         Ok(())
     }
 }
@@ -575,17 +589,25 @@ fn blob_entry(entry: &MemEntry, memory: &MemoryTable) -> Result<(u64, u64)> {
     Ok((range.start, range.pages()))
 }
 
-/// Checks runs as far as this can be done without the context.
-fn checked_runs(runs: &[PageRun]) -> Result<Vec<Run>> {
+/// Checks runs as far as this can be done without the context. They are read where they lie; the bytes are our own.
+fn checked_runs(runs: &[PageRun]) -> Result<impl Iterator<Item = Run> + Clone> {
     let mut left = MAX_RUN_PAGES;
     let mut check = |run: &PageRun| {
         left = left.checked_sub(run.pages.get().into()).ok_or(Error::Count)?;
         zero(run.flags.get() & !RUN_READONLY == 0)?;
         let bytes = u64::from(run.pages.get()).saturating_mul(PAGE_SIZE);
-        let va = PageRange::from_bytes(run.va.get(), bytes, GUEST_VA_END)?;
-        let gpa = PageRange::from_bytes(run.gpa.get(), bytes, u64::MAX)?;
-        let first = Page { gpa_page: gpa.start, readonly: run.flags.get() & RUN_READONLY != 0 };
-        Ok(Run { va, first, as_of: run.as_of.get() })
+        PageRange::from_bytes(run.va.get(), bytes, GUEST_VA_END)?;
+        PageRange::from_bytes(run.gpa.get(), bytes, u64::MAX)?;
+        Ok(())
     };
-    (0..).zip(runs).map(|(index, run)| check(run).map_err(|error: Error| error.at(index))).collect()
+    for (index, run) in (0..).zip(runs) {
+        check(run).map_err(|error: Error| error.at(index))?;
+    }
+    Ok(runs.iter().map(|run| {
+        let start = run.va.get() >> PAGE_SHIFT;
+        let va = PageRange { start, end: start.saturating_add(run.pages.get().into()) };
+        let readonly = run.flags.get() & RUN_READONLY != 0;
+        let first = Page { gpa_page: run.gpa.get() >> PAGE_SHIFT, readonly };
+        Run { va, first, as_of: run.as_of.get() }
+    }))
 }

@@ -20,12 +20,14 @@ use crate::device::{self, Asid, Device, Extent, Flush, StopId, Ticket, Verdict, 
 use crate::event::{Record, Stamp, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
 use crate::fault::{Outcome, PendingFaults, Throttled};
+use crate::few::Few;
 use crate::gpu_vm::{GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
 use crate::host::{Host, Limits};
 use crate::info::Counters;
 use crate::invalidation::Invalidations;
 use crate::memory::MemoryTable;
+use crate::numbered::Numbered;
 use crate::population::{Populating, Population, take_away};
 use crate::protocol::errno::{EACCES, EBUSY, ECANCELED, EEXIST, EINVAL, ENOENT, ENOSPC, EPIPE};
 use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
@@ -36,7 +38,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex, Weak};
 use crate::timeline::{self, Timelines};
 use inbox::Inbox;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
@@ -151,7 +153,7 @@ impl Error {
 /// What must be done once the context's lock is released.
 #[derive(Default)]
 pub struct After {
-    resumes: Vec<(usize, StopId, Verdict)>,
+    resumes: Few<(usize, StopId, Verdict)>,
     /// Records wait for the guest.
     pub announce: bool,
     /// Something may go on: jobs or binds can start, or GPU VMs want pages ([`crate::population`]).
@@ -186,7 +188,7 @@ pub struct State {
     pub(crate) throttled: VecDeque<Throttled>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    pub(crate) retiring: HashMap<(usize, Asid), Charge>,
+    pub(crate) retiring: Numbered<(usize, Asid), Charge>,
     /// Jobs and asynchronous binds that have not ended.
     pub(crate) timelines: Timelines,
     /// Binds that have started and wait for pages.
@@ -198,8 +200,8 @@ pub struct State {
     pub(crate) waiting: VecDeque<Waiting>,
     pub(crate) memory: Arc<MemoryTable>,
     pub(crate) counters: Counters,
-    /// Scratch, so that serving a fault allocates nothing.
-    pub(crate) extents: Vec<Extent>,
+    /// Empty; its room is lent, so that serving a fault allocates nothing.
+    pub(crate) extents: Vec<Extent<'static>>,
 }
 
 /// One guest process.
@@ -263,7 +265,7 @@ impl Context {
             faults: PendingFaults::new(quota.charge(Limit::TotalPendingFaults)),
             throttled: VecDeque::new(),
             invalidations: Invalidations::default(),
-            retiring: HashMap::new(),
+            retiring: Numbered::default(),
             timelines: Timelines::new(&quota),
             populating: Vec::new(),
             undelivered_jobs: 0,

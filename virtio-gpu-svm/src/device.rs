@@ -83,10 +83,10 @@ pub struct VmLabel {
 }
 
 /// Pages of a region, in order, and what the GPU may do with them.
-#[derive(Clone, Debug)]
-pub struct Extent {
-    /// Where they are.
-    pub region: Arc<Region>,
+#[derive(Clone, Copy, Debug)]
+pub struct Extent<'a> {
+    /// Where they are. Lent: a list of very many pages names few regions.
+    pub region: &'a Arc<Region>,
     /// Byte offset in it, page aligned.
     pub offset: u64,
     /// How many, at least 1.

@@ -16,35 +16,38 @@
 pub(crate) mod recent;
 pub mod response;
 pub mod router;
+mod window;
 
 use crate::address_space::AddressSpace;
 use crate::context::{After, Context, KEPT, Life, State, trim};
-use crate::device::{Access, Asid, Extent, Fault, StopId, Verdict};
-use crate::gpu_vm::{self, Backing, Behind, GpuVa};
+use crate::device::{Access, Asid, Fault, StopId, Verdict};
+use crate::few::Few;
+use crate::gpu_vm::{self, Behind, GpuVa};
 use crate::info::{FaultTrace, PendingStatus};
 use crate::memory::MemoryTable;
+use crate::numbered::Numbered;
 use crate::population;
 use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
 use crate::protocol::event::{
     FAULT_ATOMIC_ACCESS, FAULT_NOT_PRESENT, FAULT_WRITE_ACCESS, PERM_ATOMIC, PERM_READ, PERM_WRITE,
 };
 use crate::protocol::limit::Limit;
-use crate::protocol::{LEAF_SIZE, PAGE_SHIFT, PAGE_SIZE};
+use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use crate::sync::Arc;
-use crate::{addr::GpuAddr, addr::PageRange, event::Waiting};
-use std::collections::{BTreeMap, HashMap};
+use crate::{addr::PageRange, event::Waiting};
+use std::collections::BTreeMap;
 use std::time::Duration;
+use window::Window;
+
+pub use window::FAULT_AROUND_PAGES;
+pub(crate) use window::{Pages, emptied};
 
 /// Most pending faults of a GPU VM that are shown one by one.
 pub const SHOWN_FAULTS: usize = 16;
 /// Most pages of a group that are asked for together; a device that asks for more gets the rest by asking again.
 const MAX_GROUP_PAGES: u64 = 32;
-
-/// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
-pub const FAULT_AROUND_PAGES: u64 = 16;
-const LEAF_PAGES: u64 = LEAF_SIZE >> PAGE_SHIFT;
 
 /// How a fault ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +115,7 @@ pub struct Pending {
     /// The same on the guest's own clock.
     pub raised_run: Duration,
     /// Parked accesses: the first one, unless it is a prefetch, and those that joined.
-    pub waiters: Vec<StopId>,
+    pub waiters: Few<StopId>,
 }
 
 impl Pending {
@@ -161,7 +164,7 @@ pub(crate) struct Prefetch {
 /// The faults of one context that wait for the guest.
 #[derive(Debug, Default)]
 pub struct PendingFaults {
-    by_cookie: HashMap<u64, Pending>,
+    by_cookie: Numbered<u64, Pending>,
     /// (GPU VM, first GPU page) -> cookie; those of one GPU VM do not overlap.
     by_page: BTreeMap<(u32, u64), u64>,
     next: u32,
@@ -229,7 +232,7 @@ impl PendingFaults {
         self.by_page.remove(&(pending.vm_id, pending.page));
         self.charge.shrink(1);
         if self.by_cookie.is_empty() && self.by_cookie.capacity() > KEPT {
-            self.by_cookie = HashMap::new();
+            self.by_cookie = Numbered::default();
         }
         Some(pending)
     }
@@ -287,8 +290,8 @@ impl Access {
 enum Resolution {
     /// Bind and let it go on.
     Serve,
-    /// Only the guest knows. `FAULT_*` type, and the CPU page.
-    Ask(u8, u64),
+    /// Only the guest knows. `FAULT_*` type.
+    Ask(u8),
     /// An error of the job: positive errno.
     Refuse(i32),
     /// Nobody is concerned any more.
@@ -300,6 +303,10 @@ struct Raised<'a> {
     device: usize,
     vm_id: u32,
     fault: &'a Fault,
+    /// The CPU page shown there; 0 where there is none.
+    cpu_page: u64,
+    /// The end of the mapping there.
+    end: u64,
 }
 
 /// A parked access beyond a limit of pending faults. It was counted as throttled, and is raised again when there is
@@ -337,21 +344,36 @@ impl Context {
         fault: &Fault,
         after: &mut After,
     ) {
-        let raised = Raised { device, vm_id, fault };
+        let mut raised = Raised { device, vm_id, fault, cpu_page: 0, end: 0 };
         state.counters.faults_raised = state.counters.faults_raised.saturating_add(1);
-        let resolution = match state.resolve(vm_id, raised.page(), fault.access) {
-            Resolution::Serve => match self.bind_around(state, vm_id, fault.asid, raised.page()) {
-                Ok(()) => Resolution::Serve,
-                Err(errno) => Resolution::Refuse(errno),
-            },
-            other => other,
+        let State { vms, space, memory, extents, life, .. } = &mut *state;
+        let found = find(vms, *life, vm_id, raised.page());
+        let resolution = match found {
+            Ok(va) => {
+                (raised.cpu_page, raised.end) = (shown_page(va, raised.page()), va.range.end);
+                match resolve(va, raised.page(), fault.access, space, memory) {
+                    Resolution::Serve => {
+                        let device = self.host.device_of(device).as_ref();
+                        let window = Window { device, asid: fault.asid, va, space, memory };
+                        match window.bind(raised.page(), extents) {
+                            Ok(()) => Resolution::Serve,
+                            Err(errno) => Resolution::Refuse(errno),
+                        }
+                    }
+                    other => other,
+                }
+            }
+            Err(resolution) => {
+                raised.cpu_page = state.cpu_page(vm_id, raised.page());
+                resolution
+            }
         };
         let ended = match resolution {
             Resolution::Serve => Some((Outcome::ServedLocally, Verdict::Retry)),
             Resolution::Refuse(errno) => Some((Outcome::Refused, Verdict::Fail(errno))),
             Resolution::Gone => Some((Outcome::Dropped, Verdict::Fail(ECANCELED))),
-            Resolution::Ask(fault_type, cpu_page) => {
-                self.ask(state, &raised, fault_type, cpu_page, after);
+            Resolution::Ask(fault_type) => {
+                self.ask(state, &raised, fault_type, after);
                 None
             }
         };
@@ -363,7 +385,7 @@ impl Context {
     }
 
     /// Makes the fault pending, or joins it to the one that is pending for its page.
-    fn ask(&self, state: &mut State, raised: &Raised, fault_type: u8, cpu_page: u64, after: &mut After) {
+    fn ask(&self, state: &mut State, raised: &Raised, fault_type: u8, after: &mut After) {
         let (fault, vm_id) = (raised.fault, raised.vm_id);
         if let Some(pending) = state.faults.joined(vm_id, raised.page()) {
             pending.waiters.push(fault.stop);
@@ -392,15 +414,15 @@ impl Context {
             return;
         }
         let hint = fault.length_hint.saturating_add(fault.addr.0 & (PAGE_SIZE - 1));
-        let hint = hint.min(state.bytes_to_end(vm_id, raised.page()));
-        let pages = state.pages_of_group(vm_id, fault);
+        let hint = hint.min(raised.end.saturating_sub(raised.page()) << PAGE_SHIFT);
+        let pages = state.pages_of_group(raised);
         let pending = Pending {
             cookie: 0,
             vm_id,
             device: raised.device,
             asid: fault.asid,
             page: raised.page(),
-            cpu_page,
+            cpu_page: raised.cpu_page,
             pages,
             prefetch: false,
             reported: 0,
@@ -412,7 +434,7 @@ impl Context {
             length_hint: u32::try_from(hint).unwrap_or(u32::MAX),
             raised_ns: self.host.now_ns(),
             raised_run: self.run_time(),
-            waiters: vec![fault.stop],
+            waiters: Few::one(fault.stop),
         };
         self.make_pending(state, pending, after);
     }
@@ -447,7 +469,7 @@ impl Context {
             length_hint: population::length_hint(prefetch.range),
             raised_ns: self.host.now_ns(),
             raised_run: self.run_time(),
-            waiters: Vec::new(),
+            waiters: Few::default(),
         };
         self.make_pending(state, pending, after);
         true
@@ -499,7 +521,7 @@ impl Context {
         let now = self.host.now_ns();
         self.host.recent.push(FaultTrace {
             time_ns: pending.raised_ns,
-            guest: self.label.guest.to_string(),
+            guest: Arc::clone(&self.label.guest),
             ctx_id: self.ctx_id,
             device: pending.device,
             asid: pending.asid.0,
@@ -530,7 +552,7 @@ impl Context {
         while room > 0
             && let Some(Throttled { device, vm_id, page, access, stop }) = state.throttled.front().copied()
         {
-            if matches!(state.resolve(vm_id, page, access), Resolution::Ask(..)) {
+            if matches!(state.resolve(vm_id, page, access), Resolution::Ask(_)) {
                 if of_guest == 0 {
                     self.starve();
                     break;
@@ -559,13 +581,13 @@ impl Context {
         state.count(outcome, 1);
         self.host.recent.push(FaultTrace {
             time_ns: self.host.now_ns(),
-            guest: self.label.guest.to_string(),
+            guest: Arc::clone(&self.label.guest),
             ctx_id: self.ctx_id,
             device: raised.device,
             asid: raised.fault.asid.0,
             cookie: 0,
             gpu_addr: raised.fault.addr.page_start().0,
-            cpu_addr: state.cpu_page(raised.vm_id, raised.page()) << PAGE_SHIFT,
+            cpu_addr: raised.cpu_page << PAGE_SHIFT,
             access: raised.fault.access.name(),
             outcome: outcome.name(),
             wait_ns: 0,
@@ -584,7 +606,7 @@ impl Context {
         }
     }
 
-    /// Binds the known pages around a page: the whole large leaf where everything allows it, else the window.
+    /// Binds the known pages around a page.
     pub(crate) fn bind_around(
         &self,
         state: &mut State,
@@ -595,99 +617,80 @@ impl Context {
         let State { vms, space, memory, extents, .. } = state;
         let Some(vm) = vms.get(&vm_id) else { return Err(ECANCELED) };
         let Some(va) = vm.mappings.find(page) else { return Err(EINVAL) };
-        let device = self.host.device_of(vm.device);
-        let block =
-            PageRange { start: page & !(LEAF_PAGES - 1), end: (page | (LEAF_PAGES - 1)).saturating_add(1) };
-        let aligned = page & !(FAULT_AROUND_PAGES - 1);
-        let window = PageRange { start: aligned, end: aligned.saturating_add(FAULT_AROUND_PAGES) };
-        let window = va.range.intersect(window).unwrap_or(window);
-        if matches!(va.backing, Backing::Null) {
-            let whole = va.range.intersect(block).filter(|part| *part == block);
-            return device.bind_null(asid, whole.unwrap_or(window)).map_err(device_errno);
-        }
-        if va.range.intersect(block) == Some(block)
-            && let Behind::Cpu(cpu) = va.behind(block.start)
-            && cpu % LEAF_PAGES == 0
-            && let Some(first) = space.lookup_large(cpu)
-            && let Some((region, offset)) = memory.lookup(first.gpa_page, LEAF_PAGES)
-        {
-            let writable = !va.readonly && !first.readonly;
-            let extent = Extent { region: Arc::clone(region), offset, pages: LEAF_PAGES, writable };
-            return device.bind(asid, GpuAddr(block.start_addr()), &[extent]).map_err(device_errno);
-        }
-        let mut at = window.start;
-        for page in window.start..=window.end {
-            let known = (page < window.end).then(|| known_extent(va, page, space, memory)).flatten();
-            if let Some(extent) = known {
-                push_page(extents, extent);
-                continue;
-            }
-            if !extents.is_empty() {
-                let bound = device.bind(asid, GpuAddr(at << PAGE_SHIFT), extents);
-                extents.clear();
-                bound.map_err(device_errno)?;
-            }
-            at = page.saturating_add(1);
-        }
-        Ok(())
+        let device = self.host.device_of(vm.device).as_ref();
+        Window { device, asid, va, space, memory }.bind(page, extents)
+    }
+}
+
+/// The mapping that a fault is about, or what is to be done without one.
+fn find(
+    vms: &BTreeMap<u32, gpu_vm::GpuVm>,
+    life: Life,
+    vm_id: u32,
+    page: u64,
+) -> std::result::Result<&GpuVa, Resolution> {
+    let Some(vm) = vms.get(&vm_id).filter(|_| life == Life::Alive) else {
+        return Err(Resolution::Gone);
+    };
+    if vm.state != gpu_vm::State::Usable {
+        return Err(Resolution::Refuse(EPIPE));
+    }
+    vm.mappings.find(page).ok_or(Resolution::Refuse(EINVAL))
+}
+
+/// What can be done about an access to a page of a mapping.
+fn resolve(va: &GpuVa, page: u64, access: Access, space: &AddressSpace, memory: &MemoryTable) -> Resolution {
+    if access.writes() && va.readonly {
+        return Resolution::Refuse(EPERM);
+    }
+    match va.behind(page) {
+        Behind::Null => Resolution::Serve,
+        Behind::Blob(blob, at) => match blob.gpa_page(at).and_then(|gpa_page| memory.lookup(gpa_page, 1)) {
+            Some(_) => Resolution::Serve,
+            None => Resolution::Refuse(EFAULT),
+        },
+        Behind::Cpu(cpu_page) => match (space.lookup(cpu_page), access) {
+            (None, _) => Resolution::Ask(FAULT_NOT_PRESENT),
+            (Some(known), Access::Write) if known.readonly => Resolution::Ask(FAULT_WRITE_ACCESS),
+            (Some(known), Access::Atomic) if known.readonly => Resolution::Ask(FAULT_ATOMIC_ACCESS),
+            (Some(_), _) => Resolution::Serve,
+        },
+    }
+}
+
+/// The CPU page shown at a GPU page, for traces and for who is asked; 0 where there is none.
+fn shown_page(va: &GpuVa, page: u64) -> u64 {
+    match va.behind(page) {
+        Behind::Cpu(cpu_page) => cpu_page,
+        Behind::Blob(..) | Behind::Null => 0,
     }
 }
 
 impl State {
     fn resolve(&self, vm_id: u32, page: u64, access: Access) -> Resolution {
-        let Some(vm) = self.vms.get(&vm_id).filter(|_| self.life == Life::Alive) else {
-            return Resolution::Gone;
-        };
-        if vm.state != gpu_vm::State::Usable {
-            return Resolution::Refuse(EPIPE);
-        }
-        let Some(va) = vm.mappings.find(page) else { return Resolution::Refuse(EINVAL) };
-        if access.writes() && va.readonly {
-            return Resolution::Refuse(EPERM);
-        }
-        match va.behind(page) {
-            Behind::Null => Resolution::Serve,
-            Behind::Blob(blob, at) => {
-                match blob.gpa_page(at).and_then(|gpa_page| self.memory.lookup(gpa_page, 1)) {
-                    Some(_) => Resolution::Serve,
-                    None => Resolution::Refuse(EFAULT),
-                }
-            }
-            Behind::Cpu(cpu_page) => match (self.space.lookup(cpu_page), access) {
-                (None, _) => Resolution::Ask(FAULT_NOT_PRESENT, cpu_page),
-                (Some(known), Access::Write) if known.readonly => {
-                    Resolution::Ask(FAULT_WRITE_ACCESS, cpu_page)
-                }
-                (Some(known), Access::Atomic) if known.readonly => {
-                    Resolution::Ask(FAULT_ATOMIC_ACCESS, cpu_page)
-                }
-                (Some(_), _) => Resolution::Serve,
-            },
+        match find(&self.vms, self.life, vm_id, page) {
+            Ok(va) => resolve(va, page, access, &self.space, &self.memory),
+            Err(resolution) => resolution,
         }
     }
     /// Of the pages that a device asks for together, those from the first on that must be asked of the guest, in one
     /// mapping, and that nobody has asked for.
-    fn pages_of_group(&self, vm_id: u32, fault: &Fault) -> u64 {
-        let first = fault.addr.page();
-        let end = first.saturating_add(fault.pages.clamp(1, MAX_GROUP_PAGES));
-        let end = end.min(self.faults.free_from(vm_id, first).end);
-        let va = self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(first));
-        let end = end.min(va.map_or(end, |va| va.range.end));
-        let asked = |page: &u64| matches!(self.resolve(vm_id, *page, fault.access), Resolution::Ask(..));
-        let following = (first.saturating_add(1)..end).take_while(asked).count();
+    fn pages_of_group(&self, raised: &Raised) -> u64 {
+        let (first, asked) = (raised.page(), raised.fault.pages.clamp(1, MAX_GROUP_PAGES));
+        if asked == 1 {
+            return 1;
+        }
+        let end = first.saturating_add(asked).min(raised.end);
+        let end = end.min(self.faults.free_from(raised.vm_id, first).end);
+        let must_ask =
+            |page: &u64| matches!(self.resolve(raised.vm_id, *page, raised.fault.access), Resolution::Ask(_));
+        let following = (first.saturating_add(1)..end).take_while(must_ask).count();
         u64::try_from(following).unwrap_or(0).saturating_add(1)
     }
-    /// Bytes from a GPU page on to the end of its mapping.
-    fn bytes_to_end(&self, vm_id: u32, page: u64) -> u64 {
-        let va = self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page));
-        va.map_or(0, |va| va.range.end.saturating_sub(page) << PAGE_SHIFT)
-    }
-    /// The CPU page shown at a GPU page, for traces; 0 where there is none.
+    /// The CPU page shown at a GPU page; 0 where there is none.
     fn cpu_page(&self, vm_id: u32, page: u64) -> u64 {
-        match self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page)).map(|va| va.behind(page)) {
-            Some(Behind::Cpu(cpu_page)) => cpu_page,
-            Some(Behind::Blob(..) | Behind::Null) | None => 0,
-        }
+        let va = self.vms.get(&vm_id).and_then(|vm| vm.mappings.find(page));
+        va.map_or(0, |va| shown_page(va, page))
     }
     fn count(&mut self, outcome: Outcome, n: u64) {
         let counter = match outcome {
@@ -698,36 +701,6 @@ impl State {
             Outcome::Throttled => &mut self.counters.faults_throttled,
         };
         *counter = counter.saturating_add(n);
-    }
-}
-
-/// A page of a mapping, if it is known where it is.
-pub(crate) fn known_extent(
-    va: &GpuVa,
-    page: u64,
-    space: &AddressSpace,
-    memory: &MemoryTable,
-) -> Option<Extent> {
-    let (gpa_page, readonly) = match va.behind(page) {
-        Behind::Cpu(cpu_page) => space.lookup(cpu_page).map(|known| (known.gpa_page, known.readonly))?,
-        Behind::Blob(blob, at) => (blob.gpa_page(at)?, false),
-        Behind::Null => return None,
-    };
-    let (region, offset) = memory.lookup(gpa_page, 1)?;
-    let writable = !va.readonly && !readonly;
-    Some(Extent { region: Arc::clone(region), offset, pages: 1, writable })
-}
-
-/// Adds a page to a list of extents, to the last one where it continues it.
-pub(crate) fn push_page(extents: &mut Vec<Extent>, page: Extent) {
-    if let Some(last) = extents.last_mut()
-        && last.region.id() == page.region.id()
-        && last.writable == page.writable
-        && last.offset.wrapping_add(last.pages << PAGE_SHIFT) == page.offset
-    {
-        last.pages = last.pages.saturating_add(1);
-    } else {
-        extents.push(page);
     }
 }
 

@@ -36,6 +36,8 @@
 //!   steps remap, map    remap, map, map, remap remap, map             none            none
 //! ```
 
+mod shown;
+
 use crate::addr::PageRange;
 use crate::device::{AddressModel, Asid, DeviceInfo};
 use crate::population::Population;
@@ -43,6 +45,7 @@ use crate::protocol::{GUEST_VA_END, PAGE_SHIFT};
 use crate::quota::Charge;
 use crate::resource::Blob;
 use crate::sync::Arc;
+use shown::Shown;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What stands behind a mapping.
@@ -89,12 +92,12 @@ impl Backing {
 }
 
 /// What stands behind one page of a mapping.
-#[derive(Clone, Debug)]
-pub enum Behind {
+#[derive(Clone, Copy, Debug)]
+pub enum Behind<'a> {
     /// A CPU page of the process.
     Cpu(u64),
     /// A page of a blob resource.
-    Blob(Arc<Blob>, u64),
+    Blob(&'a Arc<Blob>, u64),
     /// Nothing.
     Null,
 }
@@ -124,11 +127,13 @@ impl GpuVa {
         (stick_out(left), self.part(within), stick_out(right))
     }
     /// What stands behind one of its pages.
-    pub fn behind(&self, page: u64) -> Behind {
-        match self.backing.advanced(page.saturating_sub(self.range.start)) {
-            Backing::Userptr(cpu) => Behind::Cpu(cpu),
-            Backing::Mirror(offset) => Behind::Cpu(page.wrapping_add_signed(offset)),
-            Backing::Blob(blob, at) => Behind::Blob(blob, at),
+    #[inline]
+    pub fn behind(&self, page: u64) -> Behind<'_> {
+        let further = page.saturating_sub(self.range.start);
+        match &self.backing {
+            Backing::Userptr(cpu) => Behind::Cpu(cpu.wrapping_add(further)),
+            Backing::Mirror(offset) => Behind::Cpu(page.wrapping_add_signed(*offset)),
+            Backing::Blob(blob, at) => Behind::Blob(blob, at.wrapping_add(further)),
             Backing::Null => Behind::Null,
         }
     }
@@ -136,13 +141,6 @@ impl GpuVa {
     pub fn cpu_range(&self) -> Option<PageRange> {
         let Behind::Cpu(start) = self.behind(self.range.start) else { return None };
         Some(PageRange { start, end: start.saturating_add(self.range.pages()) })
-    }
-    /// The GPU pages that show any of these CPU pages.
-    pub fn showing(&self, cpu: PageRange) -> Option<PageRange> {
-        let shown = self.cpu_range()?;
-        let both = shown.intersect(cpu)?;
-        let to_gpu = |page: u64| page.saturating_sub(shown.start).saturating_add(self.range.start);
-        Some(PageRange { start: to_gpu(both.start), end: to_gpu(both.end) })
     }
 }
 
@@ -212,6 +210,8 @@ pub struct Mappings {
     by_start: BTreeMap<u64, GpuVa>,
     /// (resource, first page) of those that show a blob.
     of_blobs: BTreeSet<(u32, u64)>,
+    /// Those that show CPU pages.
+    shown: Shown,
     pages: u64,
 }
 
@@ -251,6 +251,10 @@ impl Mappings {
     pub fn first_in(&self, range: PageRange) -> Option<&GpuVa> {
         let at_start = self.find(range.start);
         at_start.or_else(|| self.by_start.range(range.start..range.end).next().map(|(_, va)| va))
+    }
+    /// GPU pages that show any of these CPU pages, in no order.
+    pub fn showing(&self, cpu: PageRange) -> Vec<PageRange> {
+        self.shown.of(cpu)
     }
     /// Pages of all mappings.
     pub fn pages(&self) -> u64 {
@@ -339,6 +343,9 @@ impl Mappings {
         if let Backing::Blob(blob, _) = &va.backing {
             self.of_blobs.insert((blob.resource_id, va.range.start));
         }
+        if let Some(cpu) = va.cpu_range() {
+            self.shown.insert(cpu, va.range.start);
+        }
         self.pages = self.pages.saturating_add(va.range.pages());
         let replaced = self.by_start.insert(va.range.start, va);
         assert!(replaced.is_none(), "mappings overlap: {replaced:?}");
@@ -348,6 +355,9 @@ impl Mappings {
         let Some(removed) = removed else { panic!("no mapping at {:#x}", va.range.start) };
         if let Backing::Blob(blob, _) = &removed.backing {
             self.of_blobs.remove(&(blob.resource_id, removed.range.start));
+        }
+        if let Some(cpu) = removed.cpu_range() {
+            self.shown.remove(cpu, removed.range.start);
         }
         self.pages = self.pages.saturating_sub(removed.range.pages());
     }

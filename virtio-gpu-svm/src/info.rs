@@ -2,6 +2,7 @@
 //! taken under the owner's lock and then free of it. With the `serde` feature they serialise under these names.
 
 use crate::quota::LimitStatus;
+use crate::sync::Arc;
 
 /// A host device.
 #[derive(Clone, Debug)]
@@ -239,7 +240,8 @@ pub struct FaultTrace {
     /// When it was raised, in nanoseconds since the daemon's start.
     pub time_ns: u64,
     /// Its owner's guest.
-    pub guest: String,
+    #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
+    pub guest: Arc<str>,
     /// Its owner.
     pub ctx_id: u32,
     /// The host device's index.
@@ -258,6 +260,12 @@ pub struct FaultTrace {
     pub outcome: &'static str,
     /// Nanoseconds from raising to the outcome.
     pub wait_ns: u64,
+}
+
+/// A shared text, for which serde would need another feature.
+#[cfg(feature = "serde")]
+fn as_text<S: serde::Serializer>(text: &Arc<str>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(text)
 }
 
 /// Counts since the start of their owner.

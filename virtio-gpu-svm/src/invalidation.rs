@@ -99,7 +99,7 @@ impl Context {
             state.retiring.keys().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
         for vm in state.vms.values_mut().take(if seeded::on(Bug::ZapOneVm) { 1 } else { usize::MAX }) {
             let device = self.host.device_of(vm.device).as_ref();
-            let shown: Vec<_> = vm.mappings.iter().filter_map(|va| va.showing(range)).collect();
+            let shown = vm.mappings.showing(range);
             // What shows nothing of the range may have shown it before an UNMAP that engines have not passed.
             let flush = if shown.is_empty() { device.flush(vm.asid) } else { take_away(device, vm, shown) };
             if let Flush::Pending(ticket) = flush {

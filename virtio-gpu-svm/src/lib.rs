@@ -30,6 +30,8 @@ pub mod event;
 #[cfg(feature = "device")]
 pub mod fault;
 #[cfg(feature = "device")]
+pub mod few;
+#[cfg(feature = "device")]
 pub mod gpu_vm;
 #[cfg(feature = "device")]
 pub mod guest;
@@ -41,6 +43,8 @@ pub mod info;
 pub mod invalidation;
 #[cfg(feature = "device")]
 pub mod memory;
+#[cfg(feature = "device")]
+mod numbered;
 #[cfg(feature = "device")]
 pub mod page_table;
 #[cfg(feature = "device")]

@@ -4,7 +4,7 @@
 //! was published. Regions that a new table carries over keep their identity ([`Region::id`]), and so their
 //! translations. The one place where guest-physical claims become host memory.
 
-use crate::addr::GuestPa;
+use crate::addr::{GuestPa, PageRange};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -112,11 +112,35 @@ pub enum TableError {
     },
 }
 
+/// log2 of the bytes of a slot of the flat table.
+const SLOT_SHIFT: u32 = 21;
+const SLOT_PAGES_SHIFT: u32 = SLOT_SHIFT - PAGE_SHIFT;
+/// Guest-physical addresses that the flat table covers: 1 TiB with 512 KiB. What lies beyond is searched for.
+const FLAT_END: u64 = 1 << 40;
+/// A slot that no region fills alone.
+const SHARED: u8 = u8::MAX;
+const _: () = assert!(MAX_REGIONS < SHARED as usize);
+
 /// A checked set of regions. Immutable; a change is a new table.
 #[derive(Debug, Default)]
 pub struct MemoryTable {
     /// Sorted by guest-physical address.
     regions: Vec<Arc<Region>>,
+    /// Their pages, in the same order.
+    places: Vec<PageRange>,
+    /// The index of the region that fills a slot.
+    slots: Vec<u8>,
+}
+
+/// Pages of one region.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// It.
+    pub region: &'a Arc<Region>,
+    /// Byte offset in it.
+    pub offset: u64,
+    /// How many: at least 1.
+    pub pages: u64,
 }
 
 impl MemoryTable {
@@ -143,7 +167,13 @@ impl MemoryTable {
             }
             free_from = end;
         }
-        Ok(Self { regions })
+        let place = |region: &Arc<Region>| {
+            let start = region.gpa().page();
+            PageRange { start, end: start.saturating_add(region.size() >> PAGE_SHIFT) }
+        };
+        let places: Vec<_> = regions.iter().map(place).collect();
+        let slots = slots_of(&places);
+        Ok(Self { regions, places, slots })
     }
     /// Its regions, by rising guest-physical address.
     pub fn regions(&self) -> &[Arc<Region>] {
@@ -151,11 +181,118 @@ impl MemoryTable {
     }
     /// The region that holds `pages` whole pages from page number `gpa_page`, and the byte offset in it.
     pub fn lookup(&self, gpa_page: u64, pages: u64) -> Option<(&Arc<Region>, u64)> {
-        let end = gpa_page.checked_add(pages)?;
-        let after = self.regions.partition_point(|r| r.gpa().page() <= gpa_page);
-        let region = self.regions.get(after.checked_sub(1)?)?;
-        let first = region.gpa().page();
-        (end <= first.checked_add(region.size() >> PAGE_SHIFT)?)
-            .then(|| (region, gpa_page.saturating_sub(first) << PAGE_SHIFT))
+        let place = self.lookup_some(gpa_page, pages)?;
+        (place.pages == pages).then_some((place.region, place.offset))
+    }
+    /// Begins to look up one after the other.
+    pub fn walk(&self) -> Walk<'_> {
+        Walk { table: self, hot: None }
+    }
+    /// As many of `pages` pages from page number `gpa_page` on as one region holds; at least 1.
+    pub fn lookup_some(&self, gpa_page: u64, pages: u64) -> Option<Place<'_>> {
+        self.walk().run(gpa_page, pages)
+    }
+    /// The region that holds a page, and its pages.
+    fn find(&self, gpa_page: u64) -> Option<(&Arc<Region>, PageRange)> {
+        let slot = usize::try_from(gpa_page >> SLOT_PAGES_SHIFT).ok().and_then(|slot| self.slots.get(slot));
+        let index = match slot {
+            Some(index) if *index != SHARED => usize::from(*index),
+            _ => self.places.partition_point(|place| place.start <= gpa_page).checked_sub(1)?,
+        };
+        let place = self.places.get(index).filter(|place| place.contains(gpa_page))?;
+        Some((self.regions.get(index)?, *place))
+    }
+}
+
+/// Looks pages up one after the other, most of which lie in the region of the one before.
+pub struct Walk<'a> {
+    table: &'a MemoryTable,
+    hot: Option<(&'a Arc<Region>, PageRange)>,
+}
+
+impl<'a> Walk<'a> {
+    /// As many of `pages` pages from page number `gpa_page` on as one region holds; at least 1.
+    #[inline]
+    pub fn run(&mut self, gpa_page: u64, pages: u64) -> Option<Place<'a>> {
+        let (region, place) = match self.hot {
+            Some((region, place)) if place.contains(gpa_page) => (region, place),
+            _ => *self.hot.insert(self.table.find(gpa_page)?),
+        };
+        let offset = gpa_page.saturating_sub(place.start) << PAGE_SHIFT;
+        Some(Place { region, offset, pages: place.end.saturating_sub(gpa_page).min(pages) })
+    }
+}
+
+/// The flat table of places, which are sorted and apart; as far as it is needed.
+fn slots_of(places: &[PageRange]) -> Vec<u8> {
+    let end = places.last().map_or(0, |last| last.end).min(FLAT_END >> PAGE_SHIFT);
+    let mut slots = vec![SHARED; usize::try_from(end >> SLOT_PAGES_SHIFT).unwrap_or(0)];
+    for (index, place) in (0..).zip(places) {
+        let first = place.start.div_ceil(1 << SLOT_PAGES_SHIFT);
+        let filled = (first, place.end >> SLOT_PAGES_SHIFT);
+        let filled = (usize::try_from(filled.0).ok(), usize::try_from(filled.1).ok());
+        let (Some(first), Some(end)) = filled else { continue };
+        let end = end.min(slots.len());
+        slots.get_mut(first..end.max(first)).unwrap_or_default().fill(index);
+    }
+    slots
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Regions of these bytes, at these addresses.
+    fn table(regions: &[(u64, u64)]) -> MemoryTable {
+        let region = |(gpa, size): &(u64, u64)| {
+            let identity = RegionIdentity { inode: (0, 1), offset: 0, size: *size, gpa: *gpa };
+            Region::new(identity, MmapRegion::new(usize::try_from(*size).unwrap()).unwrap())
+        };
+        MemoryTable::new(regions.iter().map(region).collect()).unwrap()
+    }
+
+    /// What a search of all regions says.
+    fn searched(table: &MemoryTable, page: u64) -> Option<(u64, u64, u64)> {
+        let held =
+            table.regions().iter().find(|r| (r.gpa().0..r.gpa().0 + r.size()).contains(&(page << 12)))?;
+        let end = held.gpa().0 + held.size();
+        Some((held.id(), (page << 12) - held.gpa().0, (end >> 12) - page))
+    }
+
+    #[test]
+    fn flat_table_agrees_with_a_search_of_regions() {
+        // Below, across and beyond slots; side by side; beyond the flat table, and across its end.
+        let places = [
+            (0x1000, 0x3000),
+            (MIB, 3 * MIB),
+            (4 * MIB, 0x1000),
+            (4 * MIB + 0x1000, 6 * MIB - 0x1000),
+            (12 * MIB, 2 * MIB),
+            (FLAT_END - 2 * MIB, 4 * MIB),
+            (FLAT_END + 64 * MIB, 2 * MIB),
+            (GUEST_PA_END - 0x1000, 0x1000),
+        ];
+        let table = table(&places);
+        let mut pages: Vec<u64> = (0..16 * MIB >> 12).collect();
+        for end in [FLAT_END - 2 * MIB, FLAT_END, FLAT_END + 2 * MIB, FLAT_END + 64 * MIB, GUEST_PA_END] {
+            pages.extend((end >> 12) - 3..(end >> 12) + 3);
+        }
+        for page in pages {
+            let found = table.lookup_some(page, u64::MAX).map(|p| (p.region.id(), p.offset, p.pages));
+            assert_eq!(found, searched(&table, page), "page {page:#x}");
+            let left = found.map_or(0, |(.., left)| left);
+            assert_eq!(table.lookup(page, left.max(1)).is_some(), left > 0, "page {page:#x}");
+            assert!(table.lookup(page, left + 1).is_none(), "page {page:#x}");
+        }
+        assert!(table.lookup_some(u64::MAX, 1).is_none());
+    }
+
+    #[test]
+    fn flat_table_is_as_long_as_memory_and_no_longer_than_its_bound() {
+        assert_eq!(MemoryTable::default().slots.len(), 0);
+        assert_eq!(table(&[(0, 8 * MIB)]).slots.len(), 4);
+        assert_eq!(table(&[(GUEST_PA_END - MIB, MIB)]).slots.len(), 1 << 19);
     }
 }

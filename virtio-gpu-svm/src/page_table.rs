@@ -21,6 +21,7 @@ use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use zerocopy::FromZeros;
 
 /// log2 of the entries of a table.
 const FANOUT_BITS: u32 = 9;
@@ -175,7 +176,7 @@ impl PageTable {
 
     /// Begins to change; other editors wait, readers do not.
     pub fn edit(&self) -> Edit<'_> {
-        Edit { table: self, books: self.books(), hot: None, noted: None }
+        Edit { table: self, books: self.books(), hot: None, noted: None, prepared: None }
     }
 
     /// Frees tables without pages: those of at most `most` blocks.
@@ -291,8 +292,7 @@ impl Block {
         if part.pages() == BLOCK_PAGES {
             return self.present();
         }
-        let is_present = |page| entry(leaf, index(page, 0)).load(Ordering::Relaxed) & PRESENT != 0;
-        (part.start..part.end).fold(0, |sum: u64, page| sum.saturating_add(u64::from(is_present(page))))
+        present_in(entries_of(leaf, part))
     }
 
     /// Stores the word, but keeps whether the block is noted as emptied.
@@ -310,6 +310,45 @@ pub struct Edit<'a> {
     hot: Option<(u64, &'a [Block; FANOUT])>,
     /// The block table of which a block was noted last.
     noted: Option<u64>,
+    /// The block whose leaf is known to be there.
+    prepared: Option<u64>,
+}
+
+/// A block whose leaf is being filled by rising pages; its word is stored when that ends.
+struct Filling<'a> {
+    number: u64,
+    block: &'a Block,
+    leaf: &'a Leaf,
+    /// Pages present so far, and how many there were.
+    present: u64,
+    before: u64,
+}
+
+impl Filling<'_> {
+    /// Stores the word of one page of the block.
+    #[inline]
+    fn store_one(&mut self, page: u64, word: u64) {
+        let cell = entry(self.leaf, index(page, 0));
+        let replaced = if self.before == 0 { 0 } else { cell.load(Ordering::Relaxed) & PRESENT };
+        cell.store(word, Ordering::Release);
+        self.present = self.present.saturating_add(1).saturating_sub(replaced);
+    }
+    /// Stores `first`, rising by `step` a page.
+    fn store(&mut self, part: PageRange, first: u64, step: u64) {
+        let cells = entries_of(self.leaf, part);
+        // Into what was empty, or is full, nothing needs to be looked at before it is stored.
+        let replaced = match self.before {
+            0 => 0,
+            BLOCK_PAGES => part.pages(),
+            _ => present_in(cells),
+        };
+        let mut word = first;
+        for cell in cells {
+            cell.store(word, Ordering::Release);
+            word = word.wrapping_add(step);
+        }
+        self.present = self.present.saturating_add(part.pages()).saturating_sub(replaced);
+    }
 }
 
 impl<'a> Edit<'a> {
@@ -317,7 +356,15 @@ impl<'a> Edit<'a> {
     ///
     /// # Errors
     /// [`NoTable`]; what was made is freed by the next reclaim, unless it is used until then.
+    #[inline]
     pub fn prepare(&mut self, page: u64, pages: u64) -> Result<(), NoTable> {
+        if pages == 1 && self.prepared == Some(page >> FANOUT_BITS) {
+            return Ok(());
+        }
+        self.prepare_blocks(page, pages)
+    }
+
+    fn prepare_blocks(&mut self, page: u64, pages: u64) -> Result<(), NoTable> {
         // A null run may be as large as the space: what cannot fit even alone is refused before the first table.
         let tables = usize::try_from(pages >> (2 * FANOUT_BITS)).unwrap_or(usize::MAX);
         if tables.saturating_mul(BLOCKS_BYTES) > self.table.max_table_bytes {
@@ -334,16 +381,26 @@ impl<'a> Edit<'a> {
         Ok(())
     }
 
-    /// Stores a run at `page`, over whatever stands there. Whole aligned blocks become large leaves. A large leaf that
-    /// is cut goes whole.
+    /// Stores runs one behind the other from `page` on, over whatever stands there. Whole aligned blocks of a run become
+    /// large leaves. A large leaf that is cut goes whole.
     ///
     /// # Panics
-    /// If the run was not prepared under this edit.
-    pub fn commit(&mut self, page: u64, run: Run) {
-        debug_assert_eq!(run.host & !PAYLOAD, 0, "host address {:#x} of a run", run.host);
-        let rights = if run.writable { PRESENT | WRITABLE } else { PRESENT };
-        let range = PageRange { start: page, end: page.saturating_add(run.pages) };
-        self.commit_words(range, run.host | rights, PAGE_SIZE);
+    /// If a run was not prepared under this edit.
+    pub fn commit(&mut self, page: u64, runs: impl IntoIterator<Item = Run>) {
+        let (mut filling, mut start) = (None::<Filling<'a>>, page);
+        for run in runs {
+            debug_assert_eq!(run.host & !PAYLOAD, 0, "host address {:#x} of a run", run.host);
+            let rights = if run.writable { PRESENT | WRITABLE } else { PRESENT };
+            let range = PageRange { start, end: start.saturating_add(run.pages) };
+            match &mut filling {
+                Some(here) if run.pages == 1 && here.number == start >> FANOUT_BITS => {
+                    here.store_one(start, run.host | rights);
+                }
+                _ => self.commit_words(&mut filling, range, run.host | rights, PAGE_SIZE),
+            }
+            start = range.end;
+        }
+        self.end_filling(filling);
     }
 
     /// Stores null translations, as [`Edit::commit`] does others.
@@ -351,7 +408,9 @@ impl<'a> Edit<'a> {
     /// # Panics
     /// If the range was not prepared under this edit.
     pub fn commit_null(&mut self, range: PageRange) {
-        self.commit_words(range, PRESENT | WRITABLE | NULL, 0);
+        let mut filling = None;
+        self.commit_words(&mut filling, range, PRESENT | WRITABLE | NULL, 0);
+        self.end_filling(filling);
     }
 
     /// Forgets what was prepared for a range and not committed.
@@ -397,9 +456,11 @@ impl<'a> Edit<'a> {
     fn prepare_block(&mut self, part: PageRange) -> Result<(), NoTable> {
         let block = self.obtain_block(part.start >> FANOUT_BITS)?;
         if part.pages() < BLOCK_PAGES && block.leaf.get().is_none() {
-            let leaf = self.allocate(LEAF_BYTES, AtomicU64::default)?;
+            // Zeroed as a whole: most leaves are made to be filled at once.
+            let leaf = self.allocate(LEAF_BYTES, || Leaf::new_box_zeroed().ok())?;
             block.leaf.get_or_init(|| leaf);
         }
+        self.prepared = block.leaf.get().map(|_| part.start >> FANOUT_BITS);
         Ok(())
     }
 
@@ -435,40 +496,65 @@ impl<'a> Edit<'a> {
 
     fn allocate_node(&mut self, level: u32) -> Result<Node, NoTable> {
         Ok(if level <= 1 {
-            Node::Blocks(self.allocate(BLOCKS_BYTES, Block::default)?)
+            Node::Blocks(self.allocate(BLOCKS_BYTES, || empty_entries(Block::default))?)
         } else {
-            Node::Directory(self.allocate(DIRECTORY_BYTES, OnceLock::new)?)
+            Node::Directory(self.allocate(DIRECTORY_BYTES, || empty_entries(OnceLock::new))?)
         })
     }
 
     /// A table of empty entries, within the bound.
-    fn allocate<T>(&mut self, bytes: usize, empty: fn() -> T) -> Result<Box<[T; FANOUT]>, NoTable> {
+    fn allocate<T>(
+        &mut self,
+        bytes: usize,
+        make: impl FnOnce() -> Option<Box<[T; FANOUT]>>,
+    ) -> Result<Box<[T; FANOUT]>, NoTable> {
         let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
         let total = self.books.charge.amount().saturating_add(bytes);
         if usize::try_from(total).is_ok_and(|total| total > self.table.max_table_bytes) {
             return Err(NoTable::OutOfMemory);
         }
-        let mut entries = Vec::new();
-        entries.try_reserve_exact(FANOUT).map_err(|_| NoTable::OutOfMemory)?;
-        entries.resize_with(FANOUT, empty);
-        let entries = entries.into_boxed_slice().try_into().map_err(|_| NoTable::OutOfMemory)?;
+        let entries = make().ok_or(NoTable::OutOfMemory)?;
         self.books.charge.grow(bytes)?;
         Ok(entries)
     }
 
-    /// Stores `first`, rising by `step` a page.
-    fn commit_words(&mut self, range: PageRange, first: u64, step: u64) {
+    /// Stores `first`, rising by `step` a page. The block in which this ends is filled on by whoever comes next.
+    fn commit_words(&mut self, filling: &mut Option<Filling<'a>>, range: PageRange, first: u64, step: u64) {
         for part in blocks_of(range) {
             let word = first.wrapping_add(part.start.saturating_sub(range.start).wrapping_mul(step));
-            let Ok(block) = self.obtain_block(part.start >> FANOUT_BITS) else {
+            let number = part.start >> FANOUT_BITS;
+            if let Some(here) = filling
+                && here.number == number
+            {
+                here.store(part, word, step);
+                continue;
+            }
+            self.end_filling(filling.take());
+            let Ok(block) = self.obtain_block(number) else {
                 panic!("page {:#x} was not prepared", part.start)
             };
             if part.pages() == BLOCK_PAGES {
                 self.commit_large(part, block, word | LARGE);
             } else {
-                self.commit_small(part, block, word, step);
+                filling.insert(self.begin_filling(number, block)).store(part, word, step);
             }
         }
+    }
+
+    fn begin_filling(&mut self, number: u64, block: &'a Block) -> Filling<'a> {
+        if block.is_large() {
+            block.set_word(0);
+            self.add_resident(0, BLOCK_PAGES);
+        }
+        let Some(leaf) = block.leaf.get() else { panic!("block {number:#x} was not prepared") };
+        let before = block.present();
+        Filling { number, block, leaf, present: before, before }
+    }
+
+    fn end_filling(&mut self, filling: Option<Filling<'a>>) {
+        let Some(Filling { block, present, before, .. }) = filling else { return };
+        block.set_word(present << PAGE_SHIFT);
+        self.add_resident(present, before);
     }
 
     fn commit_large(&mut self, part: PageRange, block: &Block, word: u64) {
@@ -482,23 +568,6 @@ impl<'a> Edit<'a> {
             self.note(part.start >> FANOUT_BITS, block);
         }
         self.add_resident(BLOCK_PAGES, replaced);
-    }
-
-    fn commit_small(&mut self, part: PageRange, block: &Block, first: u64, step: u64) {
-        if block.is_large() {
-            block.set_word(0);
-            self.add_resident(0, BLOCK_PAGES);
-        }
-        let Some(leaf) = block.leaf.get() else { panic!("page {:#x} was not prepared", part.start) };
-        let mut word = first;
-        let mut added = 0u64;
-        for cell in entries_of(leaf, part) {
-            added = added.saturating_add(u64::from(cell.load(Ordering::Relaxed) & PRESENT == 0));
-            cell.store(word, Ordering::Release);
-            word = word.wrapping_add(step);
-        }
-        block.set_word(block.present().saturating_add(added) << PAGE_SHIFT);
-        self.add_resident(added, 0);
     }
 
     fn clear_small(&mut self, part: PageRange, block: &Block, hit: impl Fn(u64) -> bool) {
@@ -648,6 +717,14 @@ fn demolish(cell: &mut OnceLock<Node>, left: &mut usize) {
     }
 }
 
+/// Entries one by one, for those that are more than a word.
+fn empty_entries<T>(empty: fn() -> T) -> Option<Box<[T; FANOUT]>> {
+    let mut entries = Vec::new();
+    entries.try_reserve_exact(FANOUT).ok()?;
+    entries.resize_with(FANOUT, empty);
+    entries.into_boxed_slice().try_into().ok()
+}
+
 /// Clears the entries of the part whose word is hit, and returns how many.
 fn clear_entries(leaf: &Leaf, part: PageRange, hit: impl Fn(u64) -> bool) -> u64 {
     let mut dropped = 0u64;
@@ -655,11 +732,19 @@ fn clear_entries(leaf: &Leaf, part: PageRange, hit: impl Fn(u64) -> bool) -> u64
         let word = cell.load(Ordering::Relaxed);
         if word & PRESENT != 0 && hit(word) {
             cell.store(0, Ordering::Release);
-            dropped = dropped.saturating_add(1);
+            // At most the entries of one table.
+            dropped = dropped.wrapping_add(1);
         }
     }
     dropped
 }
+
+/// Entries that hold a translation.
+fn present_in(cells: &[AtomicU64]) -> u64 {
+    // PRESENT is the lowest bit; at most the entries of one table are added.
+    cells.iter().fold(0, |sum, cell| sum.wrapping_add(cell.load(Ordering::Relaxed) & PRESENT))
+}
+const _: () = assert!(PRESENT == 1);
 
 /// The entries of pages that lie in one block.
 fn entries_of(leaf: &Leaf, part: PageRange) -> &[AtomicU64] {

@@ -12,11 +12,12 @@
 use crate::addr::{GpuAddr, PageRange};
 use crate::address_space::LEAF_PAGES;
 use crate::context::{After, Bind, Context, KEPT, State};
-use crate::device::{Device, FaultModel, Flush, JobId};
-use crate::fault::{self, Prefetch};
+use crate::device::{Device, Extent, FaultModel, Flush, JobId};
+use crate::fault::{self, Pages, Prefetch};
 use crate::gpu_vm::{self, Behind, GpuVm};
 use crate::host::Host;
 use crate::invalidation::bounded;
+use crate::memory::MemoryTable;
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EFAULT, EPIPE};
 use crate::protocol::event::{PERM_READ, PERM_WRITE};
@@ -261,10 +262,28 @@ impl Context {
         let next = state.vms.iter().find(|(_, vm)| vm.population.can_go_on());
         let Some(vm_id) = next.map(|(vm_id, _)| *vm_id) else { return };
         after.more = true;
+        let memory = Arc::clone(&state.memory);
+        let mut extents = fault::emptied(std::mem::take(&mut state.extents));
+        self.take_steps(state, vm_id, &memory, &mut extents, after);
+        extents.clear();
+        extents.shrink_to(KEPT);
+        state.extents = fault::emptied(extents);
+    }
+
+    /// Takes steps until the slice is over or nothing more can be done now. The list of extents is empty between two.
+    fn take_steps<'m>(
+        &self,
+        state: &mut State,
+        vm_id: u32,
+        memory: &'m MemoryTable,
+        extents: &mut Vec<Extent<'m>>,
+        after: &mut After,
+    ) {
         let mut left = SLICE_PAGES;
         while left > 0 {
-            let step = state.next_step(vm_id, left);
-            let result = self.take_step(state, vm_id, step, after);
+            extents.clear();
+            let step = state.next_step(vm_id, left, memory, extents);
+            let result = self.take_step(state, vm_id, step, extents, after);
             let Some(vm) = state.vms.get_mut(&vm_id) else { return };
             let done = match result {
                 Ok(Some(done)) => done,
@@ -285,6 +304,7 @@ impl Context {
         state: &mut State,
         vm_id: u32,
         step: Step,
+        extents: &[Extent],
         after: &mut After,
     ) -> Result<Option<PageRange>, (PageRange, i32)> {
         let Some(vm) = state.vms.get_mut(&vm_id) else { return Ok(None) };
@@ -301,14 +321,10 @@ impl Context {
             Step::Bind(range) | Step::BindNull(range)
                 if !vm.population.all && device.resident_in(vm.asid, range) == range.pages() =>
             {
-                state.extents.clear();
-                state.extents.shrink_to(KEPT);
                 Ok(Some(range))
             }
             Step::Bind(range) => {
-                let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), &state.extents);
-                state.extents.clear();
-                state.extents.shrink_to(KEPT);
+                let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), extents);
                 bound.map(|()| Some(range)).map_err(|error| failed(range, error))
             }
             Step::BindNull(range) => {
@@ -389,8 +405,14 @@ impl State {
 
     /// Finds what to do about the beginning of the last wanted range; for a bind, collects at most `most` pages and a
     /// leaf.
-    fn next_step(&mut self, vm_id: u32, most: u64) -> Step {
-        let Self { vms, space, memory, faults, extents, .. } = self;
+    fn next_step<'m>(
+        &mut self,
+        vm_id: u32,
+        most: u64,
+        memory: &'m MemoryTable,
+        extents: &mut Vec<Extent<'m>>,
+    ) -> Step {
+        let Self { vms, space, faults, .. } = self;
         let Some(GpuVm { mappings, population, .. }) = vms.get_mut(&vm_id) else { return Step::Nothing };
         let Some(range) = population.wanted.last().copied() else { return Step::Nothing };
         let found = mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?)));
@@ -406,17 +428,9 @@ impl State {
         }
         // Without faults a write must find its right: a page that is known without it is asked for.
         let all = population.all;
-        let known = |page: u64| {
-            let extent = fault::known_extent(va, page, space, memory)?;
-            (!all || va.readonly || extent.writable).then_some(extent)
-        };
-        let mut at = slice.start;
-        while at < slice.end
-            && let Some(page) = known(at)
-        {
-            fault::push_page(extents, page);
-            at = at.saturating_add(1);
-        }
+        let will_do = |extent: &Extent| !all || va.readonly || extent.writable;
+        let mut pages = Pages::of(va, space, memory);
+        let at = pages.collect(slice, will_do, extents);
         if at > slice.start {
             return Step::Bind(PageRange { start: slice.start, end: at });
         }
@@ -427,7 +441,7 @@ impl State {
         }
         let Behind::Cpu(cpu_page) = va.behind(slice.start) else { return Step::Lost(first) };
         let end = part.end.min(free.end).min(slice.start.saturating_add(ASK_PAGES));
-        let next_known = (first.end..end).find(|page| known(*page).is_some());
+        let next_known = (first.end..end).find(|page| pages.extent(*page, 1).filter(will_do).is_some());
         Step::Ask(Prefetch {
             vm_id,
             range: PageRange { start: first.start, end: next_known.unwrap_or(end) },

@@ -40,12 +40,17 @@ impl Blob {
     }
     /// The guest-physical page behind a page of the blob.
     pub fn gpa_page(&self, page: u64) -> Option<u64> {
+        self.run(page, 1).map(|(gpa_page, _)| gpa_page)
+    }
+    /// The same, and how many of `most` pages from it on follow in guest memory too; at least 1.
+    pub fn run(&self, page: u64, most: u64) -> Option<(u64, u64)> {
         if page >= self.pages {
             return None;
         }
         let after = self.runs.partition_point(|(at, _)| *at <= page);
         let (at, gpa_page) = self.runs.get(after.checked_sub(1)?)?;
-        Some(gpa_page.wrapping_add(page.wrapping_sub(*at)))
+        let end = self.runs.get(after).map_or(self.pages, |(next, _)| *next);
+        Some((gpa_page.wrapping_add(page.wrapping_sub(*at)), end.saturating_sub(page).min(most)))
     }
 }
 
@@ -61,5 +66,7 @@ mod tests {
             (0..7).map(|p| blob.gpa_page(p)).collect::<Vec<_>>(),
             [Some(10), Some(11), Some(12), Some(50), Some(51), Some(52), None]
         );
+        let runs = [(0, 9), (1, 9), (1, 1), (3, 9), (5, 9), (6, 9)].map(|(page, most)| blob.run(page, most));
+        assert_eq!(runs, [Some((10, 3)), Some((11, 2)), Some((11, 1)), Some((50, 3)), Some((52, 1)), None]);
     }
 }

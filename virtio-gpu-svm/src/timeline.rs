@@ -15,12 +15,13 @@
 
 use crate::context::{Bind, KEPT, trim};
 use crate::device::{JobEnd, JobId};
+use crate::numbered::Numbered;
 use crate::protocol::job::Packet;
 use crate::protocol::limit::Limit;
 use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
 use crate::sync::Arc;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What a ring takes from its first item on until its GPU VM goes: its entry, and the room that its lists keep.
 const RING_BYTES: u64 = 2048;
@@ -216,7 +217,7 @@ pub struct Timelines {
     /// Those that were ever used.
     rings: BTreeMap<Timeline, Ring>,
     /// Where a started item stands.
-    started: HashMap<JobId, Timeline>,
+    started: Numbered<JobId, Timeline>,
     /// (timeline waited for, its point, timeline that waits); each timeline waits at most once.
     waiting: BTreeSet<(Timeline, u64, Timeline)>,
     /// Timelines whose queue may have something to start.
@@ -391,7 +392,7 @@ impl Timelines {
         trim(&mut ring.started, KEPT_IN_RING);
         trim(&mut ring.queued, KEPT_IN_RING);
         if self.started.is_empty() && self.started.capacity() > KEPT {
-            self.started = HashMap::new();
+            self.started = Numbered::default();
         }
         let reached = ring.reached;
         self.list(timeline);

@@ -147,7 +147,7 @@ fn go_to_all_limits(host: &Arc<Host>, guest: &Arc<Guest>, limits: &Limits) {
     let far = 1 << 30;
     // A window in each GPU VM, and one page in it that its tables lead to.
     for (context, vms) in &all {
-        context.supply(&[known(far)]).unwrap();
+        context.supply(std::iter::once(known(far))).unwrap();
         for (vm_id, asid, device) in vms {
             context.bind(*vm_id, &[map(far, 1 << 24)]).unwrap();
             raise(host, *device, *asid, far);
@@ -180,7 +180,7 @@ fn go_to_all_limits(host: &Arc<Host>, guest: &Arc<Guest>, limits: &Limits) {
         jobs += 1;
     }
     let mut leaf = 1;
-    while all.iter().any(|(context, _)| context.supply(&[known(leaf * LEAF)]).is_ok()) {
+    while all.iter().any(|(context, _)| context.supply(std::iter::once(known(leaf * LEAF))).is_ok()) {
         leaf += 1;
         if leaf > 60_000 {
             break;

@@ -344,8 +344,8 @@ impl Memory {
         Self(Region::new(identity, MmapRegion::from_file(file, size as usize).unwrap()))
     }
 
-    pub fn extent(&self, page: u64, pages: u64, writable: bool) -> Extent {
-        Extent { region: Arc::clone(&self.0), offset: page * PAGE_SIZE, pages, writable }
+    pub fn extent(&self, page: u64, pages: u64, writable: bool) -> Extent<'_> {
+        Extent { region: &self.0, offset: page * PAGE_SIZE, pages, writable }
     }
 
     fn word(&self, offset: u64) -> &AtomicU64 {

@@ -24,16 +24,18 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::workload::{MAPPINGS, Operation, WINDOWS, scrambled};
 
-/// A and C of the first page.
-const A: u64 = 0x7f00_0000_0000;
-const C: u64 = 0x10_0000_0000;
+/// A of the first page.
+pub const A: u64 = 0x7f00_0000_0000;
+/// C of the first page.
+pub const C: u64 = 0x10_0000_0000;
 /// Pages that a fault binds at most: an operation has a window of its own.
-const WINDOW: u64 = 16;
+pub const WINDOW: u64 = 16;
 const WINDOW_BYTES: u64 = WINDOW * PAGE_SIZE;
 /// Guest memory; every window of A is the same pages of it.
-const GPA: u64 = 0x10_0000;
+pub const GPA: u64 = 0x20_0000;
 const MEMORY: u64 = 8 << 20;
-const CTX: u32 = 1;
+/// The context.
+pub const CTX: u32 = 1;
 const ROOM: usize = 4096;
 
 struct Silent;
@@ -54,6 +56,13 @@ pub struct Scene {
 impl Scene {
     /// With so many mappings, side by side.
     pub fn new(mappings: u64) -> Result<Self> {
+        let mut scene = Self::bare(MEMORY)?;
+        scene.map(mappings)?;
+        Ok(scene)
+    }
+
+    /// Without a mapping, in a guest with so many bytes of memory.
+    pub fn bare(memory_bytes: u64) -> Result<Self> {
         let config = SoftConfig {
             index: 0,
             name: "soft0".into(),
@@ -70,17 +79,16 @@ impl Scene {
             pending_faults: 256,
             jobs: 256,
             mappings: 65_536,
-            resources: 16,
+            resources: 4096,
             fault_deadline_ms: 0,
             ..Limits::DEFAULT
         };
         let guest = host.open_guest("vm0", limits, &[0], Arc::new(Silent));
-        let identity = RegionIdentity { inode: (0, 1), offset: 0, size: MEMORY, gpa: GPA };
-        let region = Region::new(identity, MmapRegion::new(usize::try_from(MEMORY)?)?);
+        let identity = RegionIdentity { inode: (0, 1), offset: 0, size: memory_bytes, gpa: GPA };
+        let region = Region::new(identity, MmapRegion::new(usize::try_from(memory_bytes)?)?);
         guest.set_memory(Arc::new(MemoryTable::new(vec![region])?));
         let mut scene = Self { host, guest, asid: Asid(0), response: Vec::new(), records: Vec::new() };
         scene.begin()?;
-        scene.map(mappings)?;
         Ok(scene)
     }
 
@@ -122,7 +130,7 @@ impl Scene {
     }
 
     /// Makes the first pages of every window known.
-    fn supply(&mut self, pages: u64) -> Result<()> {
+    pub fn supply(&mut self, pages: u64) -> Result<()> {
         let runs: Vec<_> = (0..WINDOWS).map(|window| run_of(window, pages)).collect();
         for runs in runs.chunks(usize::try_from(MAX_RUNS)?) {
             let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, CTX);
@@ -134,25 +142,23 @@ impl Scene {
 
     /// Carries out a request of the process and returns its reply.
     fn request(&mut self, cmd: u32, body: &[u8]) -> Result<Vec<u8>> {
-        let len = u32::try_from(size_of::<ReqHdr>() + body.len())?;
-        let hdr = header(VIRTIO_GPU_CMD_SUBMIT_3D, CTX);
-        let submit = CmdSubmit { hdr, size: len.into(), padding: 0.into() };
-        let request = ReqHdr { cmd: cmd.into(), len: len.into(), seqno: 1.into(), rsp_off: 0.into() };
-        ensure!(
-            self.control(&[submit.as_bytes(), request.as_bytes(), body].concat()),
-            "request {cmd} was refused"
-        );
+        ensure!(self.control(&submission(cmd, body)?), "request {cmd} was refused");
         Ok(self.response.get(size_of::<SvmResp>()..).unwrap_or_default().to_vec())
     }
 
     /// Carries out a command; whether its status is 0.
-    fn control(&mut self, request: &[u8]) -> bool {
+    pub fn control(&mut self, request: &[u8]) -> bool {
         self.guest.control(request, &mut self.response, ROOM);
         SvmResp::read_from_prefix(&self.response).is_ok_and(|(response, _)| response.status.get() == 0)
     }
 
+    /// Answers a command.
+    pub fn answer(&self, request: &[u8], response: &mut Vec<u8>, room: usize) {
+        self.guest.control(request, response, room);
+    }
+
     /// A job reads the first word of a window.
-    fn raise(&self, window: u64) {
+    pub fn raise(&self, window: u64) {
         let fault = Fault {
             asid: self.asid,
             stop: StopId(window),
@@ -175,11 +181,18 @@ impl Scene {
         Some(record.cookie.get())
     }
 
-    fn counters(&self) -> Counters {
+    /// What has been counted.
+    pub fn counters(&self) -> Counters {
         self.host.stats().counters
     }
 
-    fn resident_pages(&self) -> u64 {
+    /// Blob resources of the guest.
+    pub fn resources(&self) -> usize {
+        self.guest.status().resources
+    }
+
+    /// Pages of the GPU VM that have a translation.
+    pub fn resident_pages(&self) -> u64 {
         self.host.device(0).map_or(0, |device| device.resident_pages(self.asid))
     }
 }
@@ -247,13 +260,13 @@ impl Operation for Answered {
     }
 }
 
-/// Takes a page back that is known and bound.
+/// Takes a page back that is known and bound, one mapping of so many.
 pub struct Invalidated(Scene);
 
 impl Invalidated {
     /// See the type.
-    pub fn boxed() -> Result<Box<dyn Operation>> {
-        let mut scene = Scene::new(MAPPINGS)?;
+    pub fn boxed(mappings: u64) -> Result<Box<dyn Operation>> {
+        let mut scene = Scene::new(mappings)?;
         scene.supply(WINDOW)?;
         (0..WINDOWS).for_each(|window| scene.raise(window));
         Ok(Box::new(Self(scene)))
@@ -288,6 +301,16 @@ fn run_of(window: u64, pages: u64) -> PageRun {
     }
 }
 
-fn header(kind: u32, ctx_id: u32) -> CtrlHdr {
+/// A request of the process, as a command.
+pub fn submission(cmd: u32, body: &[u8]) -> Result<Vec<u8>> {
+    let len = u32::try_from(size_of::<ReqHdr>() + body.len())?;
+    let hdr = header(VIRTIO_GPU_CMD_SUBMIT_3D, CTX);
+    let submit = CmdSubmit { hdr, size: len.into(), padding: 0.into() };
+    let request = ReqHdr { cmd: cmd.into(), len: len.into(), seqno: 1.into(), rsp_off: 0.into() };
+    Ok([submit.as_bytes(), request.as_bytes(), body].concat())
+}
+
+/// The header of a command of the context, or of none.
+pub fn header(kind: u32, ctx_id: u32) -> CtrlHdr {
     CtrlHdr { kind: kind.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() }
 }

@@ -121,7 +121,7 @@ impl Operation for Bind {
         let page = self.first + n * self.run.pages;
         let mut edit = self.table.edit();
         let prepared = edit.prepare(page, self.run.pages).is_ok();
-        edit.commit(page, self.run);
+        edit.commit(page, [self.run]);
         prepared
     }
 

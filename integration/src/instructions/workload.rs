@@ -8,11 +8,20 @@ use std::hint::black_box;
 
 use anyhow::{Context, Result, ensure};
 
-use super::scene::{Answered, Invalidated, Served};
+use super::bulk::{GIB_PAGES, PAGES, Script};
+use super::ring::RoundTrip;
+use super::scene::{Answered, Invalidated, Served, WINDOW};
 use super::sides::{Bind, Find, Lookup, Route};
 
 /// Operations of the shorter run. More than the daemon keeps of recent faults, so that its list is full.
 const FEW: u64 = 2048;
+/// The same of an operation about very many pages, and of one about a GiB.
+const BULKY: u64 = 8;
+const HUGE: u64 = 2;
+/// Blobs that go one by one.
+const BLOBS: u64 = 512;
+/// Mappings of which an invalidation takes pages at once.
+const MAPPINGS_AT_ONCE: u64 = 256;
 /// The same of an operation that costs next to nothing and repeats.
 const MANY: u64 = 1 << 14;
 /// Windows of pages that are there for faults; a power of two, enough for the longer run.
@@ -72,7 +81,41 @@ pub const ALL: &[Workload] = &[
     few("fault-served-16", "the same, its whole window of 16 known and bound", 16, || Served::boxed(16)),
     few("fault-answered-1", "fault, its record, PAGE_RESPONSE with 1 page", 1, || Answered::boxed(1)),
     few("fault-answered-16", "the same, with 16 pages as svm-agent answers", 16, || Answered::boxed(16)),
-    few("invalidate-1", "INVALIDATE of 1 page that is bound", 1, Invalidated::boxed),
+    few("invalidate-1", "INVALIDATE of 1 page that is bound, 64 mappings", 1, || {
+        Invalidated::boxed(MAPPINGS)
+    }),
+    few("invalidate-1-of-4096", "the same, 4096 mappings", 1, || Invalidated::boxed(WINDOWS)),
+    bulk("invalidate-4096", "INVALIDATE of 4096 pages that are bound, 1 mapping", PAGES, BULKY, || {
+        Script::invalidate_pages(2 * BULKY)
+    }),
+    bulk(
+        "invalidate-256x16",
+        "the same, shown by 256 mappings of 16",
+        MAPPINGS_AT_ONCE * WINDOW,
+        BULKY,
+        || Script::invalidate_mappings(MAPPINGS_AT_ONCE, 2 * BULKY),
+    ),
+    bulk("unref-1-of-4096", "RESOURCE_UNREF of a blob of 1 mapping, among 4096", 1, BLOBS, || {
+        Script::unref(2 * BLOBS)
+    }),
+    many("command-noop", "a request that changes nothing: bytes, dispatch, reply", Script::nothing),
+    many("ring-noop", "the same from ring to ring", RoundTrip::boxed),
+    bulk(
+        "supply-bind-4096x1",
+        "SUPPLY of 4096 scattered pages, VM_BIND that makes them resident",
+        PAGES,
+        BULKY,
+        || Script::bind(PAGES, 1, 2 * BULKY),
+    ),
+    bulk("supply-bind-256x16", "the same, in runs of 16", PAGES, BULKY, || {
+        Script::bind(PAGES, 16, 2 * BULKY)
+    }),
+    bulk("supply-bind-8x512", "the same, in runs of 512, large leaves", PAGES, BULKY, || {
+        Script::bind(PAGES, 512, 2 * BULKY)
+    }),
+    bulk("supply-bind-1x262144", "a GiB in one run, made resident by four VM_BINDs", GIB_PAGES, HUGE, || {
+        Script::bind(GIB_PAGES, GIB_PAGES, 2 * HUGE)
+    }),
 ];
 
 type Prepare = fn() -> Result<Box<dyn Operation>>;
@@ -83,6 +126,10 @@ const fn many(name: &'static str, what: &'static str, prepare: Prepare) -> Workl
 
 const fn few(name: &'static str, what: &'static str, pages: u64, prepare: Prepare) -> Workload {
     Workload { name, what, pages, count: FEW, prepare }
+}
+
+const fn bulk(name: &'static str, what: &'static str, pages: u64, count: u64, prepare: Prepare) -> Workload {
+    Workload { name, what, pages, count, prepare }
 }
 
 /// Runs `count` operations of a workload.
@@ -122,7 +169,7 @@ mod tests {
     #[test]
     fn every_workload_does_what_it_should() {
         for workload in ALL.iter().chain([&IDLE]) {
-            run(workload.name, 100).unwrap();
+            run(workload.name, workload.count.min(100)).unwrap();
         }
     }
 

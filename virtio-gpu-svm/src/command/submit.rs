@@ -30,21 +30,22 @@ pub struct Submission<'a> {
 type Refused = (u32, Refusal);
 
 impl Submission<'_> {
-    /// Carries out a payload. Returns the reply area, at most `room` bytes, and the request that was refused, if any.
+    /// Carries out a payload. Appends the reply area to `out`, at most `room` bytes, and returns the request that was
+    /// refused, if any.
     ///
     /// # Errors
     /// The payload is no list of requests; nothing was done.
-    pub fn run(&self, payload: &[u8], room: usize) -> Result<(Vec<u8>, Option<Refused>)> {
+    pub fn run(&self, payload: &[u8], out: &mut Vec<u8>, room: usize) -> Result<Option<Refused>> {
         let requests = split(payload)?;
-        let mut area = ReplyArea { bytes: Vec::new(), room: room.min(MAX_RESPONSE_BYTES) };
+        let mut area = ReplyArea { start: out.len(), out, room: room.min(MAX_RESPONSE_BYTES) };
         for (index, (hdr, bytes)) in (0..).zip(requests) {
             if let Err(error) = self.request(&hdr, bytes, &mut area) {
                 let refusal = error.refusal();
                 area.refuse(&hdr, refusal);
-                return Ok((area.bytes, Some((index, refusal))));
+                return Ok(Some((index, refusal)));
             }
         }
-        Ok((area.bytes, None))
+        Ok(None)
     }
 
     fn request(&self, hdr: &ReqHdr, bytes: &[u8], area: &mut ReplyArea) -> Result<()> {
@@ -172,38 +173,57 @@ impl Submission<'_> {
 }
 
 /// Cuts a payload into requests; all headers are checked before the first request is carried out.
-fn split(payload: &[u8]) -> Result<Vec<(ReqHdr, &[u8])>> {
-    let (mut rest, mut requests) = (payload, Vec::new());
-    while !rest.is_empty() {
-        let (hdr, _) = ReqHdr::read_from_prefix(rest).map_err(|_| Error::Length)?;
-        let len = usize::try_from(hdr.len.get()).map_err(|_| Error::Length)?;
-        if len < size_of::<ReqHdr>() || !len.is_multiple_of(8) || !hdr.rsp_off.get().is_multiple_of(8) {
-            return Err(Error::Length);
-        }
-        let (request, after) = rest.split_at_checked(len).ok_or(Error::Length)?;
-        if requests.len() == MAX_REQUESTS {
+fn split(payload: &[u8]) -> Result<impl Iterator<Item = (ReqHdr, &[u8])>> {
+    let mut count = 0_usize;
+    for request in Requests(payload) {
+        request?;
+        count = count.saturating_add(1);
+        if count > MAX_REQUESTS {
             return Err(Error::Count);
         }
-        requests.push((hdr, request));
-        rest = after;
     }
-    if requests.is_empty() { Err(Error::Length) } else { Ok(requests) }
+    if count == 0 { Err(Error::Length) } else { Ok(Requests(payload).map_while(Result::ok)) }
+}
+
+/// The rest of a payload. Its end is the end, or the first thing that is no request.
+struct Requests<'a>(&'a [u8]);
+
+impl<'a> Iterator for Requests<'a> {
+    type Item = Result<(ReqHdr, &'a [u8])>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = std::mem::take(&mut self.0);
+        (!rest.is_empty()).then(|| {
+            let (hdr, _) = ReqHdr::read_from_prefix(rest).map_err(|_| Error::Length)?;
+            let len = usize::try_from(hdr.len.get()).map_err(|_| Error::Length)?;
+            if len < size_of::<ReqHdr>() || !len.is_multiple_of(8) || !hdr.rsp_off.get().is_multiple_of(8) {
+                return Err(Error::Length);
+            }
+            let (request, after) = rest.split_at_checked(len).ok_or(Error::Length)?;
+            self.0 = after;
+            Ok((hdr, request))
+        })
+    }
 }
 
 /// The device-writable bytes behind the response's head.
-struct ReplyArea {
-    /// Written so far; what no reply covers is zero.
-    bytes: Vec<u8>,
+struct ReplyArea<'a> {
+    /// The response so far; what no reply covers is zero.
+    out: &'a mut Vec<u8>,
+    /// Where the area begins in it.
+    start: usize,
+    /// Most bytes of the area.
     room: usize,
 }
 
-impl ReplyArea {
+impl ReplyArea<'_> {
     /// Makes sure that a reply fits.
     fn reserve<T>(&mut self, hdr: &ReqHdr) -> Result<()> {
         let start = usize::try_from(hdr.rsp_off.get()).map_err(|_| Error::Length)?;
         let end = start.checked_add(size_of::<T>()).filter(|end| *end <= self.room).ok_or(Error::Length)?;
-        if self.bytes.len() < end {
-            self.bytes.resize(end, 0);
+        let end = end.saturating_add(self.start);
+        if self.out.len() < end {
+            self.out.resize(end, 0);
         }
         Ok(())
     }
@@ -219,7 +239,8 @@ impl ReplyArea {
     }
     fn write(&mut self, hdr: &ReqHdr, reply: &[u8], refusal: Refusal) {
         let start = usize::try_from(hdr.rsp_off.get()).unwrap_or(usize::MAX);
-        let Some(place) = self.bytes.get_mut(start..).and_then(|rest| rest.get_mut(..reply.len())) else {
+        let start = start.saturating_add(self.start);
+        let Some(place) = self.out.get_mut(start..).and_then(|rest| rest.get_mut(..reply.len())) else {
             unreachable!("the reply was reserved");
         };
         place.copy_from_slice(reply);

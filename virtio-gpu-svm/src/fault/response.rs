@@ -16,6 +16,7 @@ use crate::protocol::event::PERM_WRITE;
 use crate::protocol::limit::Limit;
 use crate::seeded::{self, Bug};
 use crate::sync::Arc;
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 /// What an answer says.
@@ -109,9 +110,9 @@ impl Context {
     ///
     /// # Errors
     /// [`Error`]; runs before the one that it names stand.
-    pub fn supply(&self, runs: &[Run]) -> Result<Supplied, Error> {
+    pub fn supply(&self, runs: impl Iterator<Item = Run> + Clone) -> Result<Supplied, Error> {
         let mut state = self.lock();
-        state.check_runs(runs)?;
+        state.check_runs(runs.clone())?;
         state.install_runs(runs).inspect_err(|error| self.count_full(error))
     }
     /// Counts what was refused for a limit that has no charge.
@@ -125,7 +126,12 @@ impl Context {
     ///
     /// # Errors
     /// [`Error`]; the fault stays pending.
-    pub fn respond(self: &Arc<Self>, cookie: u64, code: Code, runs: &[Run]) -> Result<Supplied, Error> {
+    pub fn respond(
+        self: &Arc<Self>,
+        cookie: u64,
+        code: Code,
+        runs: impl Iterator<Item = Run> + Clone,
+    ) -> Result<Supplied, Error> {
         let mut after = After::default();
         let result = self.respond_locked(&mut self.lock(), cookie, code, runs, &mut after);
         self.settle(after);
@@ -137,7 +143,7 @@ impl Context {
         state: &mut State,
         cookie: u64,
         code: Code,
-        runs: &[Run],
+        runs: impl Iterator<Item = Run> + Clone,
         after: &mut After,
     ) -> Result<Supplied, Error> {
         let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, told(p)?))) else {
@@ -148,7 +154,7 @@ impl Context {
         let prefetch = pending.prefetch;
         let writes = u32::from(perm) & PERM_WRITE != 0;
         if code != Code::Success {
-            if !runs.is_empty() {
+            if runs.clone().next().is_some() {
                 return Err(Error::UnexpectedRuns);
             }
             // Without faults no job could be told: what cannot be had ends the GPU VM.
@@ -163,9 +169,9 @@ impl Context {
             }
             return Ok(Supplied { pending: false, ..Supplied::default() });
         }
-        state.check_runs(runs)?;
+        state.check_runs(runs.clone())?;
         let serves = |page: Page| !(writes && page.readonly);
-        let covered = runs.iter().any(|run| run.va.contains(cpu_page) && serves(run.first));
+        let covered = runs.clone().any(|run| run.va.contains(cpu_page) && serves(run.first));
         if !covered && !state.space.lookup(cpu_page).is_some_and(serves) {
             return Err(Error::NotCovered { cpu_page });
         }
@@ -194,7 +200,7 @@ impl Context {
     /// A group is refused for its first page: who joined it may want another, and asks for itself.
     fn release_joined(&self, state: &mut State, cookie: u64, after: &mut After) {
         let Some(group) = state.faults.get_mut(cookie).filter(|p| p.pages > 1 && !p.prefetch) else { return };
-        let (device, joined) = (group.device, group.waiters.split_off(1.min(group.waiters.len())));
+        let (device, joined) = (group.device, group.waiters.take_others());
         state.count(Outcome::Throttled, u64::try_from(joined.len()).unwrap_or(u64::MAX));
         joined.into_iter().for_each(|stop| after.resume(device, stop, Verdict::Retry));
     }
@@ -263,24 +269,26 @@ fn told(pending: &Pending) -> Option<u16> {
 }
 
 impl State {
-    fn check_runs(&self, runs: &[Run]) -> Result<(), Error> {
+    fn check_runs(&self, runs: impl Iterator<Item = Run>) -> Result<(), Error> {
         if self.life != Life::Alive {
             return Err(Error::Lost);
         }
+        let mut memory = self.memory.walk();
         for (index, run) in (0..).zip(runs) {
             if run.as_of > self.space.seq() {
                 return Err(Error::FutureSequence { index });
             }
-            if self.memory.lookup(run.first.gpa_page, run.va.pages()).is_none() {
+            let place = memory.run(run.first.gpa_page, run.va.pages());
+            if place.is_none_or(|place| place.pages < run.va.pages()) {
                 return Err(Error::NoMemory { index });
             }
         }
         Ok(())
     }
-    fn install_runs(&mut self, runs: &[Run]) -> Result<Supplied, Error> {
-        let mut supplied = Supplied::default();
-        let outcome = runs.iter().zip(0..).try_for_each(|(run, index)| {
-            match self.space.install(run) {
+    fn install_runs(&mut self, runs: impl Iterator<Item = Run>) -> Result<Supplied, Error> {
+        let (mut supplied, mut outcome, mut index) = (Supplied::default(), Ok(()), 0_u32);
+        self.space.install_all(runs, |install| {
+            match install {
                 Install::Done => supplied.installed = supplied.installed.saturating_add(1),
                 Install::Raced => {
                     if supplied.refused == 0 {
@@ -288,11 +296,12 @@ impl State {
                     }
                     supplied.refused = supplied.refused.saturating_add(1);
                 }
-                Install::Conflict => return Err(Error::Conflict { index }),
-                Install::Full => return Err(Error::Full { index }),
-                Install::OverQuota => return Err(Error::OverQuota { index }),
+                Install::Conflict => outcome = Err(Error::Conflict { index }),
+                Install::Full => outcome = Err(Error::Full { index }),
+                Install::OverQuota => outcome = Err(Error::OverQuota { index }),
             }
-            Ok(())
+            index = index.saturating_add(1);
+            if outcome.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         let counters = &mut self.counters;
         counters.runs_installed = counters.runs_installed.saturating_add(supplied.installed.into());

@@ -5,9 +5,9 @@
 
 use crate::context::Context;
 use crate::device::{ASID_END, Asid};
+use crate::numbered::Numbered;
 use crate::seeded::{self, Bug};
 use crate::sync::{Arc, PoisonError, RwLock};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 /// Who owns an asid.
@@ -28,7 +28,7 @@ pub struct Router {
 
 #[derive(Default)]
 struct Table {
-    owners: HashMap<Asid, Owner>,
+    owners: Numbered<Asid, Owner>,
     /// The asid taken last.
     last: u32,
     #[cfg(feature = "sabotage")]

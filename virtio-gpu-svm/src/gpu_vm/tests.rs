@@ -217,11 +217,22 @@ fn readonly_change_zaps_even_the_same_object() {
 }
 
 #[test]
-fn cpu_range_is_shown_at_its_gpu_range() {
-    let va = userptr(50, 60, 100);
-    assert_eq!(va.showing(range(95, 103)), Some(range(50, 53)));
-    assert_eq!(va.showing(range(109, 200)), Some(range(59, 60)));
-    assert_eq!(va.showing(range(110, 200)), None);
+fn cpu_range_is_found_in_all_mappings_that_show_it() {
+    let (mut m, mut change) = (Mappings::default(), Change::default());
+    m.map(userptr(50, 60, 100), &mut change);
+    m.map(userptr(200, 201, 102), &mut change);
+    m.map(GpuVa { range: range(300, 700), backing: Backing::Mirror(-250), readonly: false }, &mut change);
+    let showing = |start, end| {
+        let mut found = m.showing(range(start, end));
+        found.sort_unstable();
+        found
+    };
+    assert_eq!(showing(95, 103), [range(50, 53), range(200, 201), range(345, 353)]);
+    assert_eq!(showing(109, 120), [range(59, 60), range(359, 370)]);
+    assert_eq!(showing(449, 1 << 40), [range(699, 700)]);
+    assert_eq!((showing(450, 1 << 40), showing(0, 50)), (vec![], vec![]));
+    m.undo(change);
+    assert_eq!(m.showing(range(0, u64::MAX)), []);
 }
 
 /// Random maps, unmaps and splits against a page-by-page model, three seeds; every change is also undone and done
@@ -289,6 +300,15 @@ fn compare_with_a_page_map(seed: u64, operations: u64) {
             let gone = zapped.iter().any(|(s, e)| (*s..*e).contains(&page));
             assert_eq!(was.is_some() && !kept, gone, "page {page}");
         }
+        let first = 900 + next(1300);
+        let asked = range(first, first + 1 + next(200));
+        let mut showing: Vec<u64> =
+            m.showing(asked).iter().flat_map(|shown| shown.start..shown.end).collect();
+        showing.sort_unstable();
+        let shows = |(page, is): (&u64, &(u64, u64))| (is.0 == 0 && asked.contains(is.1)).then_some(*page);
+        let mut expected: Vec<u64> = model.iter().filter_map(shows).collect();
+        expected.sort_unstable();
+        assert_eq!(showing, expected, "CPU pages {asked:?}");
         for page in 0..80 {
             assert_eq!(m.find(page).map(|va| behind(va, page)), model.get(&page).copied());
         }

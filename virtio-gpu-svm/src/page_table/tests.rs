@@ -29,7 +29,7 @@ fn run(host_page: u64, pages: u64) -> Run {
 fn bind(table: &PageTable, page: u64, run: Run) -> Result<(), NoTable> {
     let mut edit = table.edit();
     edit.prepare(page, run.pages)?;
-    edit.commit(page, run);
+    edit.commit(page, [run]);
     Ok(())
 }
 

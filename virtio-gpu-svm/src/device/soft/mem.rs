@@ -21,13 +21,13 @@ use crate::addr::PageRange;
 use crate::device::operands::WORD;
 use crate::device::{Access, Extent};
 use crate::memory::Region;
+use crate::numbered::Numbered;
 use crate::page_table::{NoTable, PageTable, Run, Translation, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::quota::Charge;
 use crate::seeded;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, preempt};
-use std::collections::HashMap;
 use std::marker::PhantomData;
 
 /// Most bytes of page tables of one GPU VM: enough for 64 GiB of scattered pages, or 32768 lone ones.
@@ -53,7 +53,7 @@ static ZEROS: Zeros = Zeros([const { std::sync::atomic::AtomicU64::new(0) }; 512
 struct Inner {
     table: PageTable,
     /// By id: every region that the table may point into.
-    regions: Mutex<HashMap<u64, Arc<Region>>>,
+    regions: Mutex<Numbered<u64, Arc<Region>>>,
 }
 
 /// The memory of one GPU VM.
@@ -92,30 +92,31 @@ impl VmMemory {
         let end = pages.and_then(|pages| first.checked_add(pages)).filter(|end| *end <= inner.table.end());
         let Some(end) = end else { panic!("extents from page {first:#x} on do not fit in the space") };
 
-        let runs = || extents.iter().map(|extent| (&extent.region, run_of(extent)));
-
         let mut edit = inner.table.edit();
-        let mut page = first;
-        for (_, run) in runs() {
-            if let Err(error) = edit.prepare(page, run.pages) {
+        // Whoever hands in an extent outside its region is found before anything has changed.
+        let (mut page, mut places) = (first, Places::default());
+        for extent in extents {
+            places.host_of(extent);
+            if let Err(error) = edit.prepare(page, extent.pages) {
                 edit.abandon(PageRange { start: first, end });
                 drop(edit);
                 self.finish_edit(inner);
                 return Err(error);
             }
-            page = page.saturating_add(run.pages);
+            page = page.saturating_add(extent.pages);
         }
         let mut regions = inner.regions.lock().unwrap_or_else(PoisonError::into_inner);
-        let (mut page, mut held) = (first, None);
-        for (region, run) in runs() {
-            // Held before its first word, so that no view finds a word without its region.
-            if held != Some(region.id()) {
-                regions.entry(region.id()).or_insert_with(|| Arc::clone(region));
-                held = Some(region.id());
-            }
-            edit.commit(page, run);
-            page = page.saturating_add(run.pages);
-        }
+        let mut places = Places::default();
+        edit.commit(
+            first,
+            extents.iter().map(|extent| {
+                // Held before its first word, so that no view finds a word without its region.
+                if !places.was_last(extent.region) {
+                    regions.entry(extent.region.id()).or_insert_with(|| Arc::clone(extent.region));
+                }
+                Run { host: places.host_of(extent), pages: extent.pages, writable: extent.writable }
+            }),
+        );
         drop((regions, edit));
         self.finish_edit(inner);
         Ok(())
@@ -234,27 +235,52 @@ fn host_range(region: &Region) -> (u64, u64) {
     (start, start.saturating_add(region.mapping().size() as u64))
 }
 
-/// Where an extent is in this process. Panics unless it lies in its region: all that follows relies on it.
-fn run_of(extent: &Extent) -> Run {
-    let (start, end) = host_range(&extent.region);
-    let host = start.checked_add(extent.offset).filter(|host| host & (PAGE_SIZE - 1) == 0);
-    let last = host.and_then(|host| extent.pages.checked_mul(PAGE_SIZE)?.checked_add(host));
-    let (Some(host), Some(last)) = (host, last) else {
-        panic!("extent {:#x}+{:#x} pages is unaligned or wraps", extent.offset, extent.pages)
-    };
-    assert!(
-        host < last && last <= end,
-        "extent {:#x}+{:#x} pages leaves its region",
-        extent.offset,
-        extent.pages
-    );
-    let prot = extent.region.mapping().prot();
+/// Where extents are in this process. Asks each region once for all extents in a row that lie in it.
+#[derive(Default)]
+struct Places<'a> {
+    /// The region asked last, and its memory.
+    last: Option<(&'a Region, u64, u64)>,
+}
+
+impl<'a> Places<'a> {
+    fn was_last(&self, region: &Region) -> bool {
+        self.last.is_some_and(|(last, ..)| std::ptr::eq(last, region))
+    }
+    /// Panics unless the extent lies in its region: all that follows relies on it.
+    #[inline]
+    fn host_of(&mut self, extent: &Extent<'a>) -> u64 {
+        let region: &'a Region = extent.region;
+        let (start, end) = match self.last {
+            Some((last, start, end)) if std::ptr::eq(last, region) => (start, end),
+            _ => {
+                let (start, end) = accessible_range(region);
+                self.last = Some((region, start, end));
+                (start, end)
+            }
+        };
+        let host = start.checked_add(extent.offset).filter(|host| host & (PAGE_SIZE - 1) == 0);
+        let pages = host.and_then(|host| Some(end.checked_sub(host)? >> PAGE_SHIFT));
+        match (host, pages) {
+            (Some(host), Some(pages)) if (1..=pages).contains(&extent.pages) => host,
+            _ => outside(extent),
+        }
+    }
+}
+
+#[cold]
+fn outside(extent: &Extent) -> ! {
+    panic!("extent {:#x}+{:#x} pages is unaligned or leaves its region", extent.offset, extent.pages)
+}
+
+/// A region's memory in this process, which must be there to be read and written.
+fn accessible_range(region: &Region) -> (u64, u64) {
+    let prot = region.mapping().prot();
     assert_eq!(
         prot & PROT_READ_WRITE,
         PROT_READ_WRITE,
         "a region of guest memory that is not readable and writable"
     );
-    Run { host, pages: extent.pages, writable: extent.writable }
+    host_range(region)
 }
 
 /// An access that found no translation, or one that does not allow it.

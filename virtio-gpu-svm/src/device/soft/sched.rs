@@ -21,6 +21,7 @@ use super::mem::VmMemory;
 use super::packet::{ActiveJob, Halt, SliceEnd};
 use crate::addr::GpuAddr;
 use crate::device::{Asid, Error, Fault, Flush, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
+use crate::numbered::Numbered;
 use crate::sync::Arc;
 use crate::turns::{Place, Turns};
 use std::collections::{BTreeMap, HashMap, VecDeque, btree_map, hash_map};
@@ -160,9 +161,9 @@ struct Signals {
 pub struct Sched {
     /// Whether a job that lacks a translation is parked at a fault; else it ends.
     parks: bool,
-    vms: HashMap<Asid, VmState>,
+    vms: Numbered<Asid, VmState>,
     turns: Turns<Asid>,
-    stops: HashMap<StopId, (Asid, u32)>,
+    stops: Numbered<StopId, (Asid, u32)>,
     last_stop: u64,
     waiters: Waiters,
     next_poll: Option<Instant>,
@@ -182,9 +183,9 @@ impl Sched {
     pub fn new(engines: u8, parks: bool) -> Self {
         Self {
             parks,
-            vms: HashMap::new(),
+            vms: Numbered::default(),
             turns: Turns::default(),
-            stops: HashMap::new(),
+            stops: Numbered::default(),
             last_stop: 0,
             waiters: Waiters::default(),
             next_poll: None,

@@ -286,8 +286,8 @@ impl Memory {
         Self(Region::new(identity, MmapRegion::new(size as usize).unwrap()))
     }
 
-    fn extent(&self, page: u64, pages: u64, writable: bool) -> Extent {
-        Extent { region: Arc::clone(&self.0), offset: page * PAGE_SIZE, pages, writable }
+    fn extent(&self, page: u64, pages: u64, writable: bool) -> Extent<'_> {
+        Extent { region: &self.0, offset: page * PAGE_SIZE, pages, writable }
     }
 
     fn word(&self, offset: u64) -> &AtomicU64 {

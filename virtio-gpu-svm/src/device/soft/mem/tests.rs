@@ -15,8 +15,8 @@ fn region(pages: u64) -> Arc<Region> {
     Region::new(identity, MmapRegion::new(size as usize).unwrap())
 }
 
-fn extent(region: &Arc<Region>, page: u64, pages: u64) -> Extent {
-    Extent { region: Arc::clone(region), offset: page * PAGE_SIZE, pages, writable: true }
+fn extent(region: &Arc<Region>, page: u64, pages: u64) -> Extent<'_> {
+    Extent { region, offset: page * PAGE_SIZE, pages, writable: true }
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn extent_beyond_its_region_is_not_bound() {
     let region = region(4);
     for (offset, pages) in [(0, 5), (PAGE_SIZE, 4), (8, 1), (!4095, 2), (0, u64::MAX), (0, 0)] {
         let memory = VmMemory::new(48, 1, Charge::default());
-        let bad = Extent { region: Arc::clone(&region), offset, pages, writable: true };
+        let bad = Extent { region: &region, offset, pages, writable: true };
         let bind = || memory.bind(0, &[extent(&region, 0, 1), bad]);
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(bind)).is_err(), "{offset:#x}+{pages}");
         assert_eq!(memory.resident_pages(), 0);

@@ -1,0 +1,153 @@
+//! Which pages of a mapping are known, and those of them that are bound around a fault.
+//!
+//! Pages are read in runs: the address space's leaf, the blob's entry and the region of guest memory are found once for
+//! each. Serving a fault and population ([`crate::population`]) both read them here.
+
+use super::device_errno;
+use crate::addr::{GpuAddr, PageRange};
+use crate::address_space::{AddressSpace, Walk};
+use crate::device::{Asid, Device, Extent};
+use crate::gpu_vm::{Backing, Behind, GpuVa};
+use crate::memory::{self, MemoryTable, Place};
+use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
+use crate::sync::Arc;
+
+/// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
+pub const FAULT_AROUND_PAGES: u64 = 16;
+const LEAF_PAGES: u64 = LEAF_SIZE >> PAGE_SHIFT;
+
+/// What is bound around a fault: of one mapping, on one device, as far as it is known.
+pub(super) struct Window<'a> {
+    pub(super) device: &'a dyn Device,
+    pub(super) asid: Asid,
+    pub(super) va: &'a GpuVa,
+    pub(super) space: &'a AddressSpace,
+    pub(super) memory: &'a MemoryTable,
+}
+
+impl Window<'_> {
+    /// Binds the whole large leaf that holds a page where everything allows it, else the known pages of its window. The
+    /// room of `spare` is lent.
+    pub(super) fn bind(self, page: u64, spare: &mut Vec<Extent<'static>>) -> std::result::Result<(), i32> {
+        let Self { device, asid, va, space, memory } = self;
+        let block =
+            PageRange { start: page & !(LEAF_PAGES - 1), end: (page | (LEAF_PAGES - 1)).saturating_add(1) };
+        let aligned = page & !(FAULT_AROUND_PAGES - 1);
+        let window = PageRange { start: aligned, end: aligned.saturating_add(FAULT_AROUND_PAGES) };
+        let window = va.range.intersect(window).unwrap_or(window);
+        if matches!(va.backing, Backing::Null) {
+            let whole = va.range.intersect(block).filter(|part| *part == block);
+            return device.bind_null(asid, whole.unwrap_or(window)).map_err(device_errno);
+        }
+        let mut pages = Pages::of(va, space, memory);
+        if va.range.intersect(block) == Some(block)
+            && let Behind::Cpu(cpu) = va.behind(block.start)
+            && cpu % LEAF_PAGES == 0
+            && let Some(first) = space.lookup_large(cpu)
+            && let Some((region, offset)) = memory.lookup(first.gpa_page, LEAF_PAGES)
+        {
+            let writable = !va.readonly && !first.readonly;
+            let extent = Extent { region, offset, pages: LEAF_PAGES, writable };
+            return device.bind(asid, GpuAddr(block.start_addr()), &[extent]).map_err(device_errno);
+        }
+        let mut extents = emptied(std::mem::take(spare));
+        let mut bound = Ok(());
+        let mut at = window.start;
+        while at < window.end && bound.is_ok() {
+            let from = PageRange { start: at, end: window.end };
+            let end = pages.collect(from, |_| true, &mut extents);
+            if end > at {
+                bound = device.bind(asid, GpuAddr(at << PAGE_SHIFT), &extents).map_err(device_errno);
+                extents.clear();
+            }
+            // What ends the run is not known.
+            at = end.saturating_add(1);
+        }
+        *spare = emptied(extents);
+        bound
+    }
+}
+
+/// Reads where the pages of a mapping are, as far as it is known.
+pub(crate) struct Pages<'s, 'm> {
+    va: &'s GpuVa,
+    space: Walk<'s>,
+    memory: memory::Walk<'m>,
+}
+
+impl<'s, 'm> Pages<'s, 'm> {
+    /// Of a mapping.
+    pub(crate) fn of(va: &'s GpuVa, space: &'s AddressSpace, memory: &'m MemoryTable) -> Self {
+        Self { va, space: space.walk(), memory: memory.walk() }
+    }
+    /// As many of `most` pages from `page` on as follow each other in one region.
+    #[inline]
+    pub(crate) fn extent(&mut self, page: u64, most: u64) -> Option<Extent<'m>> {
+        let (gpa_page, readonly, pages) = match self.va.behind(page) {
+            Behind::Cpu(cpu_page) => {
+                let (first, pages) = self.space.run(cpu_page, most)?;
+                (first.gpa_page, first.readonly, pages)
+            }
+            Behind::Blob(blob, at) => {
+                let (gpa_page, pages) = blob.run(at, most)?;
+                (gpa_page, false, pages)
+            }
+            Behind::Null => return None,
+        };
+        let Place { region, offset, pages } = self.memory.run(gpa_page, pages)?;
+        Some(Extent { region, offset, pages, writable: !self.va.readonly && !readonly })
+    }
+    /// Adds the extents of the pages from the first of a range on that are known and will do. Returns the first page that
+    /// is not, or the range's end.
+    pub(crate) fn collect(
+        &mut self,
+        range: PageRange,
+        will_do: impl Fn(&Extent) -> bool,
+        extents: &mut Vec<Extent<'m>>,
+    ) -> u64 {
+        let mut at = range.start;
+        while at < range.end
+            && let Some(extent) = self.extent(at, range.end.saturating_sub(at)).filter(&will_do)
+        {
+            at = at.saturating_add(extent.pages);
+            push(extents, extent);
+        }
+        at
+    }
+}
+
+/// Adds an extent to a list, to the last one where it continues it.
+fn push<'a>(extents: &mut Vec<Extent<'a>>, extent: Extent<'a>) {
+    if let Some(last) = extents.last_mut()
+        && Arc::ptr_eq(last.region, extent.region)
+        && last.writable == extent.writable
+        && last.offset.wrapping_add(last.pages << PAGE_SHIFT) == extent.offset
+    {
+        last.pages = last.pages.saturating_add(extent.pages);
+    } else {
+        extents.push(extent);
+    }
+}
+
+/// An empty list with the room of another, whose extents are of another time.
+pub(crate) fn emptied<'a>(mut extents: Vec<Extent<'_>>) -> Vec<Extent<'a>> {
+    extents.clear();
+    extents.into_iter().map(|_| unreachable!("the list is empty")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Region, RegionIdentity};
+    use vm_memory::mmap::MmapRegion;
+
+    #[test]
+    fn emptied_list_has_the_room_that_it_had() {
+        let identity = RegionIdentity { inode: (0, 1), offset: 0, size: 4096, gpa: 0 };
+        let region = Region::new(identity, MmapRegion::new(4096).unwrap());
+        let mut extents = Vec::with_capacity(100);
+        extents.push(Extent { region: &region, offset: 0, pages: 1, writable: true });
+        let empty: Vec<Extent<'static>> = emptied(extents);
+        assert_eq!((empty.len(), empty.capacity()), (0, 100));
+    }
+}
