@@ -3,8 +3,8 @@
 //! runtime must never touch.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::host::Host;
@@ -23,7 +23,7 @@ fn contained(act: impl FnOnce()) {
 pub struct Housekeeper {
     host: Arc<Host>,
     ending: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Housekeeper {
@@ -46,14 +46,21 @@ impl Housekeeper {
             }
         };
         let thread = std::thread::Builder::new().name("housekeeper".into()).spawn(run)?;
-        Ok(Self { host, ending, thread })
+        Ok(Self { host, ending, thread: Mutex::new(Some(thread)) })
     }
-    /// Ends the thread.
-    pub fn stop(self) {
+    /// Ends the thread, if that has not been done.
+    pub fn stop(&self) {
         self.ending.store(true, Ordering::Relaxed);
         self.host.wake_worker();
-        if self.thread.join().is_err() {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the housekeeper had panicked");
         }
+    }
+}
+
+impl Drop for Housekeeper {
+    fn drop(&mut self) {
+        self.stop();
     }
 }

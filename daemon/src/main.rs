@@ -13,7 +13,6 @@ use config::{Config, LogLevel, Overrides, Sandbox};
 use daemon::control::methods::Rights;
 use daemon::control::{self, ControlState, Users};
 use daemon::devices::Devices;
-use daemon::housekeeper::Housekeeper;
 use daemon::panic_log;
 use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use daemon::sandbox::{self, Profile};
@@ -90,21 +89,17 @@ fn run(args: &Args) -> Result<(), Failure> {
     if args.sabotage == Some(args::Sabotage::SwapAsid) {
         host.sabotage_swap_asids();
     }
-    let housekeeper = Housekeeper::start(Arc::clone(&host)).map_err(|e| Failure::Runtime(e.into()))?;
-    let registry = Registry::new(
-        host,
-        Options {
-            runtime_dirs: config.daemon.runtime_dirs.clone(),
-            limits: config.limits,
-            allow_unsealed: config.daemon.allow_unsealed,
-        },
-    );
+    let options = Options {
+        runtime_dirs: config.daemon.runtime_dirs.clone(),
+        limits: config.limits,
+        allow_unsealed: config.daemon.allow_unsealed,
+    };
+    let registry = Registry::new(host, options).map_err(|e| Failure::Runtime(e.into()))?;
     let served = runtime.block_on(serve(&registry, &config, inherited.zip(args.fd)));
     // A `guest.remove` that is under way has its thread in there, which is waited for.
     drop(runtime);
     // Sessions before devices: closing a guest waits for the engines.
     registry.shutdown();
-    housekeeper.stop();
     devices.stop();
     served
 }

@@ -6,6 +6,7 @@
 
 use crate::attendant::{Attendant, Door, Seat};
 use crate::eventq::Waker;
+use crate::housekeeper::Housekeeper;
 use crate::limits::{self, Limits, Overrides};
 use crate::log_budget::LogBudget;
 use crate::relay::Relay;
@@ -181,6 +182,8 @@ pub struct Registry {
     subscribers: Arc<Subscribers>,
     /// Lines of the log about guests that come and go.
     log: LogBudget,
+    /// Does what engines leave, which no guest's thread comes for.
+    housekeeper: Housekeeper,
 }
 
 #[derive(Default)]
@@ -220,13 +223,26 @@ impl Wanted {
 }
 
 impl Registry {
-    /// A registry without guests.
-    pub fn new(host: Arc<Host>, options: Options) -> Arc<Self> {
+    /// A registry without guests, and the housekeeper of those that come.
+    ///
+    /// # Errors
+    /// The housekeeper's thread cannot be started.
+    pub fn new(host: Arc<Host>, options: Options) -> std::io::Result<Arc<Self>> {
         let device_names = host.devices().into_iter().map(|device| device.name).collect();
         let runtime_dirs = RuntimeDirs::new(&options.runtime_dirs);
         let (guests, subscribers) = (Mutex::default(), Arc::default());
         let log = LogBudget::new("guests added and removed".to_owned(), options.limits.log_lines);
-        Arc::new(Self { host, options, runtime_dirs, device_names, guests, subscribers, log })
+        let housekeeper = Housekeeper::start(Arc::clone(&host))?;
+        Ok(Arc::new(Self {
+            host,
+            options,
+            runtime_dirs,
+            device_names,
+            guests,
+            subscribers,
+            log,
+            housekeeper,
+        }))
     }
 
     /// Adds a guest and listens for its VMM. `Ok(false)`: the same guest was there already.
@@ -362,7 +378,7 @@ impl Registry {
         &self.host
     }
 
-    /// Ends all sessions and removes all sockets; nothing can be added any more.
+    /// Ends all sessions, removes all sockets, and stops the housekeeper; nothing can be added any more.
     pub fn shutdown(&self) {
         let seats = {
             let mut guests = self.lock();
@@ -376,6 +392,7 @@ impl Registry {
             seat.stop_and_join();
             self.subscribers.tell(&RegistryEvent::GuestRemoved { name });
         }
+        self.housekeeper.stop();
     }
 
     /// Has `subscriber` called with every event from now on.

@@ -56,7 +56,8 @@ impl Server {
         let registry = Registry::new(
             Host::new(devices),
             registry::Options { runtime_dirs: vec![dir.path().to_owned()], limits, allow_unsealed: false },
-        );
+        )
+        .unwrap();
         let shutdown = Arc::new(Notify::new());
         let stop = Arc::new(Notify::new());
         let (asked, asked_to_shut_down) = mpsc::channel();

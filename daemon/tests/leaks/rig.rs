@@ -4,7 +4,6 @@ use crate::heap::live;
 use crate::{PATIENCE, script, vmm::Vmm};
 use daemon::control::{self, ControlState};
 use daemon::devices::Devices;
-use daemon::housekeeper::Housekeeper;
 use daemon::limits::Limits;
 use daemon::registry::{Endpoint, GuestSpec, Options, Registry, RegistryEvent};
 use std::path::PathBuf;
@@ -68,7 +67,7 @@ pub struct Daemon {
     pub dir: TempDir,
     /// Sessions that have ended.
     ended: Arc<(Mutex<u64>, Condvar)>,
-    parts: Option<(Devices, Housekeeper, JoinHandle<()>)>,
+    parts: Option<(Devices, JoinHandle<()>)>,
     stop: Arc<Notify>,
     /// What an idle daemon holds.
     idle: Held,
@@ -81,9 +80,9 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let devices = config::Config::parse(DEVICES, "test").unwrap().devices();
         let (host, devices) = Devices::start(&devices).unwrap();
-        let housekeeper = Housekeeper::start(Arc::clone(&host)).unwrap();
         let runtime_dirs = vec![dir.path().to_owned()];
-        let registry = Registry::new(host, Options { runtime_dirs, limits: LIMITS, allow_unsealed: false });
+        let registry =
+            Registry::new(host, Options { runtime_dirs, limits: LIMITS, allow_unsealed: false }).unwrap();
         let ended = Arc::new((Mutex::new(0), Condvar::new()));
         let tell = Arc::clone(&ended);
         registry.subscribe(Box::new(move |event| {
@@ -107,7 +106,7 @@ impl Daemon {
                 }
             });
         });
-        let parts = Some((devices, housekeeper, control));
+        let parts = Some((devices, control));
         let mut daemon = Self { registry, dir, ended, parts, stop, idle: held(), _one: one };
         assert!(daemon.add("vm0"));
         daemon.fill_memories();
@@ -211,8 +210,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.stop.notify_one();
         self.registry.shutdown();
-        let Some((devices, housekeeper, control)) = self.parts.take() else { return };
-        housekeeper.stop();
+        let Some((devices, control)) = self.parts.take() else { return };
         devices.stop();
         let ended = control.join();
         // A second panic while the first unwinds would hide what went wrong.

@@ -98,7 +98,7 @@ impl Scene {
             ..Limits::DEFAULT
         };
         let runtime_dirs = vec![dir.path().to_owned()];
-        let registry = Registry::new(host, Options { runtime_dirs, limits, allow_unsealed: false });
+        let registry = Registry::new(host, Options { runtime_dirs, limits, allow_unsealed: false }).unwrap();
         let [socket, other] = ["hostile", "bystander"].map(|name| {
             let path = dir.path().join(format!("{name}.sock"));
             assert!(registry.add(spec(name, &path)).unwrap());

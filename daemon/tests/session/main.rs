@@ -45,7 +45,8 @@ impl Daemon {
             ..Limits::DEFAULT
         };
         let runtime_dirs = vec![dir.path().to_owned()];
-        let registry = Registry::new(Host::new(Vec::new()), Options { runtime_dirs, limits, allow_unsealed });
+        let registry =
+            Registry::new(Host::new(Vec::new()), Options { runtime_dirs, limits, allow_unsealed }).unwrap();
         let (tell, events) = mpsc::channel();
         registry.subscribe(Box::new(move |event| tell.send(event.clone()).unwrap_or(())));
         Self { registry, events, dir }

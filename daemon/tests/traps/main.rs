@@ -79,7 +79,7 @@ impl Scene {
         let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);
         device.start(Arc::<Host>::downgrade(&host) as std::sync::Weak<dyn Events>);
         let runtime_dirs = vec![dir.path().to_owned()];
-        let registry = Registry::new(host, Options { runtime_dirs, limits, allow_unsealed: false });
+        let registry = Registry::new(host, Options { runtime_dirs, limits, allow_unsealed: false }).unwrap();
         let (tell, events) = mpsc::channel();
         registry.subscribe(Box::new(move |event| tell.send(event.clone()).unwrap_or(())));
         let scene = Self { registry, device, events, dir, _alone: alone };

@@ -3,7 +3,6 @@
 use crate::raw::*;
 use crate::vmm::{Vmm, memfd, region};
 use crate::{Footprint, Scene};
-use daemon::housekeeper::Housekeeper;
 use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -216,7 +215,6 @@ fn e01_panic_on_an_engine_costs_the_session_it_is_about() {
 #[test]
 fn e01_panic_of_the_housekeeper_costs_the_session_it_is_about() {
     let scene = Scene::with_deadline(1);
-    let housekeeper = Housekeeper::start(Arc::clone(scene.registry.host())).unwrap();
     let mut vmm = furnished(&scene, "vm0");
     // Nobody answers its fault: at the deadline the job is let go, to its end.
     scene.device.arm("resume");
@@ -235,7 +233,6 @@ fn e01_panic_of_the_housekeeper_costs_the_session_it_is_about() {
     accepted(&mut neighbour, &exec(fill()));
     // Its fault may be told before it is over, and that its GPU VM is lost.
     assert!((0..3).any(|index| next_record(&mut neighbour, index) == EVENT_JOB_DONE));
-    housekeeper.stop();
 }
 
 #[test]

@@ -54,7 +54,7 @@ static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
     });
     let runtime_dirs = vec![dir.path().to_owned()];
     let options = registry::Options { runtime_dirs, limits: LIMITS, allow_unsealed: false };
-    let registry = Registry::new(Host::new(vec![device]), options);
+    let registry = must(Registry::new(Host::new(vec![device]), options));
     let socket = dir.path().join("control.sock");
     let (ready, is_ready) = mpsc::channel();
     let (state, path) = (ControlState::new(Arc::clone(&registry), Arc::new(Notify::new())), socket.clone());

@@ -76,7 +76,7 @@ mod tests {
     fn trace(cookie: u64) -> FaultTrace {
         FaultTrace {
             time_ns: 0,
-            guest: "g".to_owned(),
+            guest: "g".into(),
             ctx_id: 1,
             device: 0,
             asid: 1,
