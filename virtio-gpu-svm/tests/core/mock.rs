@@ -19,6 +19,7 @@ use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord, NoticeRecord};
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::quota::Charge;
 use vm_memory::mmap::MmapRegion;
@@ -367,6 +368,8 @@ pub struct World {
     clock: Arc<Clock>,
     pub devices: Vec<Arc<MockDevice>>,
     pub guest: Arc<Guest>,
+    /// The answer to the last command.
+    last: Mutex<Vec<u8>>,
 }
 
 pub const LIMITS: Limits = Limits {
@@ -412,7 +415,7 @@ impl World {
         let all = devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect();
         let host = Host::with_clock(all, Arc::clone(&clock) as Arc<dyn Source>);
         let guest = host.open_guest("g", limits, &[0, 1], Arc::new(Port::default()));
-        let world = Self { host, clock, devices, guest };
+        let world = Self { host, clock, devices, guest, last: Mutex::default() };
         world.guest.set_memory(table(&[region(1, GPA, MEMORY)]));
         world.hello(1);
         world
@@ -420,7 +423,7 @@ impl World {
     /// The same host and devices, seen by another guest.
     pub fn beside(&self, guest: Arc<Guest>) -> Self {
         let (host, clock, devices) = (self.host.clone(), self.clock.clone(), self.devices.clone());
-        Self { host, clock, devices, guest }
+        Self { host, clock, devices, guest, last: Mutex::default() }
     }
     /// Lets the deadline of what was raised so far pass, and no more.
     pub fn let_deadline_pass(&self) {
@@ -437,7 +440,15 @@ impl World {
     pub fn send(&self, request: &[u8]) -> Vec<u8> {
         let mut response = Vec::new();
         self.guest.control(request, &mut response, 4096);
+        response.clone_into(&mut self.last.lock().unwrap());
         response
+    }
+    /// The limits that the answer to the last command names, and the reply in it, if there is one.
+    pub fn named_limits(&self) -> (Option<Limit>, Option<Option<Limit>>) {
+        let last = self.last.lock().unwrap();
+        let (resp, reply) = SvmResp::read_from_prefix(&last).unwrap();
+        let of_reply = RspHdr::read_from_prefix(reply).ok().map(|(reply, _)| reply.limit.get());
+        (Limit::from_wire(resp.limit.get()), of_reply.map(Limit::from_wire))
     }
     /// Sends a command and returns its status.
     pub fn status(&self, request: &[u8]) -> i32 {
