@@ -50,6 +50,18 @@ mod tests {
     }
 
     #[test]
+    fn each_limit_of_the_core_is_the_one_of_its_name() {
+        let own = (1..).zip(Limits::BOUNDS).map(|(n, (name, least, _))| (name.to_owned(), least + n));
+        let own: Vec<(String, u64)> = own.collect();
+        let core = of(&Limits::default().with(&Overrides::new(own.clone()).unwrap()));
+        for (name, number) in own {
+            let limit = Limit::ALL.into_iter().find(|limit| limit.name() == name);
+            assert!(limit.is_none_or(|limit| core.of(limit) == Some(number)), "{name}: {core:?}");
+            assert!(name != "fault_deadline_ms" || u64::from(core.fault_deadline_ms) == number);
+        }
+    }
+
+    #[test]
     fn every_limit_of_the_core_has_its_name_in_the_configuration() {
         for limit in Limit::ALL.into_iter().filter(|limit| limit.is_configured()) {
             assert!(Limits::BOUNDS.iter().any(|(name, ..)| *name == limit.name()), "{limit}");

@@ -192,7 +192,7 @@ mod tests {
     fn admission(idle: Duration) -> Admission {
         let options = Options {
             users: Users::Only(vec![1, 2, 3, 4]),
-            owners: vec![OWNER],
+            owners: vec![0, OWNER],
             max_connections: 6,
             per_user: 2,
             reserved: 2,
@@ -232,6 +232,13 @@ mod tests {
         let mut admission = admission(Duration::MAX);
         let _held: Vec<_> = (0..6).map(|_| admission.admit(Some(OWNER)).unwrap()).collect();
         assert_eq!(refused(admission.admit(Some(1))), Kind::TooManyConnections);
+    }
+
+    #[test]
+    fn connections_that_have_ended_leave_nothing_behind() {
+        let mut admission = admission(Duration::MAX);
+        (0..100).for_each(|_| drop(admission.admit(Some(1)).unwrap()));
+        assert_eq!(admission.places.len(), 1);
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! What is left to the host's worker: guests take turns, whatever one of them has left.
 
+use crate::inbox::without_waiting;
 use crate::mock::{C, GPA, LIMITS, MEMORY, Port, World, region, table};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 use virtio_gpu_svm::context::Launch;
 use virtio_gpu_svm::device::{Access, Asid, StopId};
 use virtio_gpu_svm::host::Limits;
@@ -12,7 +16,8 @@ use virtio_gpu_svm::timeline::{Point, Timeline};
 const MANY: u32 = 30;
 /// Contexts of the other one.
 const FEW: u32 = 3;
-const ROOM: Limits = Limits { contexts: 64, jobs: 4096, total_jobs: 65_536, ..LIMITS };
+/// What these guests may use.
+pub const ROOM: Limits = Limits { contexts: 64, jobs: 4096, total_jobs: 65_536, ..LIMITS };
 /// Jobs that one end sets free: more than an engine starts by itself.
 pub const JOBS: u32 = 600;
 /// Jobs of a slice.
@@ -21,7 +26,7 @@ const SLICE: usize = 64;
 /// Two guests of one host.
 pub fn two_guests() -> (World, World) {
     let few = World::with_limits(ROOM);
-    let guest = few.host.open_guest("many", ROOM, &[0, 1], std::sync::Arc::new(Port::default()));
+    let guest = few.host.open_guest("many", ROOM, &[0, 1], Arc::new(Port::default()));
     let many = few.beside(guest);
     many.guest.set_memory(table(&[region(2, GPA, MEMORY)]));
     many.hello(1);
@@ -85,4 +90,37 @@ fn deadlines_of_many_contexts_take_turns_of_their_guest() {
     let resumed = few.devices[0].told().resumed.clone();
     assert_eq!(resumed.len(), usize::try_from(MANY + FEW).unwrap(), "each once");
     assert_turns(&resumed.iter().map(|(stop, _)| stops.contains(stop)).collect::<Vec<_>>(), 1);
+}
+
+/// A worker waits, or is about to; then `act` must end the wait.
+fn ends_wait(act: impl FnOnce(&World)) {
+    let (w, _) = two_guests();
+    w.mapped(1);
+    let ((begin, begun), (end, ended), host) = (channel(), channel(), Arc::clone(&w.host));
+    let worker = std::thread::spawn(move || {
+        begin.send(()).unwrap();
+        host.wait_for_work(Duration::MAX);
+        end.send(()).unwrap();
+    });
+    begun.recv().unwrap();
+    // Most often it waits by then; that it may not yet be there is no reason to fail.
+    (0..1000).for_each(|_| std::thread::yield_now());
+    act(&w);
+    without_waiting(move || ended.recv().unwrap());
+    worker.join().unwrap();
+}
+
+#[test]
+fn work_that_is_left_ends_the_workers_wait() {
+    ends_wait(|w| assert_eq!(w.guest.evict(1, None), Ok(0)));
+}
+
+#[test]
+fn worker_is_woken_while_it_waits_and_before() {
+    ends_wait(|w| w.host.wake_worker());
+    let (w, _) = two_guests();
+    w.host.wake_worker();
+    let host = Arc::clone(&w.host);
+    without_waiting(move || host.wait_for_work(Duration::MAX));
+    w.host.wait_for_work(Duration::ZERO);
 }

@@ -274,6 +274,29 @@ fn quiet_waits_for_earlier_incarnations_only() {
 }
 
 #[test]
+fn quiet_comes_with_the_last_of_earlier_incarnations() {
+    let w = World::new();
+    w.mapped(1);
+    w.create_context(2);
+    w.create_vm(2, 1);
+    assert_eq!(w.hello(2).retiring.get(), 2);
+    w.devices[0].retire_all(&w.host);
+    assert!(notices(&w).is_empty(), "engines may still be in the other");
+    w.devices[1].retire_all(&w.host);
+    assert_eq!(notices(&w), [(EVENT_QUIET, 0, 2)]);
+}
+
+#[test]
+fn loss_of_a_gpu_vm_that_is_destroyed_is_not_told() {
+    let w = World::new();
+    let (vm, asid) = w.mapped(1);
+    w.devices[0].raise(&w.host, asid, C, Access::Read);
+    assert_eq!(w.respond(1, w.cookies()[0], PAGE_RESP_FAILURE, &[]), 0);
+    destroy_vm(&w, 1, vm);
+    assert!(notices(&w).is_empty());
+}
+
+#[test]
 fn new_incarnation_does_not_let_the_old_jobs_run_again() {
     let w = World::new();
     let asid = Asid(w.mapped(1).1);

@@ -1,13 +1,17 @@
 //! Who serves many guests waits for the command of none: engines report, the worker passes by, records are delivered,
 //! while the lock of a context is held; and nothing of it is lost.
 
-use crate::backlog::{JOBS, gated, two_guests};
-use crate::mock::{A, C, GPA, World, notices, run, unmap};
+use crate::backlog::{JOBS, ROOM, gated, two_guests};
+use crate::mock::{A, C, GPA, MEMORY, Port, World, notices, region, run, table, unmap};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
 use virtio_gpu_svm::device::{Access, Verdict};
-use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_INVAL_DONE, EVENT_JOB_DONE};
+use virtio_gpu_svm::protocol::errno::ETIMEDOUT;
+use virtio_gpu_svm::protocol::event::{
+    EVENT_CONTEXT_RETIRED, EVENT_FAULT, EVENT_INVAL_DONE, EVENT_JOB_DONE, EVENT_QUIET,
+};
 
 /// Far more than anything here takes: who waits for a guest waits for ever.
 const LONG: Duration = Duration::from_secs(20);
@@ -22,27 +26,34 @@ fn same(w: &World) -> World {
 
 /// Does something as an engine or the worker would, and fails if that waits for who holds the lock.
 #[track_caller]
-fn without_waiting<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
+pub fn without_waiting<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, end) = channel();
     spawn(move || done.send(act()).unwrap());
     let Ok(result) = end.recv_timeout(LONG) else { panic!("it waits for who holds the lock, or failed") };
     result
 }
 
-/// A thread of the guest that is in the midst of something, with the lock of a context in hand.
+/// A thread that is in the midst of something, mostly with a lock in hand.
 struct Busy {
     go: Sender<()>,
+    done: Receiver<()>,
     thread: JoinHandle<()>,
 }
 
 impl Busy {
     fn in_midst_of((inside, go): (Receiver<()>, Sender<()>), act: impl FnOnce() + Send + 'static) -> Self {
-        let thread = spawn(act);
+        let (end, done) = channel();
+        let thread = spawn(move || {
+            act();
+            end.send(()).unwrap();
+        });
         inside.recv().unwrap();
-        Self { go, thread }
+        Self { go, done, thread }
     }
+    #[track_caller]
     fn end(self) {
         self.go.send(()).unwrap();
+        let Ok(()) = self.done.recv_timeout(LONG) else { panic!("it waits for something, or failed") };
         self.thread.join().unwrap();
     }
 }
@@ -93,6 +104,19 @@ fn reports_during_a_command_do_not_wait_for_it_and_come_in_order() {
     a.host.work_off();
     assert_eq!(kinds(&a), NOTHING, "each came once");
     assert_eq!(a.invalidate(1, A, 4096).1, seq);
+}
+
+#[test]
+fn many_reports_during_a_command_are_all_carried_out_behind_it() {
+    const MANY: usize = 100;
+    let (a, _) = two_guests();
+    let (vm_id, asid) = a.mapped(1);
+    (0..MANY).for_each(|_| assert_eq!(a.exec(1, vm_id), 0));
+    let command = unmaps(&a, vm_id, asid);
+    let mine = same(&a);
+    without_waiting(move || (0..MANY).for_each(|_| mine.devices[0].end_job(&mine.host, 0)));
+    command.end();
+    assert_eq!(kinds(&a), [EVENT_JOB_DONE; MANY], "none is left to the worker");
 }
 
 #[test]
@@ -179,4 +203,92 @@ fn delivery_passes_by_a_context_whose_lock_is_held() {
     look.end();
     a.host.work_off();
     assert_eq!(notices(&a).iter().map(|(_, ctx_id, _)| *ctx_id).collect::<Vec<_>>(), [1]);
+}
+
+#[test]
+fn deadlines_pass_by_a_context_whose_lock_is_held() {
+    let (a, b) = two_guests();
+    let ((_, asid), (_, other)) = (a.mapped(1), b.mapped(1));
+    let mine = a.devices[0].raise(&a.host, asid, C, Access::Read);
+    let others = b.devices[0].raise(&b.host, other, C, Access::Read);
+    a.let_deadline_pass();
+    let expire = |w: World| {
+        w.host.expire_faults();
+        w.host.work_off();
+    };
+    let look = looks(&a, asid);
+    let there = same(&a);
+    without_waiting(move || expire(there));
+    let late = Some(Verdict::Fail(ETIMEDOUT));
+    assert_eq!((a.devices[0].verdict(mine), b.devices[0].verdict(others)), (None, late));
+    look.end();
+    expire(same(&a));
+    assert_eq!(a.devices[0].verdict(mine), late, "it is as late at the next look");
+}
+
+#[test]
+fn engine_leaves_the_rest_of_what_it_has_set_free_where_the_lock_is_held() {
+    let (a, _) = two_guests();
+    let port = Arc::new(Port::default());
+    let w = a.beside(a.host.open_guest("third", ROOM, &[0, 1], Arc::clone(&port) as _));
+    w.guest.set_memory(table(&[region(3, GPA, MEMORY)]));
+    w.hello(1);
+    let gate = gated(&w, 1);
+    let asid = w.devices[0].told().vms.last_key_value().unwrap().0.0;
+    let mine = same(&w);
+    let engine = Busy::in_midst_of(port.close_gate(), move || mine.devices[0].end(&mine.host, gate, 0));
+    let look = looks(&w, asid);
+    engine.end();
+    let jobs = usize::try_from(JOBS).unwrap();
+    assert!(w.devices[0].jobs().len() < jobs);
+    look.end();
+    w.host.work_off();
+    assert_eq!(w.devices[0].jobs().len(), jobs, "the worker has started them");
+}
+
+#[test]
+fn who_waits_for_engines_hears_what_they_have_reported() {
+    let (a, _) = two_guests();
+    let (_, asid) = a.mapped(1);
+    let (gone, _) = a.create_vm(1, 1);
+    a.guest.context(1).unwrap().vm_destroy(gone).unwrap();
+    let look = looks(&a, asid);
+    let mine = same(&a);
+    without_waiting(move || mine.devices[1].retire_all(&mine.host));
+    look.end();
+    // The worker has not come, and need not.
+    let mine = same(&a);
+    without_waiting(move || mine.guest.freeze());
+}
+
+#[test]
+fn retirement_while_the_guest_is_changed_is_told_by_the_worker() {
+    let (a, _) = two_guests();
+    a.mapped(1);
+    a.guest.freeze();
+    let there = same(&a);
+    let hello = Busy::in_midst_of(a.close_gate_of_clock(), move || {
+        assert_eq!(there.hello(2).retiring.get(), 1);
+    });
+    let mine = same(&a);
+    without_waiting(move || mine.devices[0].retire_all(&mine.host));
+    hello.end();
+    assert_eq!(kinds(&a), NOTHING, "the guest has not heard of it yet");
+    a.host.work_off();
+    assert_eq!(kinds(&a), [EVENT_QUIET]);
+}
+
+#[test]
+fn retirement_while_the_guest_is_changed_is_found_by_who_waits_for_it() {
+    let (a, _) = two_guests();
+    a.mapped(1);
+    a.destroy_context(1);
+    let there = same(&a);
+    let freeze = Busy::in_midst_of(a.close_gate_of_clock(), move || there.guest.freeze());
+    let mine = same(&a);
+    without_waiting(move || mine.devices[0].retire_all(&mine.host));
+    // The worker has not come, and need not.
+    freeze.end();
+    a.guest.thaw();
+    assert_eq!(kinds(&a), [EVENT_CONTEXT_RETIRED]);
 }

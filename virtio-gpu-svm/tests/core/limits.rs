@@ -15,18 +15,18 @@ use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::quota::LimitStatus;
 use zerocopy::{FromBytes, IntoBytes};
 
-fn row(w: &World, limit: Limit) -> LimitStatus {
+pub fn row(w: &World, limit: Limit) -> LimitStatus {
     w.guest.status().limits.into_iter().find(|row| row.name == limit.name()).unwrap()
 }
 fn used(w: &World, limit: Limit) -> u64 {
     row(w, limit).used
 }
-fn create(w: &World, ctx_id: u32) -> i32 {
+pub fn create(w: &World, ctx_id: u32) -> i32 {
     let cmd = CtxCreate { hdr: hdr(VIRTIO_GPU_CMD_CTX_CREATE, ctx_id), ..CtxCreate::default() };
     w.status(cmd.as_bytes())
 }
 /// A blob of pages that do not follow each other.
-fn blob(w: &World, id: u32, pages: u64) -> i32 {
+pub fn blob(w: &World, id: u32, pages: u64) -> i32 {
     let entry =
         |n: u64| MemEntry { addr: (GPA + 2 * n * 4096).into(), length: 4096.into(), padding: 0.into() };
     let entries: Vec<MemEntry> = (0..pages).map(entry).collect();
@@ -40,11 +40,11 @@ fn blob(w: &World, id: u32, pages: u64) -> i32 {
     };
     w.status(&[cmd.as_bytes(), entries.as_bytes()].concat())
 }
-fn of_resource(w: &World, kind: u32, ctx_id: u32, id: u32) -> i32 {
+pub fn of_resource(w: &World, kind: u32, ctx_id: u32, id: u32) -> i32 {
     let cmd = CtxResource { hdr: hdr(kind, ctx_id), resource_id: id.into(), padding: 0.into() };
     w.status(cmd.as_bytes())
 }
-fn create_vm(w: &World, ctx_id: u32, dev_id: u32) -> i32 {
+pub fn create_vm(w: &World, ctx_id: u32, dev_id: u32) -> i32 {
     let body = VmCreate { dev_id: dev_id.into(), ..VmCreate::default() };
     w.submit(ctx_id, SVM_REQ_VM_CREATE, &body.as_bytes()[16..]).0
 }
@@ -146,7 +146,7 @@ fn is_exact(w: &World) {
     }
 }
 /// An asynchronous bind; its status.
-fn bind_async(w: &World, ctx_id: u32, vm: u32, ops: &[BindOp], wait: Option<FencePoint>) -> i32 {
+pub fn bind_async(w: &World, ctx_id: u32, vm: u32, ops: &[BindOp], wait: Option<FencePoint>) -> i32 {
     let head = VmBind {
         vm_id: vm.into(),
         num_binds: (ops.len() as u32).into(),
@@ -158,7 +158,7 @@ fn bind_async(w: &World, ctx_id: u32, vm: u32, ops: &[BindOp], wait: Option<Fenc
     w.submit(ctx_id, SVM_REQ_VM_BIND, &body).0
 }
 /// A job of so many packets on a ring that promises a point; its status.
-fn exec(w: &World, ctx_id: u32, vm: u32, ring: u32, packets: usize, signal: u64) -> i32 {
+pub fn exec(w: &World, ctx_id: u32, vm: u32, ring: u32, packets: usize, signal: u64) -> i32 {
     let head = Exec {
         vm_id: vm.into(),
         ring_idx: ring.into(),
@@ -282,6 +282,38 @@ fn bytes_of_queued_work_are_those_of_its_lists() {
     destroy_vm(&w, 1, vm);
     assert_eq!(used(&w, Limit::QueueBytes), 0);
     is_exact(&w);
+}
+
+/// Limits with so many bytes, what takes them, and how many it takes.
+type Bytes = (fn(u64) -> Limits, fn(&World) -> i32, u64);
+
+const BYTES: [Bytes; 3] = [
+    (|resource_bytes| Limits { resource_bytes, ..LIMITS }, |w| blob(w, 1, 1), 192 + 16),
+    (
+        |table_bytes| Limits { table_bytes, ..LIMITS },
+        |w| {
+            w.create_context(1);
+            w.supply(1, &[run(A, GPA, 1, 0)])
+        },
+        96 + 4096,
+    ),
+    (
+        |queue_bytes| Limits { queue_bytes, ..LIMITS },
+        |w| {
+            w.create_context(1);
+            let vm = w.create_vm(1, 0).0;
+            exec(w, 1, vm, 0, 1, 0)
+        },
+        2048 + 512 + 64,
+    ),
+];
+
+#[test]
+fn one_byte_too_few_is_too_few() {
+    for (limits, act, bytes) in BYTES {
+        assert_eq!(act(&World::with_limits(limits(bytes))), 0);
+        assert_eq!(act(&World::with_limits(limits(bytes - 1))), -ENOSPC);
+    }
 }
 
 #[test]

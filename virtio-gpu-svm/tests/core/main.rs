@@ -11,5 +11,6 @@ mod kinds;
 mod limits;
 mod mirrors;
 mod mock;
+mod named;
 mod populate;
 mod refusals;

@@ -19,6 +19,7 @@ use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord, NoticeRecord};
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::quota::Charge;
 use vm_memory::mmap::MmapRegion;
@@ -85,18 +86,29 @@ impl Told {
     }
 }
 
-/// Where a call into the device stops, until it is let go on: with the context's lock in hand.
+/// Where a call stops until it is let go on, with the locks that its caller has in hand.
 struct Gate {
-    asid: Asid,
     inside: Sender<()>,
     go: Receiver<()>,
+}
+
+impl Gate {
+    /// Also what tells that a call has come, and what lets it go on.
+    fn new() -> (Self, (Receiver<()>, Sender<()>)) {
+        let ((inside, came), (leave, go)) = (channel(), channel());
+        (Self { inside, go }, (came, leave))
+    }
+    fn pass(self) {
+        self.inside.send(()).unwrap();
+        self.go.recv().unwrap();
+    }
 }
 
 pub struct MockDevice {
     info: DeviceInfo,
     index: usize,
     told: Mutex<Told>,
-    gate: Mutex<Option<Gate>>,
+    gate: Mutex<Option<(Asid, Gate)>>,
     next_stop: AtomicU64,
 }
 
@@ -141,15 +153,14 @@ impl MockDevice {
     }
     /// The next `unbind` or `resident_pages` of a GPU VM says that it has come, and goes on when it is told so.
     pub fn close_gate(&self, asid: u32) -> (Receiver<()>, Sender<()>) {
-        let ((inside, came), (leave, go)) = (channel(), channel());
-        *self.gate.lock().unwrap() = Some(Gate { asid: Asid(asid), inside, go });
-        (came, leave)
+        let (gate, ends) = Gate::new();
+        *self.gate.lock().unwrap() = Some((Asid(asid), gate));
+        ends
     }
     fn pass_gate(&self, asid: Asid) {
-        let gate = self.gate.lock().unwrap().take_if(|gate| gate.asid == asid);
-        if let Some(gate) = gate {
-            gate.inside.send(()).unwrap();
-            gate.go.recv().unwrap();
+        let gate = self.gate.lock().unwrap().take_if(|(of, _)| *of == asid);
+        if let Some((_, gate)) = gate {
+            gate.pass();
         }
     }
     pub fn verdict(&self, stop: StopId) -> Option<Verdict> {
@@ -316,22 +327,49 @@ impl Device for MockDevice {
     }
 }
 
-/// Counts how often it was told.
+/// Where a guest is told of records.
 #[derive(Default)]
-pub struct Port(AtomicU64);
+pub struct Port(Mutex<Option<Gate>>);
+
+impl Port {
+    /// Who tells it next says that it has come, and goes on when it is told so.
+    pub fn close_gate(&self) -> (Receiver<()>, Sender<()>) {
+        let (gate, ends) = Gate::new();
+        *self.0.lock().unwrap() = Some(gate);
+        ends
+    }
+}
 
 impl EventPort for Port {
     fn ready(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        let gate = self.0.lock().unwrap().take();
+        gate.into_iter().for_each(Gate::pass);
+    }
+}
+
+/// Time that stands still but when it is moved.
+#[derive(Default)]
+pub struct Clock {
+    time: Manual,
+    gate: Mutex<Option<Gate>>,
+}
+
+impl Source for Clock {
+    fn now(&self) -> Duration {
+        let gate = self.gate.lock().unwrap().take();
+        gate.into_iter().for_each(Gate::pass);
+        self.time.now()
     }
 }
 
 /// A host with two mock devices and one guest that has said HELLO.
 pub struct World {
     pub host: Arc<Host>,
-    clock: Arc<Manual>,
+    clock: Arc<Clock>,
     pub devices: Vec<Arc<MockDevice>>,
     pub guest: Arc<Guest>,
+    /// The answer to the last command.
+    last: Mutex<Vec<u8>>,
 }
 
 pub const LIMITS: Limits = Limits {
@@ -373,11 +411,11 @@ impl World {
             Arc::new(MockDevice { info, index, told, gate: Mutex::default(), next_stop })
         };
         let devices: Vec<_> = (0..).zip(infos).map(device).collect();
-        let clock = Arc::new(Manual::default());
+        let clock = Arc::new(Clock::default());
         let all = devices.iter().map(|d| Arc::clone(d) as Arc<dyn Device>).collect();
         let host = Host::with_clock(all, Arc::clone(&clock) as Arc<dyn Source>);
         let guest = host.open_guest("g", limits, &[0, 1], Arc::new(Port::default()));
-        let world = Self { host, clock, devices, guest };
+        let world = Self { host, clock, devices, guest, last: Mutex::default() };
         world.guest.set_memory(table(&[region(1, GPA, MEMORY)]));
         world.hello(1);
         world
@@ -385,17 +423,32 @@ impl World {
     /// The same host and devices, seen by another guest.
     pub fn beside(&self, guest: Arc<Guest>) -> Self {
         let (host, clock, devices) = (self.host.clone(), self.clock.clone(), self.devices.clone());
-        Self { host, clock, devices, guest }
+        Self { host, clock, devices, guest, last: Mutex::default() }
     }
     /// Lets the deadline of what was raised so far pass, and no more.
     pub fn let_deadline_pass(&self) {
-        self.clock.advance(Duration::from_millis(DEADLINE_MS.into()));
+        self.clock.time.advance(Duration::from_millis(DEADLINE_MS.into()));
+    }
+    /// Whoever looks at the clock next says that it has come, and goes on when it is told so. A guest that stops its own
+    /// time or lets it go on does that with its lock in hand.
+    pub fn close_gate_of_clock(&self) -> (Receiver<()>, Sender<()>) {
+        let (gate, ends) = Gate::new();
+        *self.clock.gate.lock().unwrap() = Some(gate);
+        ends
     }
     /// Sends a command and returns the response.
     pub fn send(&self, request: &[u8]) -> Vec<u8> {
         let mut response = Vec::new();
         self.guest.control(request, &mut response, 4096);
+        response.clone_into(&mut self.last.lock().unwrap());
         response
+    }
+    /// The limits that the answer to the last command names, and the reply in it, if there is one.
+    pub fn named_limits(&self) -> (Option<Limit>, Option<Option<Limit>>) {
+        let last = self.last.lock().unwrap();
+        let (resp, reply) = SvmResp::read_from_prefix(&last).unwrap();
+        let of_reply = RspHdr::read_from_prefix(reply).ok().map(|(reply, _)| reply.limit.get());
+        (Limit::from_wire(resp.limit.get()), of_reply.map(Limit::from_wire))
     }
     /// Sends a command and returns its status.
     pub fn status(&self, request: &[u8]) -> i32 {
