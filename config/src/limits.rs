@@ -42,6 +42,8 @@ pub struct Limits {
     pub fault_deadline_ms: u32,
     /// Lines of the log that a guest and its VMM may cause in a minute.
     pub log_lines: u32,
+    /// Times that a guest's VMM may connect in a minute without a wait.
+    pub sessions: u32,
 }
 
 impl Limits {
@@ -61,6 +63,7 @@ impl Limits {
         queue_bytes: 64 << 20,
         fault_deadline_ms: 60_000,
         log_lines: 60,
+        sessions: 600,
     };
 }
 
@@ -81,7 +84,7 @@ type Refused = (String, String);
 
 impl Limits {
     /// Every limit: its name, the least and the most that it may be.
-    pub const BOUNDS: [(&'static str, u64, u64); 14] = [
+    pub const BOUNDS: [(&'static str, u64, u64); 15] = [
         ("contexts", 1, MANY),
         ("resources", 1, MANY),
         ("resource_bytes", 4096, BYTES),
@@ -96,6 +99,7 @@ impl Limits {
         ("queue_bytes", 1 << 16, BYTES),
         ("fault_deadline_ms", 0, u32::MAX as u64),
         ("log_lines", 1, 1 << 20),
+        ("sessions", 1, 1 << 20),
     ];
 
     fn number(&mut self, name: &str) -> Option<Number<'_>> {
@@ -114,6 +118,7 @@ impl Limits {
             "queue_bytes" => Number::Bytes(&mut self.queue_bytes),
             "fault_deadline_ms" => Number::Count(&mut self.fault_deadline_ms),
             "log_lines" => Number::Count(&mut self.log_lines),
+            "sessions" => Number::Count(&mut self.sessions),
             _ => return None,
         })
     }

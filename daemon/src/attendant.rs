@@ -7,6 +7,7 @@ use crate::eventq::Waker;
 use crate::fuse::Failure;
 use crate::limits::Overrides;
 use crate::log_budget::LogBudget;
+use crate::rate::Rate;
 use crate::registry::{AddError, RegistryEvent, Subscribers, lock};
 use crate::relay::Relay;
 use crate::session::{self, Session, Setup};
@@ -15,11 +16,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use vhost::vhost_user::Listener;
 use virtio_gpu_svm::host::Limits;
 
 /// Pause after a session that could not be set up: the VMM's next try must not keep a core busy.
-const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const PAUSE: Duration = Duration::from_millis(100);
+/// In place of one that no clock can count.
+const LONG_PAUSE: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 /// A guest's place in the registry.
 pub(crate) struct Seat {
@@ -32,6 +36,9 @@ pub(crate) struct Seat {
     pub limits: Limits,
     /// Lines of the log that it may cause.
     pub log: Arc<LogBudget>,
+    /// How often its VMM may come. To begin and to end a session costs more than anything else that a VMM can ask for, and
+    /// others feel it: all threads share one address space, which changes. Guards a few numbers.
+    pub pace: Mutex<Rate>,
     /// Set once and for ever: the attendant is to leave.
     pub stop: Waker,
     /// Guards what is told of sessions; a section is a few assignments.
@@ -130,8 +137,12 @@ impl Attendant {
             if !stop.revents().is_empty() {
                 return false;
             }
-            if !vmm.revents().is_empty() {
-                return true;
+            if vmm.revents().is_empty() {
+                continue;
+            }
+            match lock(&self.seat.pace).take(1, Instant::now()) {
+                Ok(()) => return true,
+                Err(wait) => self.pause(wait),
             }
         }
     }
@@ -168,9 +179,14 @@ impl Attendant {
             self.seat.log.log(|| tracing::info!(guest = %name, %reason, "VMM disconnected"));
             self.subscribers.tell(&RegistryEvent::GuestDisconnected { name: name.clone(), reason });
         } else {
-            // The pause ends early when the attendant is to leave; either way the loop looks again.
-            poll(&mut [PollFd::new(&self.seat.stop, PollFlags::IN)], Some(&PAUSE)).ok();
+            self.pause(PAUSE);
         }
+    }
+
+    /// Ends early when the attendant is to leave; either way the loop looks again.
+    fn pause(&self, length: Duration) {
+        let length = Timespec::try_from(length).unwrap_or(LONG_PAUSE);
+        poll(&mut [PollFd::new(&self.seat.stop, PollFlags::IN)], Some(&length)).ok();
     }
 }
 

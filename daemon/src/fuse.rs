@@ -82,9 +82,9 @@ pub struct Fuse {
 
 impl Fuse {
     /// A fuse for a guest of this name, with its budget of lines.
-    pub fn new(guest: &str, budget: Arc<LogBudget>) -> Self {
+    pub fn new(guest: Arc<str>, budget: Arc<LogBudget>) -> Self {
         Self {
-            guest: guest.into(),
+            guest,
             reason: OnceLock::new(),
             shutdown: Mutex::new(None),
             budget,

@@ -23,6 +23,7 @@ pub mod limits;
 pub mod log_budget;
 pub mod panic_log;
 pub mod queue;
+mod rate;
 pub mod registry;
 pub mod relay;
 pub mod ring;

@@ -21,6 +21,7 @@ pub fn of(limits: &Limits) -> CoreLimits {
         queue_bytes,
         fault_deadline_ms,
         log_lines: _,
+        sessions: _,
     } = *limits;
     CoreLimits {
         contexts,

@@ -9,6 +9,7 @@ use crate::eventq::Waker;
 use crate::housekeeper::Housekeeper;
 use crate::limits::{self, Limits, Overrides};
 use crate::log_budget::LogBudget;
+use crate::rate::Rate;
 use crate::relay::Relay;
 use crate::ring::RingStatus;
 use crate::session::Setup;
@@ -18,6 +19,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
 use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::info::GuestStatus;
@@ -134,6 +136,8 @@ pub struct GuestEntry {
     pub fault_deadline_ms: u32,
     /// Lines of the log that it may cause, and has caused in all its sessions.
     pub log_lines: LimitStatus,
+    /// Sessions that have begun in the last minute; "refused" are those that had to wait.
+    pub session_rate: LimitStatus,
     /// The core's view of it while a VMM is connected.
     pub status: Option<GuestStatus>,
     /// How its rings fare, by queue, while a VMM is connected.
@@ -327,13 +331,14 @@ impl Registry {
             overrides: wanted.overrides.clone(),
             limits: core_limits,
             log: Arc::clone(&log),
+            pace: Mutex::new(Rate::new(limits.sessions, Instant::now())),
             stop,
             live: Mutex::default(),
             thread: Mutex::default(),
         };
         let setup = Setup {
             host: Arc::clone(&self.host),
-            name: wanted.name.clone(),
+            name: wanted.name.as_str().into(),
             limits: core_limits,
             devices: wanted.devices.clone(),
             allow_unsealed: self.options.allow_unsealed,
@@ -444,6 +449,7 @@ impl Registry {
             limits,
             fault_deadline_ms: seat.limits.fault_deadline_ms,
             log_lines: seat.log.status(),
+            session_rate: lock(&seat.pace).status("sessions", Instant::now()),
             status,
         }
     }

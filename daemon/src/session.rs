@@ -71,7 +71,7 @@ pub struct Setup {
     /// Where its guest is opened.
     pub host: Arc<Host>,
     /// The guest's name.
-    pub name: String,
+    pub name: Arc<str>,
     /// What it may use.
     pub limits: Limits,
     /// The host devices granted, in the order of its `dev_id`.
@@ -138,11 +138,11 @@ impl Session {
         let (waker, memory, fuse) = (
             Arc::new(waker),
             Arc::new(GuestMemory::default()),
-            Arc::new(Fuse::new(&setup.name, Arc::clone(&setup.log))),
+            Arc::new(Fuse::new(Arc::clone(&setup.name), Arc::clone(&setup.log))),
         );
         let events = Arc::new(EventQueue::new(Arc::clone(&memory), Arc::clone(&waker), Arc::clone(&fuse)));
-        let guest =
-            setup.host.open_guest(&setup.name, setup.limits, &setup.devices, Arc::clone(&events) as _);
+        let (name, port) = (Arc::clone(&setup.name), Arc::clone(&events) as _);
+        let guest = setup.host.open_guest(name, setup.limits, &setup.devices, port);
         events.attach_guest(&guest);
         Ok(Arc::new_cyclic(|me| Self {
             me: me.clone(),
@@ -181,7 +181,7 @@ impl Session {
         begun: impl FnOnce(&Arc<Self>),
     ) -> Result<(), Arc<Failure>> {
         let mapped = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let mut daemon = VhostUserDaemon::new(setup.name.clone(), Arc::clone(self), mapped)
+        let mut daemon = VhostUserDaemon::new(setup.name.to_string(), Arc::clone(self), mapped)
             .map_err(|e| Failure::start("start the queue thread", &e))?;
         for handler in daemon.get_epoll_handlers() {
             handler

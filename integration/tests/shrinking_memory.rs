@@ -69,7 +69,7 @@ fn launch(allow_unsealed: bool) -> Svmd {
     let device = |kind: &str| format!("[[device]]\nname = \"{}\"\nkind = \"{kind}\n", &kind[..4]);
     let arguments = if allow_unsealed { vec!["--allow-unsealed".into()] } else { vec![] };
     // Who found a loss is read from the log.
-    let more = devices.map(device).concat() + "[limits]\nlog_lines = 100000\n";
+    let more = devices.map(device).concat() + "[limits]\nlog_lines = 100000\nsessions = 100000\n";
     let guests = vec!["x".into(), "y".into()];
     Svmd::launch(&Options { guests, devices: 0, more, arguments, ..Options::default() }).unwrap()
 }

@@ -134,7 +134,7 @@ pub struct Guest {
 impl Guest {
     pub(crate) fn new(
         host: Arc<Host>,
-        name: &str,
+        name: Arc<str>,
         epoch: u64,
         limits: Limits,
         devices: Vec<usize>,
@@ -145,7 +145,7 @@ impl Guest {
         let inner = Inner { contexts_charge: quota.charge(Limit::Contexts), ..Inner::default() };
         let outbox = Outbox { retired_charge: quota.charge(Limit::Contexts), ..Outbox::default() };
         Arc::new(Self {
-            name: name.into(),
+            name,
             host,
             epoch,
             limits,

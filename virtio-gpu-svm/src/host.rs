@@ -86,17 +86,18 @@ impl Host {
         })
     }
     /// Begins a guest's session: its VMM has connected. `devices` are the host devices granted to it, in the order of
-    /// its `dev_id`; `port` is told when the guest has records to deliver.
+    /// its `dev_id`; `port` is told when the guest has records to deliver. The name is kept for as long as faults of the
+    /// session are remembered: sessions of one guest should share it.
     pub fn open_guest(
         self: &Arc<Self>,
-        name: &str,
+        name: impl Into<Arc<str>>,
         limits: Limits,
         devices: &[usize],
         port: Arc<dyn EventPort>,
     ) -> Arc<Guest> {
         let epoch = self.next_epoch.fetch_add(1, Ordering::Relaxed);
-        let guest = Guest::new(Arc::clone(self), name, epoch, limits, devices.to_vec(), port);
-        self.lock_guests().insert(name.to_owned(), Arc::clone(&guest));
+        let guest = Guest::new(Arc::clone(self), name.into(), epoch, limits, devices.to_vec(), port);
+        self.lock_guests().insert(guest.name().to_owned(), Arc::clone(&guest));
         guest
     }
     /// A guest goes; its counts are kept.

@@ -26,6 +26,7 @@ const LIMITS: Limits = Limits {
     mappings: 64,
     resources: 16,
     fault_deadline_ms: 0,
+    sessions: 1 << 20,
     ..Limits::DEFAULT
 };
 /// Looks at the heap before what was done is done again.

@@ -95,6 +95,7 @@ impl Scene {
             mappings: 64,
             resources: 16,
             fault_deadline_ms: 0,
+            sessions: 1 << 20,
             ..Limits::DEFAULT
         };
         let runtime_dirs = vec![dir.path().to_owned()];

@@ -1,6 +1,6 @@
 //! Connections: handshake, config space, one after the other, side by side, and what they leave behind.
 
-use crate::vmm::{Vmm, connect, negotiate};
+use crate::vmm::{PATIENCE, Vmm, connect, negotiate};
 use crate::{Daemon, spec};
 use daemon::limits::Overrides;
 use daemon::registry::{Endpoint, GuestSpec, RegistryEvent};
@@ -8,6 +8,7 @@ use daemon::relay::Relay;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Instant;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -65,6 +66,31 @@ fn config_writes_are_taken_and_have_no_effect() {
         frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, &[0xff; 4]).unwrap();
     }
     assert_eq!(read(&mut frontend), before);
+}
+
+#[test]
+fn vmm_that_comes_too_often_waits_and_others_are_served() {
+    let daemon = Daemon::start();
+    let (often, other) = (daemon.path("often.sock"), daemon.add("other"));
+    let limits = Overrides::new([("sessions".to_owned(), 2)]).unwrap();
+    assert!(daemon.registry.add(GuestSpec { limits, ..spec("often", &often) }).unwrap());
+    for _ in 0..2 {
+        drop(Vmm::start(&often));
+        daemon.wait_disconnected();
+    }
+    let waiting = UnixStream::connect(&often).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let rate = || daemon.registry.get("often").unwrap().session_rate;
+    while rate().refused == 0 {
+        assert!(Instant::now() < deadline, "the third VMM does not wait");
+        std::thread::yield_now();
+    }
+    assert_eq!((rate().used, rate().limit), (2, 2));
+    assert_eq!(daemon.registry.get("often").unwrap().sessions, 2);
+    assert!(!Vmm::start(&other).command(&[0; 24]).is_empty());
+    // Its wait holds up nobody who takes the guest away.
+    assert!(daemon.registry.remove("often"));
+    drop(waiting);
 }
 
 #[test]

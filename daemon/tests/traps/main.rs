@@ -72,6 +72,7 @@ impl Scene {
             jobs: 16,
             mappings: 64,
             resources: 16,
+            sessions: 1 << 20,
             fault_deadline_ms,
             ..Limits::DEFAULT
         };

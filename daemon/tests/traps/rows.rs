@@ -6,7 +6,6 @@ use crate::{Footprint, Scene};
 use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use virtio_gpu_svm::protocol::control::*;

@@ -71,7 +71,7 @@ pub struct Sim {
 impl Sim {
     pub fn new(host: &Arc<Host>, index: u64, ram: &Ram, processes: u32) -> Self {
         let name = format!("guest{index}");
-        let driver = Driver(host.open_guest(&name, LIMITS, &[0, 1, 2], Arc::new(Silent)));
+        let driver = Driver(host.open_guest(name.as_str(), LIMITS, &[0, 1, 2], Arc::new(Silent)));
         let mut sim = Self {
             name,
             ram: ram.again(),
@@ -186,7 +186,7 @@ impl Sim {
         self.boot = Boot::NoMemory;
         self.begin_anew(Boot::NoMemory);
         self.bury_old();
-        self.driver = Driver(host.open_guest(&self.name, LIMITS, &[0, 1, 2], Arc::new(Silent)));
+        self.driver = Driver(host.open_guest(self.name.as_str(), LIMITS, &[0, 1, 2], Arc::new(Silent)));
     }
     fn bury_old(&mut self) {
         for process in std::mem::take(&mut self.old) {

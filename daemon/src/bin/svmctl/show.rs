@@ -207,7 +207,7 @@ fn guest(guest: &Value) -> String {
     }
     let deadline =
         json!({ "name": "fault_deadline_ms", "scope": "fault", "limit": guest["fault_deadline_ms"] });
-    let rows = items(&guest["limits"]).chain([&deadline, &guest["log_lines"]]);
+    let rows = items(&guest["limits"]).chain([&deadline, &guest["log_lines"], &guest["session_rate"]]);
     format!("{}{}", facts(&lines), limits(rows))
 }
 
