@@ -12,8 +12,8 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Barrier, Mutex};
 use std::time::Duration;
 
 #[test]
@@ -164,12 +164,15 @@ fn folder_that_others_hold_holds_up_nobody_but_who_adds_a_guest_there() {
 #[test]
 fn same_guest_that_is_added_by_many_at_once_is_added_once() {
     let daemon = Daemon::start();
-    let path = daemon.path("vm0.sock");
+    let (path, together) = (daemon.path("vm0.sock"), Barrier::new(8));
     let added = std::thread::scope(|scope| {
-        let registry = &daemon.registry;
+        let (registry, together) = (&daemon.registry, &together);
         let adding = [(); 8].map(|()| {
             let wanted = spec("vm0", &path);
-            scope.spawn(move || registry.add(wanted).unwrap())
+            scope.spawn(move || {
+                together.wait();
+                registry.add(wanted).unwrap()
+            })
         });
         adding.map(|adding| adding.join().unwrap())
     });
