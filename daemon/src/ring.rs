@@ -14,7 +14,7 @@
 //!   available in the other, and they could keep each other busy without the driver. (Where it only reads they may.)
 //! * a ring whose driver broke the queue's rules is latched as failed until it is stopped.
 
-use crate::queue::{Cost, RingError};
+use crate::queue::{Cost, RingError, Spare};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde::Serialize;
 use std::fs::File;
@@ -22,7 +22,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -53,6 +53,8 @@ struct Shared {
     /// The guest's other rings.
     peers: OnceLock<Vec<Weak<Self>>>,
     counts: Counts,
+    /// What visits leave to the next one. Changed under the ring's lock too.
+    spare: Mutex<Spare>,
 }
 
 impl Shared {
@@ -174,6 +176,14 @@ impl Ring {
             most_chains: counts.most_chains.load(Ordering::Relaxed),
             most_descriptors: counts.most_descriptors.load(Ordering::Relaxed),
         }
+    }
+    /// What the visit before has left.
+    pub(crate) fn take_spare(&self) -> Spare {
+        std::mem::take(&mut *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+    /// Leaves it to the next visit.
+    pub(crate) fn return_spare(&self, spare: Spare) {
+        *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner) = spare;
     }
     pub(crate) fn counts(&self) -> &Counts {
         &self.shared.counts
