@@ -132,7 +132,14 @@ impl EventQueue {
     }
 
     fn fill(&self, guest: &Guest, turn: &mut Turn<'_>) -> Result<(), RingError> {
-        let (mut none, mut records) = (Vec::new(), Vec::new());
+        let mut records = turn.take_room();
+        let filled = self.fill_with(&mut records, guest, turn);
+        turn.return_room(records);
+        filled
+    }
+
+    fn fill_with(&self, records: &mut Vec<u8>, guest: &Guest, turn: &mut Turn<'_>) -> Result<(), RingError> {
+        let mut none = Vec::new();
         while guest.has_events() {
             let token = match turn.next(&mut none)? {
                 Next::Chain(token) => token,
@@ -145,7 +152,7 @@ impl EventQueue {
             };
             records.clear();
             // The ring's lock must not be poisoned by a fault of the core.
-            let filled = catch_unwind(AssertUnwindSafe(|| guest.fill_events(&mut records, token.room())));
+            let filled = catch_unwind(AssertUnwindSafe(|| guest.fill_events(records, token.room())));
             if filled.is_err() {
                 turn.put_back(token);
                 self.fuse.blow(Failure::Panicked("delivering events"));
@@ -156,7 +163,7 @@ impl EventQueue {
                 turn.put_back(token);
                 return Ok(());
             }
-            turn.complete(token, &records)?;
+            turn.complete(token, records)?;
         }
         Ok(())
     }

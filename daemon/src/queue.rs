@@ -18,7 +18,7 @@ mod chain;
 
 pub use chain::{ChainError, MAX_SPANS};
 
-use crate::ring::{Areas, Counts, FrameworkMemory, Ring};
+use crate::ring::{Areas, FrameworkMemory, Ring};
 use chain::{Chain, Span, Table, Walk};
 use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
@@ -120,14 +120,27 @@ impl Drop for Token {
     }
 }
 
+/// Bytes of commands, and of answers, for which a ring keeps room between two visits: twice the longest list of runs.
+const KEPT_BYTES: usize = 1 << 18;
+
+/// Empty lists with the room that earlier chains needed, so that a command that is like the one before allocates nothing.
+#[derive(Default)]
+pub(crate) struct Spare {
+    readable: Vec<Span>,
+    writable: Vec<Span>,
+    command: Vec<u8>,
+    answer: Vec<u8>,
+}
+
 /// One visit to a ring.
 pub struct Turn<'a, M = GuestMemoryMmap> {
     state: MutexGuard<'a, VringState<FrameworkMemory>>,
     memory: Arc<M>,
     budget: Budget,
     /// Where this visit is counted when it ends.
-    counts: &'a Counts,
+    ring: &'a Ring,
     cost: Cost,
+    spare: Spare,
     /// The first malformed chain of this turn.
     refused: Option<ChainError>,
 }
@@ -161,8 +174,8 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
             return Ok(None);
         }
         ring.check_setup()?;
-        let (counts, cost) = (ring.counts(), Cost::default());
-        let turn = Self { state, memory: memory(), budget, counts, cost, refused: None };
+        let (cost, spare) = (Cost::default(), ring.take_spare());
+        let turn = Self { state, memory: memory(), budget, ring, cost, spare, refused: None };
         if turn.rings_are_sound() { Ok(Some(turn)) } else { Err(RingError::BadRings) }
     }
 
@@ -189,12 +202,24 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// [`RingError`]; the ring must be latched.
     pub fn serve(
         &mut self,
+        act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
+    ) -> Result<Served, RingError> {
+        let mut command = std::mem::take(&mut self.spare.command);
+        let mut answer = std::mem::take(&mut self.spare.answer);
+        let served = self.serve_with(&mut command, &mut answer, act);
+        (self.spare.command, self.spare.answer) = (command, answer);
+        served
+    }
+
+    fn serve_with(
+        &mut self,
+        command: &mut Vec<u8>,
+        answer: &mut Vec<u8>,
         mut act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
-        let (mut command, mut answer) = (Vec::new(), Vec::new());
         self.disarm()?;
         loop {
-            let token = match self.next(&mut command)? {
+            let token = match self.next(command)? {
                 Next::Chain(token) => token,
                 Next::Empty if self.rearm()? => {
                     self.disarm()?;
@@ -204,11 +229,11 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
                 Next::Spent => return Ok(Served::Spent),
             };
             answer.clear();
-            if act(&command, &mut answer, token.room()).is_break() {
+            if act(command, answer, token.room()).is_break() {
                 self.put_back(token);
                 return Ok(Served::Stopped);
             }
-            self.complete(token, &answer)?;
+            self.complete(token, answer)?;
         }
     }
 
@@ -227,6 +252,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
                 Ok(chain) => {
                     self.copy_in(&chain, command)?;
                     let (writable, room) = (chain.writable, chain.room);
+                    self.spare.readable = chain.readable;
                     return Ok(Next::Chain(Token { head, writable, room, settled: false }));
                 }
                 Err(error) => {
@@ -244,9 +270,10 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// [`RingError::Inaccessible`].
     pub fn complete(&mut self, mut token: Token, answer: &[u8]) -> Result<(), RingError> {
         token.settled = true;
+        let spans = std::mem::take(&mut token.writable);
         let mut rest = answer;
         let mut written: usize = 0;
-        for span in token.writable.iter().filter(|span| span.bytes > 0) {
+        for span in spans.iter().filter(|span| span.bytes > 0) {
             if rest.is_empty() {
                 break;
             }
@@ -255,13 +282,27 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
             written = written.saturating_add(now.len());
             rest = later;
         }
+        self.spare.writable = spans;
         self.give_back(token.head, u32::try_from(written).unwrap_or(u32::MAX))
     }
 
     /// Leaves the chain that was taken last where it was.
     pub fn put_back(&mut self, mut token: Token) {
         token.settled = true;
+        self.spare.writable = std::mem::take(&mut token.writable);
         self.state.get_queue_mut().go_to_previous_position();
+    }
+
+    /// An empty list for answers, with the room of earlier ones; to be given to [`Turn::return_room`] afterwards.
+    pub fn take_room(&mut self) -> Vec<u8> {
+        let mut room = std::mem::take(&mut self.spare.answer);
+        room.clear();
+        room
+    }
+
+    /// Keeps the room of a list for later answers.
+    pub fn return_room(&mut self, room: Vec<u8>) {
+        self.spare.answer = room;
     }
 
     /// Asks the driver to notify again. `true`: something arrived meanwhile, go on.
@@ -338,7 +379,9 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     fn walk(&mut self, head: u16) -> Result<Chain, ChainError> {
         let queue = self.state.get_queue();
         let table = Table { start: queue.desc_table(), entries: queue.size() };
-        let mut walk = Walk::new(&*self.memory, self.budget.chain);
+        let Spare { readable, writable, .. } = &mut self.spare;
+        let room = (std::mem::take(readable), std::mem::take(writable));
+        let mut walk = Walk::new(&*self.memory, self.budget.chain, room);
         let chain = walk.run(table, head);
         self.cost.descriptors = self.cost.descriptors.saturating_add(walk.copied());
         chain
@@ -358,7 +401,14 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
 
 impl<M> Drop for Turn<'_, M> {
     fn drop(&mut self) {
-        self.counts.add(self.cost);
+        self.ring.counts().add(self.cost);
+        let mut spare = std::mem::take(&mut self.spare);
+        for bytes in [&mut spare.command, &mut spare.answer] {
+            if bytes.capacity() > KEPT_BYTES {
+                *bytes = Vec::new();
+            }
+        }
+        self.ring.return_spare(spare);
     }
 }
 

@@ -15,7 +15,7 @@
 //! * a ring whose driver broke the queue's rules is latched as failed until it is stopped.
 
 use crate::fuse::{Failure, Fuse};
-use crate::queue::{Cost, RingError};
+use crate::queue::{Cost, RingError, Spare};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde::Serialize;
 use std::fs::File;
@@ -56,6 +56,8 @@ struct Shared {
     /// Guards who is told of a file that cannot be used, and what nobody could be told yet; a section is a few moves.
     unusable: Mutex<Unusable>,
     counts: Counts,
+    /// What visits leave to the next one. Changed under the ring's lock too.
+    spare: Mutex<Spare>,
 }
 
 /// Files that cannot be used.
@@ -205,6 +207,14 @@ impl Ring {
             most_chains: counts.most_chains.load(Ordering::Relaxed),
             most_descriptors: counts.most_descriptors.load(Ordering::Relaxed),
         }
+    }
+    /// What the visit before has left.
+    pub(crate) fn take_spare(&self) -> Spare {
+        std::mem::take(&mut *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+    /// Leaves it to the next visit.
+    pub(crate) fn return_spare(&self, spare: Spare) {
+        *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner) = spare;
     }
     pub(crate) fn counts(&self) -> &Counts {
         &self.shared.counts

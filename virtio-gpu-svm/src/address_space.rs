@@ -161,26 +161,28 @@ impl AddressSpace {
     ) {
         let mut runs = runs.peekable();
         while let Some(run) = runs.next() {
-            if tell(self.install(&run)).is_break() {
-                return;
-            }
-            let index = run.va.end.saturating_sub(1) >> LEAF_PAGES_SHIFT;
-            let Self { leaves, known, .. } = self;
-            // A leaf that has a page needs nothing more for others.
-            let Some(leaf) = leaves.get_mut(&index).filter(|leaf| leaf.bytes_to_fill() == 0) else {
-                continue;
-            };
-            if seeded::on(Bug::WrongLeaf) {
-                continue;
-            }
+            let index = run.va.start >> LEAF_PAGES_SHIFT;
             let lies_in = |run: &Run| {
                 let last = run.va.end.saturating_sub(1);
                 (run.va.start >> LEAF_PAGES_SHIFT, last >> LEAF_PAGES_SHIFT) == (index, index)
             };
-            while let Some(run) = runs.next_if(lies_in) {
-                if tell(leaf.install(&run, index, known)).is_break() {
+            let Self { leaves, known, charge, .. } = self;
+            let leaf = leaves.get_mut(&index).filter(|_| lies_in(&run) && !seeded::on(Bug::WrongLeaf));
+            let Some(leaf) = leaf else {
+                if tell(self.install(&run)).is_break() {
                     return;
                 }
+                continue;
+            };
+            let mut next = Some(run);
+            while let Some(run) = next {
+                let known_before = leaf.known;
+                let became = leaf.install(&run, index, charge);
+                *known = known.wrapping_add(leaf.known.wrapping_sub(known_before));
+                if tell(became).is_break() {
+                    return;
+                }
+                next = runs.next_if(lies_in);
             }
         }
     }
@@ -218,8 +220,10 @@ impl AddressSpace {
             let (part, slots) = part_of(run.va, index);
             let first = run.first.plus(part.start.wrapping_sub(run.va.start));
             let leaf = self.obtain_leaf(index);
-            let added = leaf.fill(slots, first);
-            self.known = self.known.wrapping_add(added);
+            let before = leaf.known;
+            leaf.fill(slots, first);
+            let after = leaf.known;
+            self.known = self.known.wrapping_add(after).wrapping_sub(before);
         }
         Install::Done
     }
@@ -292,8 +296,8 @@ impl Leaf {
             Pages::Small(entries) => Page::decode(*entries.get(usize::try_from(slot).ok()?)?),
         }
     }
-    /// Installs a run that lies in this leaf, which has room for it.
-    fn install(&mut self, run: &Run, index: u64, known: &mut u64) -> Install {
+    /// Installs a run that lies in this leaf.
+    fn install(&mut self, run: &Run, index: u64, charge: &mut Charge) -> Install {
         if is_stale(self.invalidated, run) {
             return Install::Raced;
         }
@@ -304,17 +308,17 @@ impl Leaf {
             if !allows(*entry, new) {
                 return Install::Conflict;
             }
-            let added = u64::from(*entry == 0);
+            self.known = self.known.saturating_add(u64::from(*entry == 0));
             *entry = new;
-            self.known = self.known.saturating_add(added);
-            *known = known.wrapping_add(added);
             return Install::Done;
         }
         if self.contradicts(run, index) {
             return Install::Conflict;
         }
-        let added = self.fill(part_of(run.va, index).1, run.first);
-        *known = known.wrapping_add(added);
+        if charge.grow(self.bytes_to_fill()).is_err() {
+            return Install::OverQuota;
+        }
+        self.fill(part_of(run.va, index).1, run.first);
         Install::Done
     }
     /// Whether a known page would become another one, or lose rights, behind the back of GPU VMs that use it.
@@ -335,11 +339,11 @@ impl Leaf {
             }
         }
     }
-    /// Returns how many pages were not known.
-    fn fill(&mut self, slots: std::ops::Range<u64>, first: Page) -> u64 {
+    fn fill(&mut self, slots: std::ops::Range<u64>, first: Page) {
         if slots == (0..LEAF_PAGES) {
             self.pages = Pages::Large(first);
-            return LEAF_PAGES.saturating_sub(std::mem::replace(&mut self.known, LEAF_PAGES));
+            self.known = LEAF_PAGES;
+            return;
         }
         let mut added = 0_u64;
         for (entry, n) in self.small(slots).iter_mut().zip(0..) {
@@ -347,7 +351,6 @@ impl Leaf {
             *entry = first.plus(n).encode();
         }
         self.known = self.known.saturating_add(added);
-        added
     }
     fn clear(&mut self, slots: std::ops::Range<u64>) {
         if self.known == 0 || slots == (0..LEAF_PAGES) {
@@ -392,20 +395,38 @@ pub struct Walk<'a> {
     hot: Option<(u64, Option<&'a Leaf>)>,
 }
 
-impl Walk<'_> {
-    /// What a page is, and how many of `most` pages from it on follow in guest memory too, as far as its leaf goes; at
-    /// least 1. None if it is not known.
+impl<'a> Walk<'a> {
+    /// How many of `most` pages from `page` on are surely not known, as far as its leaf goes; 0 if it is.
+    pub fn gap(&mut self, page: u64, most: u64) -> u64 {
+        let slot = page & (LEAF_PAGES - 1);
+        let most = most.min(LEAF_PAGES.saturating_sub(slot));
+        match self.leaf(page).map(|leaf| &leaf.pages) {
+            None | Some(Pages::Empty) => most,
+            Some(Pages::Large(_)) => 0,
+            Some(Pages::Small(entries)) => {
+                let entries = slots_in(entries.as_slice(), slot..slot.saturating_add(most));
+                let known = entries.iter().position(|entry| *entry != 0);
+                known.and_then(|known| u64::try_from(known).ok()).unwrap_or(most)
+            }
+        }
+    }
     #[inline]
-    pub fn run(&mut self, page: u64, most: u64) -> Option<(Page, u64)> {
+    fn leaf(&mut self, page: u64) -> Option<&'a Leaf> {
         let index = page >> LEAF_PAGES_SHIFT;
-        let leaf = match self.hot {
+        match self.hot {
             Some((hot, leaf)) if hot == index => leaf,
             _ => {
                 let leaf = self.space.leaves.get(&index);
                 self.hot = Some((index, leaf));
                 leaf
             }
-        };
+        }
+    }
+    /// What a page is, and how many of `most` pages from it on follow in guest memory too, as far as its leaf goes; at
+    /// least 1. None if it is not known.
+    #[inline]
+    pub fn run(&mut self, page: u64, most: u64) -> Option<(Page, u64)> {
+        let leaf = self.leaf(page);
         let slot = page & (LEAF_PAGES - 1);
         let most = most.min(LEAF_PAGES.saturating_sub(slot));
         match &leaf?.pages {

@@ -477,8 +477,11 @@ impl Context {
 
     fn make_pending(&self, state: &mut State, pending: Pending, after: &mut After) {
         let vm_id = pending.vm_id;
+        let last = pending.cpu_page.saturating_add(pending.pages.saturating_sub(1));
         state.space.keep_leaf(pending.cpu_page);
-        state.space.keep_leaf(pending.cpu_page.saturating_add(pending.pages.saturating_sub(1)));
+        if pending.pages > 1 {
+            state.space.keep_leaf(last);
+        }
         let cookie = state.faults.insert(self.generation, pending);
         self.quota.note(Limit::PendingFaults, state.faults.count());
         state.waiting.push_back(Waiting::Fault(cookie));

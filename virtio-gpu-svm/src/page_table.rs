@@ -310,8 +310,8 @@ pub struct Edit<'a> {
     hot: Option<(u64, &'a [Block; FANOUT])>,
     /// The block table of which a block was noted last.
     noted: Option<u64>,
-    /// The block whose leaf is known to be there.
-    prepared: Option<u64>,
+    /// The block that was prepared last, if it has a leaf.
+    prepared: Option<(u64, &'a Block)>,
 }
 
 /// A block whose leaf is being filled by rising pages; its word is stored when that ends.
@@ -343,10 +343,10 @@ impl Filling<'_> {
             _ => present_in(cells),
         };
         let mut word = first;
-        for cell in cells {
+        for_each_unrolled(cells, |cell| {
             cell.store(word, Ordering::Release);
             word = word.wrapping_add(step);
-        }
+        });
         self.present = self.present.saturating_add(part.pages()).saturating_sub(replaced);
     }
 }
@@ -358,7 +358,10 @@ impl<'a> Edit<'a> {
     /// [`NoTable`]; what was made is freed by the next reclaim, unless it is used until then.
     #[inline]
     pub fn prepare(&mut self, page: u64, pages: u64) -> Result<(), NoTable> {
-        if pages == 1 && self.prepared == Some(page >> FANOUT_BITS) {
+        if pages == 1
+            && let Some((number, _)) = self.prepared
+            && number == page >> FANOUT_BITS
+        {
             return Ok(());
         }
         self.prepare_blocks(page, pages)
@@ -435,6 +438,8 @@ impl<'a> Edit<'a> {
             let half = part.start & (BLOCK_PAGES - 1) >= BLOCK_PAGES / 2;
             if block.is_large() && !(half && seeded::on(Bug::LeaveHalf)) {
                 edit.drop_large(part.start >> FANOUT_BITS, block);
+            } else if part.pages() == BLOCK_PAGES {
+                edit.clear_block(part.start >> FANOUT_BITS, block);
             } else {
                 edit.clear_small(part, block, |_| true);
             }
@@ -460,7 +465,7 @@ impl<'a> Edit<'a> {
             let leaf = self.allocate(LEAF_BYTES, || Leaf::new_box_zeroed().ok())?;
             block.leaf.get_or_init(|| leaf);
         }
-        self.prepared = block.leaf.get().map(|_| part.start >> FANOUT_BITS);
+        self.prepared = block.leaf.get().map(|_| (part.start >> FANOUT_BITS, block));
         Ok(())
     }
 
@@ -530,8 +535,12 @@ impl<'a> Edit<'a> {
                 continue;
             }
             self.end_filling(filling.take());
-            let Ok(block) = self.obtain_block(number) else {
-                panic!("page {:#x} was not prepared", part.start)
+            let block = match self.prepared {
+                Some((prepared, block)) if prepared == number => block,
+                _ => match self.obtain_block(number) {
+                    Ok(block) => block,
+                    Err(_) => panic!("page {:#x} was not prepared", part.start),
+                },
             };
             if part.pages() == BLOCK_PAGES {
                 self.commit_large(part, block, word | LARGE);
@@ -568,6 +577,16 @@ impl<'a> Edit<'a> {
             self.note(part.start >> FANOUT_BITS, block);
         }
         self.add_resident(BLOCK_PAGES, replaced);
+    }
+
+    /// Drops the small translations of a whole block.
+    fn clear_block(&mut self, number: u64, block: &Block) {
+        let dropped = block.present();
+        let Some(leaf) = block.leaf.get().filter(|_| dropped > 0) else { return };
+        for_each_unrolled(leaf.as_slice(), |cell| cell.store(0, Ordering::Release));
+        block.set_word(0);
+        self.add_resident(0, dropped);
+        self.note(number, block);
     }
 
     fn clear_small(&mut self, part: PageRange, block: &Block, hit: impl Fn(u64) -> bool) {
@@ -737,6 +756,23 @@ fn clear_entries(leaf: &Leaf, part: PageRange, hit: impl Fn(u64) -> bool) -> u64
         }
     }
     dropped
+}
+
+/// Calls `act` with every entry. The compiler does not unroll loops of atomics.
+#[inline]
+fn for_each_unrolled(cells: &[AtomicU64], mut act: impl FnMut(&AtomicU64)) {
+    let (eights, rest) = cells.as_chunks::<8>();
+    for [a, b, c, d, e, f, g, h] in eights {
+        act(a);
+        act(b);
+        act(c);
+        act(d);
+        act(e);
+        act(f);
+        act(g);
+        act(h);
+    }
+    rest.iter().for_each(act);
 }
 
 /// Entries that hold a translation.

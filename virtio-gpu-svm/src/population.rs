@@ -441,10 +441,13 @@ impl State {
         }
         let Behind::Cpu(cpu_page) = va.behind(slice.start) else { return Step::Lost(first) };
         let end = part.end.min(free.end).min(slice.start.saturating_add(ASK_PAGES));
-        let next_known = (first.end..end).find(|page| pages.extent(*page, 1).filter(will_do).is_some());
+        let mut next_known = pages.next_known(PageRange { start: slice.start, end });
+        while next_known < end && !pages.extent(next_known, 1).is_some_and(|extent| will_do(&extent)) {
+            next_known = pages.next_known(PageRange { start: next_known, end });
+        }
         Step::Ask(Prefetch {
             vm_id,
-            range: PageRange { start: first.start, end: next_known.unwrap_or(end) },
+            range: PageRange { start: first.start, end: next_known },
             cpu_page,
             readonly: va.readonly,
         })

@@ -110,8 +110,13 @@ pub(super) struct Walk<'m, M> {
 }
 
 impl<'m, M: GuestMemory> Walk<'m, M> {
-    pub(super) fn new(memory: &'m M, most: u32) -> Self {
-        Self { memory, most, chain: Chain::default(), descriptors: 0, bytes: 0, copied: 0 }
+    /// Fills these two lists, of readable and of writable spans, whatever they held.
+    pub(super) fn new(memory: &'m M, most: u32, lists: (Vec<Span>, Vec<Span>)) -> Self {
+        let (mut readable, mut writable) = lists;
+        readable.clear();
+        writable.clear();
+        let chain = Chain { readable, writable, ..Chain::default() };
+        Self { memory, most, chain, descriptors: 0, bytes: 0, copied: 0 }
     }
 
     /// Descriptors copied so far.

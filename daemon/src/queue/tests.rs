@@ -117,6 +117,32 @@ fn command_and_answer_pass_through_scattered_buffers() {
 }
 
 #[test]
+fn visit_leaves_room_to_the_next_and_not_too_much() {
+    let mut driver = Driver::new();
+    let mut visit = |bytes: u32| {
+        driver.descriptor(0, DATA, bytes, 0, 0);
+        driver.offer(0);
+        let mut turn = driver.turn();
+        let served = turn.serve(|_, answer, _| {
+            answer.resize(usize::try_from(bytes).unwrap(), 0);
+            ControlFlow::Continue(())
+        });
+        assert_eq!(served, Ok(Served::Empty));
+        drop(turn);
+        let spare = driver.ring.take_spare();
+        let room = [spare.command.capacity(), spare.answer.capacity(), spare.readable.capacity()];
+        driver.ring.return_spare(spare);
+        room
+    };
+    let small = visit(100);
+    assert!(small.iter().all(|room| *room > 0), "{small:?}");
+    assert_eq!(visit(50), small);
+    let most = u32::try_from(KEPT_BYTES).unwrap();
+    assert!(visit(most).iter().take(2).all(|room| *room >= KEPT_BYTES));
+    assert_eq!(visit(most + 1)[..2], [0, 0]);
+}
+
+#[test]
 fn answer_is_cut_to_the_room() {
     let mut driver = Driver::new();
     driver.descriptor(0, DATA, 4, NEXT, 1);

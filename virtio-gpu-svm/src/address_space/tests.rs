@@ -111,9 +111,19 @@ fn agrees_with_a_page_map() {
             }
         }
         assert_eq!(space.known_pages(), model.len() as u64);
+        let mut walk = space.walk();
         for _ in 0..20 {
-            let page = next(5200);
+            let (page, most) = (next(5200), 1 + next(40));
             assert_eq!(space.lookup(page).map(|p| p.gpa_page), model.get(&page).copied());
+            let leaf_end = (page | (LEAF_PAGES - 1)) + 1;
+            let pages = page..leaf_end.min(page + most);
+            let run = walk.run(page, most).map(|(first, run)| (first.gpa_page, run));
+            let follows =
+                |first: u64| pages.clone().zip(first..).take_while(|(p, gpa)| model.get(p) == Some(gpa));
+            let expected = model.get(&page).map(|first| (*first, follows(*first).count() as u64));
+            assert_eq!(run, expected, "page {page} of at most {most}");
+            let unknown = pages.take_while(|p| !model.contains_key(p)).count() as u64;
+            assert_eq!(walk.gap(page, most), unknown, "page {page} of at most {most}");
         }
     }
 }

@@ -176,7 +176,8 @@ impl Context {
             return Err(Error::NotCovered { cpu_page });
         }
         let mut supplied = state.install_runs(runs).inspect_err(|error| self.count_full(error))?;
-        if state.space.lookup(cpu_page).is_some_and(serves) {
+        let stands = covered && supplied.refused == 0;
+        if stands || state.space.lookup(cpu_page).is_some_and(serves) {
             supplied.pending = false;
             // A prefetch is bound as it was wanted, in slices.
             let window = |page: u64| page / FAULT_AROUND_PAGES;

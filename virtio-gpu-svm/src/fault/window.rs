@@ -60,8 +60,7 @@ impl Window<'_> {
                 bound = device.bind(asid, GpuAddr(at << PAGE_SHIFT), &extents).map_err(device_errno);
                 extents.clear();
             }
-            // What ends the run is not known.
-            at = end.saturating_add(1);
+            at = pages.next_known(PageRange { start: end, end: window.end });
         }
         *spare = emptied(extents);
         bound
@@ -96,6 +95,20 @@ impl<'s, 'm> Pages<'s, 'm> {
         };
         let Place { region, offset, pages } = self.memory.run(gpa_page, pages)?;
         Some(Extent { region, offset, pages, writable: !self.va.readonly && !readonly })
+    }
+    /// The first page of a range that may be known, or the range's end. The first one of the range is not, or will not do.
+    pub(crate) fn next_known(&mut self, range: PageRange) -> u64 {
+        let mut at = range.start.saturating_add(1).min(range.end);
+        while at < range.end
+            && let Behind::Cpu(cpu_page) = self.va.behind(at)
+        {
+            let gap = self.space.gap(cpu_page, range.end.saturating_sub(at));
+            if gap == 0 {
+                break;
+            }
+            at = at.saturating_add(gap);
+        }
+        at
     }
     /// Adds the extents of the pages from the first of a range on that are known and will do. Returns the first page that
     /// is not, or the range's end.
