@@ -5,17 +5,24 @@
 //! daemon of its own; what is said to be in process drives the library. Nobody but `main` prints.
 //!
 //! * [`report`]: rows, figures, goals, and the alternation of both sides.
-//! * [`place`]: cores and ways to wait; [`ring`]: the frontend; [`svm`], [`wire`]: our side of it; [`peers`]: the others.
-//! * [`roundtrip`], [`bind`]: the metrics.
+//! * [`place`]: cores and ways to wait; [`ring`], [`script`]: the frontend; [`svm`], [`wire`]: our side of it; [`peers`]: the others.
+//! * [`library`]: the library without rings; [`events`]: records; [`uffd`]: a CPU's own faults.
+//! * [`roundtrip`], [`bind`], [`fault`], [`storm`], [`scale`], [`bully`], [`copy`]: the metrics.
 
 pub mod bind;
+pub mod bully;
+pub mod copy;
 pub mod events;
 pub mod fault;
+pub mod library;
 pub mod peers;
 pub mod place;
 pub mod report;
 pub mod ring;
 pub mod roundtrip;
+pub mod scale;
+pub mod script;
+pub mod storm;
 pub mod svm;
 pub mod uffd;
 pub mod wire;
@@ -84,4 +91,10 @@ pub const METRICS: &[Metric] = &[
     Metric { id: "P4", name: "bind of runs", measure: bind::in_runs },
     Metric { id: "P5", name: "unbind and invalidate", measure: bind::withdrawal },
     Metric { id: "P6", name: "fault round trip", measure: fault::round_trip },
+    Metric { id: "P7", name: "fault storms", measure: storm::storms },
+    Metric { id: "P8", name: "many contexts", measure: scale::contexts },
+    Metric { id: "P9", name: "memory", measure: scale::memory },
+    Metric { id: "P10", name: "many guests", measure: scale::guests },
+    Metric { id: "P11", name: "beside hostile guests", measure: bully::beside },
+    Metric { id: "P12", name: "copy jobs", measure: copy::job },
 ];

@@ -62,6 +62,30 @@ impl Events {
         }
     }
 
+    /// The next record that is not about an invalidation, of which the answer has told already.
+    ///
+    /// # Errors
+    /// As [`Self::next`].
+    pub fn next_but_done(&mut self, driver: &mut Driver) -> Result<Record> {
+        loop {
+            match self.next(driver)? {
+                Record::Done(_) => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// The next record, if there is one.
+    ///
+    /// # Errors
+    /// The device wrote no record that is known here.
+    pub fn take(&mut self, driver: &mut Driver) -> Result<Option<Record>> {
+        if self.waiting.is_empty() {
+            self.collect(driver)?;
+        }
+        Ok(self.waiting.pop_front())
+    }
+
     fn collect(&mut self, driver: &mut Driver) -> Result<()> {
         let ram = driver.ram().clone();
         let ring = &mut driver.rings[usize::from(EVENTQ)];

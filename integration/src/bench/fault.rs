@@ -9,8 +9,9 @@ use super::Bench;
 use super::events::{Events, Record};
 use super::place::Place;
 use super::report::{Goal, Row, alternate};
-use super::ring::{Answer, Driver, Script};
+use super::ring::Driver;
 use super::roundtrip::{Side, wait};
+use super::script::{Answer, Script};
 use super::svm::{Daemon, accepted, create_process, invalidate};
 use super::uffd::Faults;
 use super::wire;
@@ -120,12 +121,12 @@ impl Ours {
         };
         accepted(&mut driver, &wire::bind(CTX, vm_id, &[operation]))?;
         let packets: Vec<_> = (0..PLACES).map(|place| packet::fill(C + place * stride, 8, 1)).collect();
-        let job = wire::exec(CTX, vm_id, &packets);
+        let job = wire::exec(CTX, vm_id, 0, &packets);
         let runs = scattered(driver.ram(), pages);
         let (mut answers, mut places) = (Script::default(), vec![]);
         for _ in 0..ANSWERS {
             let command = driver.place(&wire::answer(CTX, 0, &runs))?;
-            driver.add(&mut answers, &[command], ROOM, Answer::Accepted)?;
+            answers.add(&driver, &[command], ROOM, Answer::Accepted)?;
             places.push(command.at);
         }
         let (next, sequence) = (0, 0);
@@ -137,11 +138,13 @@ impl Ours {
         accepted(&mut self.driver, &self.job)?;
         let mut begin = None;
         for _ in 0..PLACES {
-            let Record::Fault(fault) = self.events.next(&mut self.driver)? else { bail!("no fault") };
+            let Record::Fault(fault) = self.events.next_but_done(&mut self.driver)? else {
+                bail!("no fault")
+            };
             begin.get_or_insert_with(Instant::now);
             self.answer(&fault)?;
         }
-        let Record::Job(end) = self.events.next(&mut self.driver)? else { bail!("the job goes on") };
+        let Record::Job(end) = self.events.next_but_done(&mut self.driver)? else { bail!("the job goes on") };
         let elapsed = begin.context("no fault came")?.elapsed();
         ensure!(end.status.get() == 0, "the job ended with {}", end.status.get());
         self.answers.drain(&mut self.driver.rings[0])?;

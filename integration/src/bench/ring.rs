@@ -2,8 +2,7 @@
 //! backend, QEMU's program.
 //!
 //! [`Driver`] owns a connection and its rings. A [`Ring`] is driven by atomic accesses to guest memory; descriptors are
-//! written once. A [`Script`] is a list of commands that is offered over and over, so many in flight. Backends answer in
-//! order here, and each answer is looked at.
+//! written once.
 
 use super::peers;
 use crate::frontend::RingAddresses;
@@ -12,12 +11,11 @@ use anyhow::{Context, Result, ensure};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
-use virtio_gpu_svm::protocol::gpu::{VIRTIO_GPU_RESP_OK_CAPSET_INFO, VIRTIO_GPU_RESP_OK_NODATA};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -112,6 +110,21 @@ impl Ring {
         Ok(())
     }
 
+    /// Guest memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Changes the length of a chain's first buffer.
+    ///
+    /// # Errors
+    /// The ring is not in guest memory.
+    pub fn set_len(&self, head: u16, bytes: u32) -> Result<()> {
+        let len: &AtomicU32 = self.ram.atomic(self.at.desc + 16 * u64::from(head) + 8)?;
+        len.store(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Makes a chain available, once it is published.
     ///
     /// # Errors
@@ -169,7 +182,10 @@ impl Ring {
     }
 
     /// Sets the index at which the device interrupts: the next one, or one that is far away.
-    fn want_interrupts(&self, wanted: bool) -> Result<()> {
+    ///
+    /// # Errors
+    /// The ring is not in guest memory.
+    pub fn want_interrupts(&self, wanted: bool) -> Result<()> {
         let event = if wanted { self.used } else { self.used.wrapping_add(0x8000) };
         self.u16_at(self.at.avail + 4 + 2 * u64::from(self.at.size))?.store(event, Ordering::Relaxed);
         Ok(())
@@ -203,167 +219,6 @@ impl Ring {
             }
             ensure!(begin.elapsed() < PATIENCE, "the backend does not answer");
         }
-    }
-}
-
-/// What an answer must be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// This word first.
-    Kind(u32),
-    /// A response of ours without data, with status 0.
-    Accepted,
-}
-
-impl Answer {
-    /// To a no-op of ours.
-    pub const CAPSET_INFO: Self = Self::Kind(VIRTIO_GPU_RESP_OK_CAPSET_INFO);
-    /// To anything that virtio-gpu carries out.
-    pub const NO_DATA: Self = Self::Kind(VIRTIO_GPU_RESP_OK_NODATA);
-}
-
-struct Command {
-    head: u16,
-    answer_at: u64,
-    answer: Answer,
-}
-
-/// A list of commands.
-#[derive(Default)]
-pub struct Script {
-    commands: Vec<Command>,
-    offered: usize,
-    reaped: usize,
-}
-
-/// What a script has done.
-#[derive(Clone, Copy, Debug)]
-pub struct Done {
-    /// Commands.
-    pub commands: usize,
-    /// In this time.
-    pub elapsed: Duration,
-}
-
-impl Done {
-    /// Of each.
-    pub fn seconds_each(&self) -> f64 {
-        self.elapsed.as_secs_f64() / self.commands as f64
-    }
-}
-
-impl Script {
-    /// How many commands there are.
-    pub fn len(&self) -> usize {
-        self.commands.len()
-    }
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.commands.is_empty()
-    }
-
-    /// Keeps `depth` commands in flight for so long, and until the script has come to its end again. `prepare` is told
-    /// each command's place before it is offered.
-    ///
-    /// # Errors
-    /// A command fails.
-    pub fn run(
-        &mut self,
-        ring: &mut Ring,
-        depth: usize,
-        how_long: Duration,
-        mut prepare: impl FnMut(usize) -> Result<()>,
-    ) -> Result<Done> {
-        let depth = depth.min(self.commands.len());
-        let (begin, before) = (Instant::now(), self.reaped);
-        loop {
-            let over = begin.elapsed() >= how_long;
-            while self.offered - self.reaped < depth && !(over && self.offered % self.len() == 0) {
-                prepare(self.offered % self.len())?;
-                self.offer(ring)?;
-            }
-            ring.publish()?;
-            if self.offered == self.reaped {
-                return Ok(Done { commands: self.reaped - before, elapsed: begin.elapsed() });
-            }
-            ring.await_used()?;
-            while self.reap(ring)? {}
-        }
-    }
-
-    /// Carries out the next command alone, and times it.
-    ///
-    /// # Errors
-    /// It fails.
-    pub fn step(&mut self, ring: &mut Ring) -> Result<Duration> {
-        let begin = Instant::now();
-        self.offer(ring)?;
-        ring.publish()?;
-        ring.await_used()?;
-        let elapsed = begin.elapsed();
-        ensure!(self.reap(ring)?, "nothing was given back");
-        Ok(elapsed)
-    }
-
-    /// Sends the next command and waits for none, unless `most` are in flight.
-    ///
-    /// # Errors
-    /// A command fails.
-    pub fn send(&mut self, ring: &mut Ring, most: usize) -> Result<()> {
-        while self.reap(ring)? {}
-        while self.offered - self.reaped >= most {
-            ring.await_used()?;
-            self.reap(ring)?;
-        }
-        self.offer(ring)?;
-        ring.publish()
-    }
-
-    /// Waits until nothing is in flight.
-    ///
-    /// # Errors
-    /// A command fails.
-    pub fn drain(&mut self, ring: &mut Ring) -> Result<()> {
-        while self.offered > self.reaped {
-            ring.await_used()?;
-            self.reap(ring)?;
-        }
-        Ok(())
-    }
-
-    /// A word of the answer to a command, at this offset.
-    ///
-    /// # Errors
-    /// There is no such command.
-    pub fn answer_word(&self, ring: &Ring, place: usize, offset: u64) -> Result<u64> {
-        let command = self.commands.get(place).context("no such command")?;
-        Ok(ring.ram.atomic::<AtomicU64>(command.answer_at + offset)?.load(Ordering::Relaxed))
-    }
-
-    fn offer(&mut self, ring: &mut Ring) -> Result<()> {
-        let command = &self.commands[self.offered % self.commands.len()];
-        let kind: &AtomicU32 = ring.ram.atomic(command.answer_at)?;
-        kind.store(0, Ordering::Relaxed);
-        ring.offer(command.head)?;
-        self.offered += 1;
-        Ok(())
-    }
-
-    fn reap(&mut self, ring: &mut Ring) -> Result<bool> {
-        let Some((head, _)) = ring.take_used()? else { return Ok(false) };
-        let command = &self.commands[self.reaped % self.commands.len()];
-        ensure!(head == u32::from(command.head), "chain {head} comes before {}", command.head);
-        let word =
-            |at: u64| Ok::<u32, anyhow::Error>(ring.ram.atomic::<AtomicU32>(at)?.load(Ordering::Relaxed));
-        let (kind, status) = (word(command.answer_at)?, word(command.answer_at + 24)?);
-        let good = match command.answer {
-            Answer::Kind(wanted) => kind == wanted,
-            Answer::Accepted => kind == VIRTIO_GPU_RESP_OK_NODATA && status == 0,
-        };
-        let place = self.reaped % self.commands.len();
-        ensure!(good, "command {place} is answered {kind:#x}, status {}", status.cast_signed());
-        self.reaped += 1;
-        Ok(true)
     }
 }
 
@@ -435,18 +290,17 @@ impl Driver {
         Ok(Buffer { at, bytes: bytes.len() as u64, writable: false })
     }
 
-    /// Adds a command to a script for ring 0. Its bytes are in buffers that were placed.
+    /// Puts the chain of a script's command into its place on ring 0. Where its answer goes.
     ///
     /// # Errors
     /// Guest memory or the ring is full.
-    pub fn add(&self, script: &mut Script, buffers: &[Buffer], room: u64, answer: Answer) -> Result<()> {
-        let head = u16::try_from(script.len())? * CHAIN;
-        ensure!(script.len() < CHAINS, "a script of more than {CHAINS} commands");
+    pub fn place_chain(&self, place: usize, buffers: &[Buffer], room: u64) -> Result<(u16, u64)> {
+        ensure!(place < CHAINS, "a script of more than {CHAINS} commands");
+        let head = u16::try_from(place)? * CHAIN;
         let answer_at = self.ram.take_dma(ANSWER)?;
         let into = Buffer { at: answer_at, bytes: room.min(ANSWER), writable: true };
         self.rings[0].write_chain(head, &[buffers, &[into]].concat())?;
-        script.commands.push(Command { head, answer_at, answer });
-        Ok(())
+        Ok((head, answer_at))
     }
 
     /// Carries out one command on ring 0, on which nothing else may be in flight. Returns what was written of `room` bytes.

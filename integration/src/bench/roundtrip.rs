@@ -4,7 +4,8 @@ use super::Bench;
 use super::peers::Peer;
 use super::place::{Place, pin};
 use super::report::{Goal, Row, alternate, median};
-use super::ring::{Answer, Driver, Script, Wait};
+use super::ring::{Driver, Wait};
+use super::script::{Answer, Script};
 use super::svm::Daemon;
 use super::wire;
 use anyhow::{Context, Result};
@@ -130,7 +131,7 @@ pub fn no_ops(driver: &Driver, answer: Answer, count: usize) -> Result<Script> {
     let mut script = Script::default();
     for _ in 0..count {
         let command = driver.place(&wire::no_op())?;
-        driver.add(&mut script, &[command], ROOM, answer)?;
+        script.add(driver, &[command], ROOM, answer)?;
     }
     Ok(script)
 }

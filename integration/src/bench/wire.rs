@@ -95,11 +95,12 @@ pub fn bind(ctx_id: u32, vm_id: u32, operations: &[BindOp]) -> Vec<u8> {
     submit(ctx_id, &[head.as_bytes(), operations.as_bytes()].concat())
 }
 
-/// EXEC on ring 0.
-pub fn exec(ctx_id: u32, vm_id: u32, packets: &[Packet]) -> Vec<u8> {
+/// EXEC on a ring.
+pub fn exec(ctx_id: u32, vm_id: u32, ring_idx: u32, packets: &[Packet]) -> Vec<u8> {
     let hdr = request(SVM_REQ_EXEC, size_of::<Exec>() + size_of_val(packets));
     let (vm_id, num_packets) = (vm_id.into(), count(packets).into());
-    let head = Exec { hdr, vm_id, num_packets, ..Exec::default() };
+    let ring_idx = ring_idx.into();
+    let head = Exec { hdr, vm_id, ring_idx, num_packets, ..Exec::default() };
     submit(ctx_id, &[head.as_bytes(), packets.as_bytes()].concat())
 }
 

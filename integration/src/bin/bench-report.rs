@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use integration::bench::place::{Cores, pin};
 use integration::bench::report::{HEADER, Row};
-use integration::bench::{Bench, METRICS, Metric, peers};
+use integration::bench::{Bench, METRICS, Metric, peers, scale};
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -30,7 +30,7 @@ struct Arguments {
     /// Milliseconds of each side of a round [default: 100, quick: 20]
     #[arg(long)]
     slice_ms: Option<u64>,
-    /// In place of each metric's own sizes: depths (P2), pages (P3, P6)
+    /// In place of each metric's own sizes: depths (P2), pages (P3, P6), contexts (P7, P8), guests (P10), KiB (P12)
     #[arg(long, value_delimiter = ',')]
     sizes: Option<Vec<u64>>,
     /// Also write one JSON object a row to this file
@@ -42,6 +42,8 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).peekable();
     let done = if arguments.next_if(|first| first == peers::NULL_BACKEND).is_some() {
         peers::be_null_backend(arguments)
+    } else if arguments.next_if(|first| first == scale::MEMORY).is_some() {
+        scale::tell_memory(arguments)
     } else {
         report(&Arguments::parse())
     };

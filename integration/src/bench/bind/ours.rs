@@ -3,7 +3,8 @@
 use super::{DEPTH, memory_for, run, runs};
 use crate::bench::Bench;
 use crate::bench::events::{Events, Record};
-use crate::bench::ring::{Answer, Buffer, Driver, Script, Wait};
+use crate::bench::ring::{Buffer, Driver, Wait};
+use crate::bench::script::{Answer, Script};
 use crate::bench::svm::{Daemon, accepted, create_process, property};
 use crate::bench::wire;
 use crate::frontend::ram::GuestRam;
@@ -134,7 +135,7 @@ impl Ours {
         let from = self.operations as u64 * bytes.next_multiple_of(LEAF);
         for runs in runs(self.driver.ram(), A + from, pages, run).chunks(RUNS) {
             let list = self.driver.place(&wire::supply(CTX, runs))?;
-            self.driver.add(&mut self.script, &[list], ROOM, Answer::Accepted)?;
+            self.script.add(&self.driver, &[list], ROOM, Answer::Accepted)?;
             self.lists.commands.push(Kind::Supply { list, runs: runs.len() as u64 });
         }
         for first in (0..pages).step_by(usize::try_from(BIND_PAGES)?) {
@@ -164,7 +165,7 @@ impl Ours {
 
     fn push(&mut self, command: &[u8], kind: Kind) -> Result<()> {
         let command = self.driver.place(command)?;
-        self.driver.add(&mut self.script, &[command], ROOM, Answer::Accepted)?;
+        self.script.add(&self.driver, &[command], ROOM, Answer::Accepted)?;
         self.lists.commands.push(kind);
         Ok(())
     }
@@ -233,7 +234,7 @@ impl Ours {
         let mapping = map(JOB_C, JOB_A, PAGE_SIZE, 0);
         accepted(&mut self.driver, &wire::bind(CTX, self.vm_id, &[mapping]))?;
         let endless = packet::chase(JOB_C + 64, JOB_C, u64::MAX, 0);
-        accepted(&mut self.driver, &wire::exec(CTX, self.vm_id, &[endless]))?;
+        accepted(&mut self.driver, &wire::exec(CTX, self.vm_id, 0, &[endless]))?;
         Ok(events)
     }
 

@@ -3,7 +3,8 @@
 use super::{DEPTH, memory_for, run, runs};
 use crate::bench::Bench;
 use crate::bench::peers::Peer;
-use crate::bench::ring::{Answer, Driver, Script, Wait};
+use crate::bench::ring::{Driver, Wait};
+use crate::bench::script::{Answer, Script};
 use anyhow::{Result, ensure};
 use std::time::Duration;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
@@ -73,12 +74,12 @@ impl Qemu {
         let form = [resource, u32::try_from(entries)?];
         let head = self.driver.place(&command(VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING, &form))?;
         let list = self.driver.place(&list)?;
-        self.driver.add(&mut self.script, &[head, list], ROOM, Answer::NO_DATA)
+        self.script.add(&self.driver, &[head, list], ROOM, Answer::NO_DATA)
     }
 
     fn detach(&mut self, resource: u32) -> Result<()> {
         let head = self.driver.place(&command(VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING, &[resource, 0]))?;
-        self.driver.add(&mut self.script, &[head], ROOM, Answer::NO_DATA)
+        self.script.add(&self.driver, &[head], ROOM, Answer::NO_DATA)
     }
 
     /// Pages a second.
