@@ -99,6 +99,9 @@ fn cargo() -> Result<Command> {
     command.args(["build", "--quiet", "--bins", "--message-format=json-render-diagnostics"]);
     command.arg("--manifest-path").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml"));
     command.arg("--target-dir").arg(target_folder()?);
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
     for (name, _) in std::env::vars_os() {
         if INHERITED.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
             command.env_remove(name);

@@ -18,7 +18,7 @@ use std::time::Duration;
 use victim::{Operation, Victim};
 
 /// The longest that another guest's slice may delay an operation by, beside half of what it takes alone.
-const SLICE: Duration = Duration::from_micros(30);
+pub const SLICE: Duration = Duration::from_micros(30);
 /// Clock ticks of /proc a second, on every Linux that runs this.
 const TICKS: u64 = 100;
 
@@ -53,7 +53,26 @@ pub struct Row {
     daemon_cpu: u64,
 }
 
+/// The slowest but one in a hundred.
+#[derive(Clone, Copy, Debug)]
+pub struct Slow {
+    /// Of which operation.
+    pub operation: &'static str,
+    /// Beside which company.
+    pub hostility: &'static str,
+    /// Beside it.
+    pub beside: Duration,
+    /// Alone.
+    pub alone: Duration,
+}
+
 impl Row {
+    /// What [`Self::holds`] judges by.
+    pub fn p99(&self) -> Slow {
+        let (operation, hostility) = (self.operation.name(), self.hostility.name());
+        Slow { operation, hostility, beside: self.times.p99, alone: self.alone.p99 }
+    }
+
     /// Whether the slow ones are no slower than 1.5 times those alone and a slice.
     pub fn holds(&self) -> bool {
         self.times.p99 <= self.alone.p99.mul_f64(1.5) + SLICE

@@ -1,5 +1,5 @@
-//! Gets QEMU, guest kernels and valgrind from Debian's own package mirrors, without root, and keeps them below
-//! `target/vm`.
+//! Gets QEMU and its programs, guest kernels and valgrind from Debian's own package mirrors, without root, and keeps them
+//! below `target/vm`.
 //!
 //! Each piece is a folder that appears by one rename when it is complete, with a stamp that names the recipe it was made
 //! by; another recipe, or no stamp, makes it anew. Downloads happen in a staging folder that is emptied first, so nothing
@@ -12,6 +12,7 @@ pub mod mirror;
 mod apt;
 mod modules;
 mod valgrind;
+mod vhost_user_gpu;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ use anyhow::{Context, Result, ensure};
 use crate::binaries;
 use apt::Apt;
 pub use valgrind::Valgrind;
+pub use vhost_user_gpu::VhostUserGpu;
 
 /// Names a `qemu-system-x86_64` to be used instead of the provisioned one.
 pub const QEMU_VARIABLE: &str = "SVM_QEMU";

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vhost::VhostUserMemoryRegionInfo;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{AtomicAccess, Bytes, FileOffset, VolatileMemory};
+use vm_memory::{AtomicAccess, AtomicInteger, Bytes, FileOffset, VolatileMemory, VolatileSlice};
 
 /// Guest-physical addresses below this are the boot structures' of a vCPU.
 pub const LOW_RESERVED: u64 = 1 << 20;
@@ -174,6 +174,11 @@ impl GuestRam {
         self.free.lock().unwrap_or_else(PoisonError::into_inner).dma.1
     }
 
+    /// Where guest-physical memory ends.
+    pub fn end(&self) -> u64 {
+        self.regions.iter().map(|region| region.gpa + region.bytes).max().unwrap_or(0)
+    }
+
     /// Everything, as it lies in the file.
     ///
     /// # Errors
@@ -200,6 +205,24 @@ impl GuestRam {
     pub fn load<T: AtomicAccess>(&self, gpa: u64) -> Result<T> {
         let offset = self.offset(gpa, size_of::<T>() as u64)?;
         Ok(self.mapping.as_volatile_slice().load(usize::try_from(offset)?, Ordering::SeqCst)?)
+    }
+
+    /// Memory in one piece.
+    ///
+    /// # Errors
+    /// Not guest memory.
+    pub fn slice(&self, gpa: u64, bytes: u64) -> Result<VolatileSlice<'_>> {
+        let offset = self.offset(gpa, bytes)?;
+        Ok(self.mapping.get_slice(usize::try_from(offset)?, usize::try_from(bytes)?)?)
+    }
+
+    /// An aligned integer, to be accessed in whatever order its user says.
+    ///
+    /// # Errors
+    /// Not guest memory, or not aligned.
+    pub fn atomic<T: AtomicInteger>(&self, gpa: u64) -> Result<&T> {
+        let offset = self.offset(gpa, size_of::<T>() as u64)?;
+        Ok(self.mapping.get_atomic_ref(usize::try_from(offset)?)?)
     }
 
     /// Contiguous zeroed memory for a driver, page aligned. It is never given back: a driver's life is the guest's.

@@ -1,0 +1,156 @@
+//! The library without rings: a guest whose commands are calls, and a soft device without engines, whose faults are raised
+//! by whoever measures. What is measured with it says that it is in process.
+
+use super::wire;
+use anyhow::{Context, Result, ensure};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use virtio_gpu_svm::addr::GpuAddr;
+use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
+use virtio_gpu_svm::device::{Access, AddressModel, Asid, Device, Events, Fault, FaultModel, JobId, StopId};
+use virtio_gpu_svm::guest::{EventPort, Guest};
+use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
+use virtio_gpu_svm::protocol::control::SvmResp;
+use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr, FaultRecord};
+use virtio_gpu_svm::protocol::request::VmCreateRsp;
+use virtio_gpu_svm::protocol::{MAX_RESPONSE_BYTES, errno};
+use vm_memory::mmap::MmapRegion;
+use zerocopy::FromBytes;
+
+/// Where guest memory begins.
+pub const GPA: u64 = 0x10_0000;
+/// As much as anybody here asks for.
+const MANY: u32 = 1 << 20;
+/// Bytes that a call may fill with records.
+const RECORDS: usize = size_of::<EventHdr>() + 64 * EVENT_RECORD_BYTES;
+
+struct Silent;
+
+impl EventPort for Silent {
+    fn ready(&self) {}
+}
+
+/// A guest that is called.
+pub struct Library {
+    host: Arc<Host>,
+    guest: Arc<Guest>,
+    response: Vec<u8>,
+    records: Vec<u8>,
+}
+
+/// A process: its context, its GPU VM on device 0, and what the device calls that.
+#[derive(Clone, Copy, Debug)]
+pub struct Process {
+    /// The context.
+    pub ctx_id: u32,
+    /// The GPU VM.
+    pub vm_id: u32,
+    /// Its id on the device.
+    pub asid: u32,
+}
+
+impl Library {
+    /// A guest with so much memory, of which nothing is touched.
+    ///
+    /// # Errors
+    /// The host has no address space left, or HELLO is refused.
+    pub fn new(memory: u64) -> Result<Self> {
+        let config = SoftConfig {
+            index: 0,
+            name: "soft0".into(),
+            engines: 1,
+            va_bits: 48,
+            fault_model: FaultModel::Replayable,
+            address_model: AddressModel::Any,
+            ledger: None,
+            job_limit: None,
+        };
+        let host = Host::new(vec![SoftDevice::new(config) as Arc<dyn Device>]);
+        let limits = Limits {
+            contexts: MANY,
+            gpu_vms: MANY,
+            total_mappings: MANY,
+            table_bytes: 1 << 40,
+            total_pending_faults: MANY,
+            fault_deadline_ms: 0,
+            ..Limits::DEFAULT
+        };
+        let guest = host.open_guest("vm0", limits, &[0], Arc::new(Silent));
+        let identity = RegionIdentity { inode: (0, 1), offset: 0, size: memory, gpa: GPA };
+        let region = Region::new(identity, MmapRegion::new(usize::try_from(memory)?)?);
+        guest.set_memory(Arc::new(MemoryTable::new(vec![region])?));
+        let mut library = Self { host, guest, response: vec![], records: vec![] };
+        library.control(&wire::hello(1))?;
+        Ok(library)
+    }
+
+    /// Carries out a command that must be accepted, and tells how long that took.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn control(&mut self, command: &[u8]) -> Result<Duration> {
+        let begin = Instant::now();
+        self.guest.control(command, &mut self.response, MAX_RESPONSE_BYTES);
+        let elapsed = begin.elapsed();
+        let (head, _) = SvmResp::read_from_prefix(&self.response).ok().context("a short answer")?;
+        let status = head.status.get();
+        ensure!(status == 0, "a command is refused: {}", errno::name(status));
+        Ok(elapsed)
+    }
+
+    /// Carries out a no-op.
+    pub fn no_op(&mut self, command: &[u8]) {
+        self.guest.control(command, &mut self.response, MAX_RESPONSE_BYTES);
+    }
+
+    /// Creates a context with a GPU VM.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn create_process(&mut self, ctx_id: u32) -> Result<Process> {
+        self.control(&wire::create_context(ctx_id))?;
+        self.control(&wire::create_vm(ctx_id))?;
+        let reply = self.response.get(size_of::<SvmResp>()..).unwrap_or_default();
+        let (reply, _) = VmCreateRsp::read_from_prefix(reply).ok().context("a short reply")?;
+        Ok(Process { ctx_id, vm_id: reply.vm_id.get(), asid: reply.asid.get() })
+    }
+
+    /// An engine reads a word, and is parked.
+    pub fn raise(&self, process: Process, stop: u64, addr: u64) {
+        let fault = Fault {
+            asid: Asid(process.asid),
+            stop: StopId(stop),
+            job: JobId(1),
+            addr: GpuAddr(addr),
+            pages: 1,
+            length_hint: 8,
+            access: Access::Read,
+            engine: 0,
+            level: 0,
+        };
+        self.host.fault(0, fault);
+    }
+
+    /// Takes all records, and hands out those of faults. How many records there were.
+    ///
+    /// # Errors
+    /// A record is short.
+    pub fn take_records(&mut self, mut fault: impl FnMut(FaultRecord)) -> Result<usize> {
+        let mut count = 0;
+        loop {
+            self.guest.fill_events(&mut self.records, RECORDS);
+            let Ok((_, records)) = EventHdr::read_from_prefix(&self.records) else { return Ok(count) };
+            if records.is_empty() {
+                return Ok(count);
+            }
+            for record in records.chunks_exact(EVENT_RECORD_BYTES) {
+                let record = FaultRecord::read_from_bytes(record).ok().context("a short record")?;
+                count += 1;
+                if record.kind.get() == EVENT_FAULT {
+                    fault(record);
+                }
+            }
+        }
+    }
+}
