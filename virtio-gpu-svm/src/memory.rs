@@ -275,7 +275,7 @@ mod tests {
             (GUEST_PA_END - 0x1000, 0x1000),
         ];
         let table = table(&places);
-        let mut pages: Vec<u64> = (0..16 * MIB >> 12).collect();
+        let mut pages: Vec<u64> = (0..(16 * MIB) >> 12).collect();
         for end in [FLAT_END - 2 * MIB, FLAT_END, FLAT_END + 2 * MIB, FLAT_END + 64 * MIB, GUEST_PA_END] {
             pages.extend((end >> 12) - 3..(end >> 12) + 3);
         }

@@ -226,7 +226,7 @@ impl VmState {
         for extent in extents {
             self.assert_inside(page, extent);
             let region = extent.region.id();
-            self.regions.entry(region).or_insert_with(|| Arc::clone(&extent.region));
+            self.regions.entry(region).or_insert_with(|| Arc::clone(extent.region));
             let run = Run { pages: extent.pages, region, offset: extent.offset, writable: extent.writable };
             self.translations.insert(page, run);
             self.map(page, run);

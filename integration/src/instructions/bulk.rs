@@ -26,13 +26,15 @@ pub fn nothing() -> Result<Vec<u8>> {
     submission(SVM_REQ_VM_GET_PROPERTY, body.as_bytes().get(size_of::<ReqHdr>()..).unwrap_or_default())
 }
 
+/// Whether a scene is as so many operations leave it.
+type IsDone = dyn Fn(&Scene, u64) -> bool;
+
 /// Commands of which each operation takes the next so many, and what must be there in the end.
 pub struct Script {
     scene: Scene,
     commands: Vec<Vec<u8>>,
     each: u64,
-    /// Whether the scene is as so many operations leave it.
-    is_done: Box<dyn Fn(&Scene, u64) -> bool>,
+    is_done: Box<IsDone>,
 }
 
 impl Script {
@@ -126,8 +128,8 @@ impl Operation for Script {
     fn run(&mut self, n: u64) -> bool {
         let first = usize::try_from(n * self.each).unwrap_or(usize::MAX);
         let count = usize::try_from(self.each.max(1)).unwrap_or(usize::MAX);
-        let commands = self.commands.iter().skip(first).take(count);
-        commands.fold(true, |good, command| self.scene.control(command) && good)
+        let mut commands = self.commands.iter().skip(first).take(count);
+        commands.all(|command| self.scene.control(command))
     }
 
     fn is_done(&self, count: u64) -> bool {

@@ -338,7 +338,7 @@ impl Device for Machine {
         let mut page = addr.page();
         for extent in extents {
             for n in 0..extent.pages {
-                let (region, writable) = (Arc::clone(&extent.region), extent.writable);
+                let (region, writable) = (Arc::clone(extent.region), extent.writable);
                 told.bound.insert((asid, page), Page { region, offset: extent.offset + n * 4096, writable });
                 page += 1;
             }
