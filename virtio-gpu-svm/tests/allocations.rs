@@ -244,7 +244,7 @@ fn supplied_pages_of_known_leaves_allocate_nothing() {
     scene.send(&supply(&[Scene::runs(1023, 1), Scene::runs(511, 1)]));
     let commands: Vec<_> =
         (0..WARM + COUNTED).map(|n| supply(&[Scene::runs(n, 1), Scene::runs(512 + n, 1)])).collect();
-    assert_eq!(steady(|n| scene.send(&commands[n as usize])), 0);
+    assert_eq!(steady(|n| scene.send(&commands[usize::try_from(n).unwrap()])), 0);
 }
 
 #[test]
@@ -261,7 +261,7 @@ fn invalidated_page_allocates_the_list_of_where_it_is_shown() {
             reserved: 0.into(),
         })
         .collect();
-    assert_eq!(steady(|n| scene.send(commands[n as usize].as_bytes())), COUNTED);
+    assert_eq!(steady(|n| scene.send(commands[usize::try_from(n).unwrap()].as_bytes())), COUNTED);
 }
 
 #[test]

@@ -26,15 +26,15 @@ pub fn nothing() -> Result<Vec<u8>> {
     submission(SVM_REQ_VM_GET_PROPERTY, body.as_bytes().get(size_of::<ReqHdr>()..).unwrap_or_default())
 }
 
-/// Says whether a scene is as so many operations leave it.
-type IsDone = Box<dyn Fn(&Scene, u64) -> bool>;
+/// Whether a scene is as so many operations leave it.
+type IsDone = dyn Fn(&Scene, u64) -> bool;
 
 /// Commands of which each operation takes the next so many, and what must be there in the end.
 pub struct Script {
     scene: Scene,
     commands: Vec<Vec<u8>>,
     each: u64,
-    is_done: IsDone,
+    is_done: Box<IsDone>,
 }
 
 impl Script {

@@ -127,3 +127,68 @@ fn agrees_with_a_page_map() {
         }
     }
 }
+
+/// Lists of short runs, some stale, weaker or contradictory, by [`AddressSpace::install_all`] and one by one.
+#[test]
+fn runs_in_a_row_become_what_they_become_one_by_one() {
+    let seed = std::env::var("SVM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_u64);
+    println!("seed {seed} (set SVM_SEED to repeat)");
+    let mut x = seed | 1;
+    let mut next = move |below: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x % below
+    };
+    let (mut all, mut single) = (AddressSpace::default(), AddressSpace::default());
+    let mut seen = [0_u32; 3];
+    for _ in 0..2000 {
+        let seq = all.seq();
+        let mut at = next(1500);
+        let mut runs = Vec::new();
+        for _ in 0..next(40) {
+            let (start, pages) = (at, [1, 1, 1, 3, 700][(next(5) % 5) as usize]);
+            at = start + pages * next(2) + next(3);
+            let odd = next(30) == 0;
+            let first = Page { gpa_page: 10_000 + start + u64::from(odd), readonly: next(3) == 0 };
+            let as_of = seq.saturating_sub(u64::from(next(20) == 0));
+            runs.push(Run { va: range(start, start + pages), first, as_of });
+        }
+        let mut became = Vec::new();
+        all.install_all(runs.iter().copied(), |install| {
+            became.push(install);
+            ControlFlow::Continue(())
+        });
+        let one_by_one: Vec<_> = runs.iter().map(|run| single.install(run)).collect();
+        assert_eq!(became, one_by_one);
+        for install in became {
+            let kind =
+                [Install::Done, Install::Raced, Install::Conflict].iter().position(|kind| *kind == install);
+            seen[kind.unwrap()] += 1;
+        }
+        let gone = next(2200);
+        let gone = range(gone, gone + 1 + next(60));
+        assert_eq!(all.invalidate(gone), single.invalidate(gone));
+        assert_eq!(
+            (all.known_pages(), all.bytes(), all.weigh()),
+            (single.known_pages(), single.bytes(), single.bytes())
+        );
+        for page in 0..2300 {
+            assert_eq!(all.lookup(page), single.lookup(page), "page {page}");
+        }
+    }
+    assert!(seen.iter().all(|times| *times > 100), "{seen:?}");
+}
+
+#[test]
+fn runs_behind_one_that_ends_the_list_are_left() {
+    let mut space = AddressSpace::default();
+    space.install(&run(5, 1, 99, 0));
+    let mut heard = Vec::new();
+    space.install_all([run(4, 1, 10, 0), run(5, 1, 11, 0), run(6, 1, 12, 0)].into_iter(), |install| {
+        heard.push(install);
+        if install == Install::Conflict { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert_eq!(heard, [Install::Done, Install::Conflict]);
+    assert_eq!((space.lookup(4).is_some(), space.lookup(6)), (true, None));
+}
