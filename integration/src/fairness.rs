@@ -66,6 +66,13 @@ pub struct Slow {
     pub alone: Duration,
 }
 
+impl Slow {
+    /// Whether both are about the same operation beside the same company.
+    pub fn is_about(&self, other: &Self) -> bool {
+        (self.operation, self.hostility) == (other.operation, other.hostility)
+    }
+}
+
 impl Row {
     /// What [`Self::holds`] judges by.
     pub fn p99(&self) -> Slow {

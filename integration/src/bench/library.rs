@@ -1,9 +1,10 @@
-//! The library without rings: a guest whose commands are calls, and a soft device without engines, whose faults are raised
-//! by whoever measures. What is measured with it says that it is in process.
+//! The library without rings: a guest whose commands are calls, and a soft device without a running engine (unless one is
+//! started), whose faults are raised by whoever measures. What is measured with it says that it is in process.
 
 use super::wire;
 use anyhow::{Context, Result, ensure};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::addr::GpuAddr;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
@@ -33,6 +34,8 @@ impl EventPort for Silent {
 
 /// A guest that is called.
 pub struct Library {
+    device: Arc<SoftDevice>,
+    engine: Option<JoinHandle<()>>,
     host: Arc<Host>,
     guest: Arc<Guest>,
     response: Vec<u8>,
@@ -66,7 +69,8 @@ impl Library {
             ledger: None,
             job_limit: None,
         };
-        let host = Host::new(vec![SoftDevice::new(config) as Arc<dyn Device>]);
+        let device = SoftDevice::new(config);
+        let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);
         let limits = Limits {
             contexts: MANY,
             gpu_vms: MANY,
@@ -80,7 +84,7 @@ impl Library {
         let identity = RegionIdentity { inode: (0, 1), offset: 0, size: memory, gpa: GPA };
         let region = Region::new(identity, MmapRegion::new(usize::try_from(memory)?)?);
         guest.set_memory(Arc::new(MemoryTable::new(vec![region])?));
-        let mut library = Self { host, guest, response: vec![], records: vec![] };
+        let mut library = Self { device, engine: None, host, guest, response: vec![], records: vec![] };
         library.control(&wire::hello(1))?;
         Ok(library)
     }
@@ -99,9 +103,12 @@ impl Library {
         Ok(elapsed)
     }
 
-    /// Carries out a no-op.
-    pub fn no_op(&mut self, command: &[u8]) {
-        self.guest.control(command, &mut self.response, MAX_RESPONSE_BYTES);
+    /// Gives the device its engine, which lets go of what is destroyed.
+    pub fn start_engine(&mut self) {
+        let events: Arc<dyn Events> = self.host.clone();
+        self.device.start(Arc::downgrade(&events));
+        let device = Arc::clone(&self.device);
+        self.engine = Some(std::thread::spawn(move || device.run_engine(0)));
     }
 
     /// Creates a context with a GPU VM.
@@ -138,6 +145,8 @@ impl Library {
     /// A record is short.
     pub fn take_records(&mut self, mut fault: impl FnMut(FaultRecord)) -> Result<usize> {
         let mut count = 0;
+        // What an engine or a command has left to the housekeeper, which nobody else is here.
+        self.host.work_off();
         loop {
             self.guest.fill_events(&mut self.records, RECORDS);
             let Ok((_, records)) = EventHdr::read_from_prefix(&self.records) else { return Ok(count) };
@@ -151,6 +160,16 @@ impl Library {
                     fault(record);
                 }
             }
+        }
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            self.device.shutdown();
+            // A panic of it was told already.
+            engine.join().ok();
         }
     }
 }

@@ -10,6 +10,7 @@ use super::place::Place;
 use super::report::{Figure, Goal, Row, alternate};
 use super::ring::Driver;
 use super::roundtrip::{Side, wait};
+use super::scale::{Memory, measured};
 use super::script::{Answer, Script};
 use super::svm::Daemon;
 use super::wire;
@@ -73,7 +74,7 @@ pub fn storms(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
             .wants(Goal::Exactly(1.0)));
     }
     let contexts = if bench.quick { 100 } else { 4000 };
-    let (grown, _) = super::scale::measured(bench, "faults", contexts, PENDING)?;
+    let Memory { grown, .. } = measured(bench, "faults", contexts, PENDING)?;
     let params = json!({ "contexts": contexts, "pending": PENDING, "placement": "in process" });
     let new = Row::new("P7", "resident memory of a pending fault", "bytes", params);
     let each = Figure::once(grown / (contexts * PENDING) as f64);
