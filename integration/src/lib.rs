@@ -9,7 +9,7 @@
 //! * [`ledger`]: whose fault was it, told three times and compared.
 //! * [`story`]: the case that the project exists for, on any kind of guest; [`demo`] is its command.
 //! * [`storm`]: many processes of many guests, all at the same addresses, fault at once.
-//! * [`bench`]: everything that is claimed about speed, beside its references.
+//! * [`mod@bench`]: everything that is claimed about speed, beside its references.
 //! * [`fairness`]: what a guest's operations cost beside hostile guests.
 //! * [`instructions`]: what the parts of a fault cost, in instructions.
 //! * [`random`]: repeatable randomness.

@@ -1,7 +1,6 @@
 //! How often the heap is asked while nothing grows: by a request that changes nothing, a job, a fault that is served, one
 //! that the guest answers, pages that are supplied and withdrawn. Counted on the thread that does it, once the lists have
 //! the room that they keep.
-#![expect(clippy::cast_possible_truncation, reason = "small constants of the tests")]
 #![expect(
     unsafe_code,
     clippy::unwrap_used,
