@@ -21,7 +21,7 @@ struct Arguments {
     /// Only these, as in P1,P3
     #[arg(long, value_delimiter = ',')]
     metric: Vec<String>,
-    /// Fewer sizes and rounds: under two minutes in all
+    /// Fewer sizes and rounds
     #[arg(long)]
     quick: bool,
     /// Rounds, each of ours and of the reference [default: 5, quick: 3]
