@@ -140,7 +140,9 @@ impl Attendant {
             if vmm.revents().is_empty() {
                 continue;
             }
-            match lock(&self.seat.pace).take(1, Instant::now()) {
+            // Not in the match: it would keep the lock while it waits, from whoever asks after the guest.
+            let taken = lock(&self.seat.pace).take(1, Instant::now());
+            match taken {
                 Ok(()) => return true,
                 Err(wait) => self.pause(wait),
             }
