@@ -272,8 +272,7 @@ impl Machine {
                 va_bits,
                 fault_model,
                 address_model,
-                ledger: None,
-                job_limit: None,
+                ..SoftConfig::default()
             })
         };
         let devices: Vec<_> = needs.devices.iter().enumerate().map(device).collect();
@@ -355,7 +354,8 @@ impl Machine {
         self.over.store(true, Ordering::SeqCst);
         self.host.wake_worker();
         self.devices.iter().for_each(|device| device.shutdown());
-        for thread in std::mem::take(&mut *self.threads.lock().unwrap()) {
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap());
+        for thread in threads {
             thread.join().unwrap();
         }
         self.ram.check();
