@@ -2,11 +2,12 @@
 //! machine does to the one it does to the other.
 //!
 //! A metric is a function from [`Bench`] (how long, how often, where) to rows. What is measured in rings runs against a
-//! daemon of its own; what is said to be in process drives the library. Nobody but `main` prints.
+//! daemon of its own; what is said to be in process
+//! drives the [`library`](crate::library). Nobody but `main` prints.
 //!
 //! * [`report`]: rows, figures, goals, and the alternation of both sides.
-//! * [`place`]: cores and ways to wait; [`ring`], [`script`]: the frontend; [`svm`], [`wire`]: our side of it; [`peers`]: the others.
-//! * [`library`]: the library without rings; [`events`]: records; [`uffd`]: a CPU's own faults.
+//! * [`place`]: cores and ways to wait; [`ring`], [`script`]: the frontend; [`svm`]: our side of it; [`peers`]: the others.
+//! * [`events`]: records; [`uffd`]: a CPU's own faults.
 //! * [`roundtrip`], [`bind`], [`fault`], [`storm`], [`scale`], [`bully`], [`copy`]: the metrics.
 
 pub mod bind;
@@ -14,7 +15,6 @@ pub mod bully;
 pub mod copy;
 pub mod events;
 pub mod fault;
-pub mod library;
 pub mod peers;
 pub mod place;
 pub mod report;
@@ -25,7 +25,6 @@ pub mod script;
 pub mod storm;
 pub mod svm;
 pub mod uffd;
-pub mod wire;
 
 use anyhow::Result;
 use place::Cores;

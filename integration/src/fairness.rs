@@ -7,7 +7,7 @@
 mod hostile;
 mod victim;
 
-pub use hostile::{Hostility, live};
+pub use hostile::{HOSTILE, Hostility, be_hostile};
 
 use crate::svmd::{Options, Svmd};
 use anyhow::{Context, Result, ensure};

@@ -12,6 +12,7 @@
 //! * [`mod@bench`]: everything that is claimed about speed, beside its references.
 //! * [`fairness`]: what a guest's operations cost beside hostile guests.
 //! * [`instructions`]: what the parts of a fault cost, in instructions.
+//! * [`library`]: the library without rings or daemon, for what is measured of it alone; [`wire`]: commands as bytes.
 //! * [`random`]: repeatable randomness.
 
 pub mod bench;
@@ -23,9 +24,11 @@ pub mod guest;
 pub mod initramfs;
 pub mod instructions;
 pub mod ledger;
+pub mod library;
 pub mod provision;
 pub mod qemu;
 pub mod random;
 pub mod storm;
 pub mod story;
 pub mod svmd;
+pub mod wire;

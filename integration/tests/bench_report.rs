@@ -35,6 +35,24 @@ fn report_of_one_metric_has_all_fields_in_each_line() {
 }
 
 #[test]
+fn every_metric_is_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_bench-report"))
+        .args(["--quick", "--rounds", "1", "--slice-ms", "1", "--json"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = std::fs::read_to_string(&file).unwrap();
+    let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for metric in integration::bench::METRICS {
+        let measured = rows.iter().filter(|row| row["id"] == metric.id && row["ours"].is_number());
+        assert!(measured.count() > 0, "{} has no figure", metric.id);
+    }
+}
+
+#[test]
 fn unknown_metric_is_refused_by_name() {
     let output = Command::new(env!("CARGO_BIN_EXE_bench-report")).args(["--metric", "P99"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));

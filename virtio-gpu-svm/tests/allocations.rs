@@ -12,7 +12,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use virtio_gpu_svm::addr::GpuAddr;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{Access, AddressModel, Asid, Device, Events, Fault, FaultModel, JobId, StopId};
+use virtio_gpu_svm::device::{Access, Asid, Device, Events, Fault, JobId, StopId};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits, RECENT_FAULTS};
 use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
@@ -115,17 +115,7 @@ fn body<T: IntoBytes + zerocopy::Immutable>(request: &T) -> &[u8] {
 
 impl Scene {
     fn new() -> Self {
-        let config = SoftConfig {
-            index: 0,
-            name: "soft0".into(),
-            engines: 1,
-            va_bits: 48,
-            fault_model: FaultModel::Replayable,
-            address_model: AddressModel::Any,
-            ledger: None,
-            job_limit: None,
-        };
-        let device = SoftDevice::new(config);
+        let device = SoftDevice::new(SoftConfig::default());
         let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);
         let events: std::sync::Weak<Host> = Arc::downgrade(&host);
         device.start(events);

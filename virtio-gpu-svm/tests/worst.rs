@@ -13,7 +13,7 @@ use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::address_space::{Page, Run};
 use virtio_gpu_svm::context::{Bind, Context, Launch};
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{Access, AddressModel, Asid, Device, Events, Fault, FaultModel, JobId, StopId};
+use virtio_gpu_svm::device::{Access, Asid, Device, Events, Fault, JobId, StopId};
 use virtio_gpu_svm::gpu_vm::{Backing, GpuVa};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits};
@@ -69,16 +69,7 @@ fn resident_bytes() -> u64 {
 }
 
 fn soft(index: usize) -> Arc<dyn Device> {
-    SoftDevice::new(SoftConfig {
-        index,
-        name: format!("soft{index}"),
-        engines: 1,
-        va_bits: 48,
-        fault_model: FaultModel::Replayable,
-        address_model: AddressModel::Any,
-        ledger: None,
-        job_limit: None,
-    })
+    SoftDevice::new(SoftConfig { index, name: format!("soft{index}"), ..SoftConfig::default() })
 }
 
 fn send(guest: &Arc<Guest>, command: &[u8]) {

@@ -5,8 +5,8 @@ use std::thread::JoinHandle;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{
-    AddressModel, Asid, Device, DeviceInfo, Error, Events, Extent, FaultModel, Flush, Job, LedgerEntry,
-    StopId, Ticket, Verdict, VmLabel,
+    Asid, Device, DeviceInfo, Error, Events, Extent, Flush, Job, LedgerEntry, StopId, Ticket, Verdict,
+    VmLabel,
 };
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::quota::Charge;
@@ -19,16 +19,7 @@ pub struct Brittle {
 
 impl Brittle {
     pub fn new() -> Arc<Self> {
-        let inner = SoftDevice::new(SoftConfig {
-            index: 0,
-            name: "brittle0".into(),
-            engines: 1,
-            va_bits: 48,
-            fault_model: FaultModel::Replayable,
-            address_model: AddressModel::Any,
-            ledger: None,
-            job_limit: None,
-        });
+        let inner = SoftDevice::new(SoftConfig { name: "brittle0".into(), ..SoftConfig::default() });
         Arc::new(Self { inner, armed: Mutex::default(), engine: Mutex::default() })
     }
     pub fn start(&self, events: Weak<dyn Events>) {

@@ -17,7 +17,6 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::sync::Notify;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{AddressModel, FaultModel};
 use virtio_gpu_svm::host::Host;
 
 /// After so long without a byte, something hangs.
@@ -42,16 +41,7 @@ struct Server {
 
 static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
     let dir = must(tempfile::tempdir());
-    let device = SoftDevice::new(SoftConfig {
-        index: 0,
-        name: "soft0".into(),
-        engines: 1,
-        va_bits: 48,
-        fault_model: FaultModel::Replayable,
-        address_model: AddressModel::Any,
-        ledger: Some(8),
-        job_limit: None,
-    });
+    let device = SoftDevice::new(SoftConfig { ledger: Some(8), ..SoftConfig::default() });
     let runtime_dirs = vec![dir.path().to_owned()];
     let options = registry::Options { runtime_dirs, limits: LIMITS, allow_unsealed: false };
     let registry = must(Registry::new(Host::new(vec![device]), options));

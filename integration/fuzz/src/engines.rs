@@ -31,12 +31,10 @@ impl Engines {
                 SoftDevice::new(SoftConfig {
                     index,
                     name: format!("soft{index}"),
-                    engines: 1,
-                    va_bits: 48,
                     fault_model,
                     address_model,
-                    ledger: Option::None,
                     job_limit: Some(JOB_LIMIT),
+                    ..SoftConfig::default()
                 })
             })
             .collect();

@@ -26,7 +26,7 @@ const CHAIN: u16 = 3;
 /// Chains of a ring at most.
 pub const CHAINS: usize = 256;
 /// Bytes of a command that is no script's, and of its answer.
-const SCRATCH: u64 = 128 << 10;
+const SCRATCH: u64 = 256 << 10;
 /// Bytes of an answer's place.
 const ANSWER: u64 = 512;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;

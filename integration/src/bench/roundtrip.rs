@@ -7,7 +7,7 @@ use super::report::{Goal, Row, alternate, median};
 use super::ring::{Driver, Wait};
 use super::script::{Answer, Script};
 use super::svm::Daemon;
-use super::wire;
+use crate::wire;
 use anyhow::{Context, Result};
 use serde_json::json;
 use std::time::{Duration, Instant};

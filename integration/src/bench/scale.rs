@@ -4,7 +4,6 @@
 //! and when everything was taken back.
 
 use super::Bench;
-use super::library::{GPA, Library, Process};
 use super::peers::Peer;
 use super::place::Place;
 use super::report::{Figure, Goal, Row, Sides, alternate, median};
@@ -12,8 +11,9 @@ use super::ring::{Driver, Wait};
 use super::roundtrip::{no_ops, wait};
 use super::script::{Answer, Script};
 use super::svm::Daemon;
-use super::wire;
+use crate::library::{GPA, Library, Process};
 use crate::random::Random;
+use crate::wire;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use std::ffi::OsString;
@@ -83,7 +83,9 @@ impl Many {
         let mut times = vec![];
         for _ in 0..BINDS {
             let process = self.processes[self.random.index(self.processes.len())];
-            times.push(self.library.control(&bind(process, 0))?.as_secs_f64() * 1e6);
+            let (command, begin) = (bind(process, 0), Instant::now());
+            self.library.control(&command)?;
+            times.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         Ok(median(&times))
     }
@@ -190,7 +192,7 @@ pub fn measured(bench: &Bench, case: &str, count: u64, run: u64) -> Result<Memor
 pub fn tell_memory(mut arguments: impl Iterator<Item = OsString>) -> Result<()> {
     let mut next = || arguments.next().and_then(|argument| argument.into_string().ok()).context("usage");
     let (case, count, run): (String, u64, u64) = (next()?, next()?.parse()?, next()?.parse()?);
-    let mut library = Library::new((1 << 30) + 2 * MIB)?;
+    let mut library = Library::new(1 << 30)?;
     // What is made once, by the first of all.
     let first = library.create_process(u32::MAX)?;
     let waiting = if case == "faults" { processes(&mut library, count, run)? } else { vec![] };
@@ -268,14 +270,12 @@ fn supply_and_bind(
 ) -> Result<()> {
     let mut random = Random::new(SEED);
     let places = PAGES_OF_A_GIB / run;
-    // 2 MiB aligned, as the addresses are.
-    let first = GPA.next_multiple_of(2 * MIB);
     for chunk in (0..pages).step_by(usize::try_from(4096 * run)?) {
         let runs = (chunk..pages.min(chunk + 4096 * run)).step_by(usize::try_from(run)?);
         let told: Vec<_> = runs
             .map(|page| PageRun {
                 va: (A + page * PAGE_SIZE).into(),
-                gpa: (first + random.below(places) * run * PAGE_SIZE).into(),
+                gpa: (GPA + random.below(places) * run * PAGE_SIZE).into(),
                 pages: u32::try_from(run).unwrap_or(0).into(),
                 as_of: sequence.into(),
                 ..PageRun::default()

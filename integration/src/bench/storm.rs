@@ -13,7 +13,7 @@ use super::roundtrip::{Side, wait};
 use super::scale::{Memory, measured};
 use super::script::{Answer, Script};
 use super::svm::Daemon;
-use super::wire;
+use crate::wire;
 use anyhow::{Result, ensure};
 use guest_agent::client::packet;
 use serde_json::json;

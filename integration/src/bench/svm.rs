@@ -2,8 +2,8 @@
 
 use super::Bench;
 use super::ring::{Driver, Wait};
-use super::wire;
 use crate::svmd::{Options, Svmd};
+use crate::wire;
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 use virtio_gpu_svm::protocol::NUM_QUEUES;

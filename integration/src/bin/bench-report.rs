@@ -5,6 +5,7 @@ use clap::Parser;
 use integration::bench::place::{Cores, pin};
 use integration::bench::report::{HEADER, Row};
 use integration::bench::{Bench, METRICS, Metric, peers, scale};
+use integration::fairness::{HOSTILE, be_hostile};
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
@@ -44,6 +45,8 @@ fn main() -> ExitCode {
         peers::be_null_backend(arguments)
     } else if arguments.next_if(|first| first == scale::MEMORY).is_some() {
         scale::tell_memory(arguments)
+    } else if arguments.next_if(|first| first == HOSTILE).is_some() {
+        be_hostile(arguments)
     } else {
         report(&Arguments::parse())
     };

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 use clap::Parser;
-use integration::fairness::{HEADER, Hostility, live, run};
-use std::path::PathBuf;
+use integration::fairness::{HEADER, HOSTILE, Hostility, be_hostile, run};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -23,16 +22,16 @@ struct Arguments {
     /// Engines of the device.
     #[arg(long, default_value_t = 1)]
     engines: u32,
-    /// To be this hostile guest, until killed.
-    #[arg(long, hide = true, requires = "folder")]
-    hostile: Option<Hostility>,
-    /// Where the daemon's sockets are, for a hostile guest.
-    #[arg(long, hide = true)]
-    folder: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
-    match measure(&Arguments::parse()) {
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    let done = if arguments.next_if(|first| first == HOSTILE).is_some() {
+        be_hostile(arguments)
+    } else {
+        measure(&Arguments::parse())
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("fairness: {error:#}");
@@ -42,9 +41,6 @@ fn main() -> ExitCode {
 }
 
 fn measure(arguments: &Arguments) -> Result<()> {
-    if let (Some(kind), Some(folder)) = (arguments.hostile, &arguments.folder) {
-        live(folder, kind)?;
-    }
     let each = Duration::try_from_secs_f64(arguments.seconds)?;
     println!("{HEADER}");
     run(&arguments.beside, each, arguments.engines, |row| println!("{row}"))

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use guest_agent::client::packet;
 use guest_agent::driver::Transport;
 use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -119,7 +120,7 @@ impl Crowd {
         for kind in kinds {
             // This program, also where another one has been built in its place.
             let mut process = Command::new("/proc/self/exe")
-                .args(["--hostile", kind.name(), "--folder"])
+                .args([HOSTILE, kind.name()])
                 .arg(daemon.folder())
                 .stdout(Stdio::piped())
                 .spawn()?;
@@ -155,14 +156,19 @@ impl Drop for Crowd {
     }
 }
 
+/// First argument of a program of this crate that is to be a hostile guest; who calls [`run`](super::run) must look for it.
+pub const HOSTILE: &str = "hostile-guest";
 /// What a hostile process says when it begins.
 const READY: &str = "ready\n";
 
-/// The life of a hostile process: until it is killed.
+/// Is a hostile guest until it is killed; the arguments are those behind [`HOSTILE`].
 ///
 /// # Errors
-/// The daemon, whose sockets are in `folder`, did something that it did not expect.
-pub fn live(folder: &Path, kind: Hostility) -> Result<()> {
+/// The arguments are wrong, or the daemon did something that it did not expect.
+pub fn be_hostile(mut arguments: impl Iterator<Item = OsString>) -> Result<()> {
+    let (kind, folder) = arguments.next().zip(arguments.next()).context("usage: KIND FOLDER")?;
+    let kind = Hostility::EACH.iter().find(|known| kind == known.name());
+    let (kind, folder) = (*kind.context("no such hostile guest")?, Path::new(&folder));
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).context("prctl")?;
     let mut hostile = Hostile::new(folder, kind)?;
     // Its own time is not what is measured.

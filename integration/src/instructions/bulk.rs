@@ -8,7 +8,10 @@ use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::request::*;
 use zerocopy::IntoBytes;
 
-use super::scene::{A, C, CTX, GPA, Scene, WINDOW, header, submission};
+use crate::library::GPA;
+use crate::wire;
+
+use super::scene::{A, C, CTX, Scene, WINDOW};
 use super::workload::{MAPPINGS, Operation, WINDOWS, scrambled};
 
 /// Pages of a command about very many of them, unless one run has more.
@@ -21,9 +24,8 @@ const BIND_PAGES: u64 = 1 << 16;
 const MEMORY_PAGES: u64 = GIB_PAGES;
 
 /// Asks after a GPU VM: the request that changes nothing.
-pub fn nothing() -> Result<Vec<u8>> {
-    let body = VmRef { vm_id: 1.into(), ..VmRef::default() };
-    submission(SVM_REQ_VM_GET_PROPERTY, body.as_bytes().get(size_of::<ReqHdr>()..).unwrap_or_default())
+pub fn nothing() -> Vec<u8> {
+    wire::property(CTX, 1)
 }
 
 /// Whether a scene is as so many operations leave it.
@@ -40,7 +42,7 @@ pub struct Script {
 impl Script {
     /// One request that changes nothing, again and again.
     pub fn nothing() -> Result<Box<dyn Operation>> {
-        let (scene, commands) = (Scene::new(MAPPINGS)?, vec![nothing()?]);
+        let (scene, commands) = (Scene::new(MAPPINGS)?, vec![nothing()]);
         Ok(Box::new(Self { scene, commands, each: 0, is_done: Box::new(|_, _| true) }))
     }
 
@@ -50,9 +52,9 @@ impl Script {
         let scene = Scene::bare(MEMORY_PAGES * PAGE_SIZE)?;
         let mut commands = Vec::new();
         for first in (0..operations).map(|n| n * pages) {
-            commands.push(supply(first, pages, run)?);
+            commands.push(supply(first, pages, run));
             for part in (0..pages).step_by(usize::try_from(BIND_PAGES)?) {
-                commands.push(map(first + part, BIND_PAGES.min(pages - part), BIND_IMMEDIATE)?);
+                commands.push(map(first + part, BIND_PAGES.min(pages - part), BIND_IMMEDIATE));
             }
         }
         let is_done = Box::new(move |scene: &Scene, count| scene.resident_pages() == count * pages);
@@ -64,7 +66,7 @@ impl Script {
         let mut scene = Scene::bare(MEMORY_PAGES * PAGE_SIZE)?;
         let mut commands = Vec::new();
         for first in (0..operations).map(|n| n * PAGES) {
-            let prepared = [supply(first, PAGES, 1)?, map(first, PAGES, BIND_IMMEDIATE)?];
+            let prepared = [supply(first, PAGES, 1), map(first, PAGES, BIND_IMMEDIATE)];
             anyhow::ensure!(prepared.iter().all(|command| scene.control(command)), "a bind was refused");
             commands.push(invalidate(first, PAGES));
         }
@@ -89,12 +91,12 @@ impl Script {
     pub fn unref(operations: u64) -> Result<Box<dyn Operation>> {
         let mut scene = Scene::new(WINDOWS)?;
         let place = C + WINDOWS * WINDOW * PAGE_SIZE;
-        let named = |kind, n| CtxResource { hdr: header(kind, CTX), resource_id: n, padding: 0.into() };
+        let named = |kind, n| CtxResource { hdr: wire::header(kind, CTX), resource_id: n, padding: 0.into() };
         let mut commands = Vec::new();
         for n in 0..operations {
             let id = u32::try_from(n + 1)?.into();
             let blob = ResourceCreateBlob {
-                hdr: header(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, 0),
+                hdr: wire::header(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, 0),
                 resource_id: id,
                 blob_mem: VIRTIO_GPU_BLOB_MEM_GUEST.into(),
                 nr_entries: 1.into(),
@@ -113,10 +115,10 @@ impl Script {
             let prepared = [
                 [blob.as_bytes(), entry.as_bytes()].concat(),
                 named(VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE, id).as_bytes().to_vec(),
-                vm_bind(&bind)?,
+                wire::bind(CTX, 1, &[bind]),
             ];
             anyhow::ensure!(prepared.iter().all(|command| scene.control(command)), "blob {n} was refused");
-            let unref = CtxResource { hdr: header(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0), ..named(0, id) };
+            let unref = CtxResource { hdr: wire::header(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0), ..named(0, id) };
             commands.push(unref.as_bytes().to_vec());
         }
         let is_done = Box::new(move |scene: &Scene, count| scene.resources() as u64 == operations - count);
@@ -138,7 +140,7 @@ impl Operation for Script {
 }
 
 /// Pages from the `first` of A on, in runs.
-fn supply(first: u64, pages: u64, run: u64) -> Result<Vec<u8>> {
+fn supply(first: u64, pages: u64, run: u64) -> Vec<u8> {
     let of = |n: u64| PageRun {
         va: (A + (first + n * run) * PAGE_SIZE).into(),
         gpa: (GPA + scrambled(n, MEMORY_PAGES / run) * run * PAGE_SIZE).into(),
@@ -146,37 +148,22 @@ fn supply(first: u64, pages: u64, run: u64) -> Result<Vec<u8>> {
         flags: 0.into(),
         as_of: 0.into(),
     };
-    let runs: Vec<_> = (0..pages / run).map(of).collect();
-    let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, CTX);
-    let head = Supply { hdr, num_runs: u32::try_from(runs.len())?.into(), reserved: 0.into() };
-    Ok([head.as_bytes(), runs.as_bytes()].concat())
+    wire::supply(CTX, &(0..pages / run).map(of).collect::<Vec<_>>())
 }
 
 /// Maps pages of A, at the same place of C.
-fn map(first: u64, pages: u64, flags: u32) -> Result<Vec<u8>> {
-    vm_bind(&BindOp {
+fn map(first: u64, pages: u64, flags: u32) -> Vec<u8> {
+    let operation = BindOp {
         op: BIND_OP_MAP_USERPTR.into(),
         flags: flags.into(),
         addr: (C + first * PAGE_SIZE).into(),
         range: (pages * PAGE_SIZE).into(),
         obj_offset: (A + first * PAGE_SIZE).into(),
         ..BindOp::default()
-    })
-}
-
-fn vm_bind(operation: &BindOp) -> Result<Vec<u8>> {
-    let head = VmBind { vm_id: 1.into(), num_binds: 1.into(), ..VmBind::default() };
-    let head = head.as_bytes().get(size_of::<ReqHdr>()..).unwrap_or_default();
-    submission(SVM_REQ_VM_BIND, &[head, operation.as_bytes()].concat())
+    };
+    wire::bind(CTX, 1, &[operation])
 }
 
 fn invalidate(first: u64, pages: u64) -> Vec<u8> {
-    let command = Invalidate {
-        hdr: header(VIRTIO_GPU_CMD_SVM_INVALIDATE, CTX),
-        start: (A + first * PAGE_SIZE).into(),
-        length: (pages * PAGE_SIZE).into(),
-        event: INVAL_UNMAP.into(),
-        reserved: 0.into(),
-    };
-    command.as_bytes().to_vec()
+    wire::invalidate(CTX, A + first * PAGE_SIZE, pages * PAGE_SIZE)
 }

@@ -44,7 +44,7 @@ impl RoundTrip {
         ring.set_queue_event_idx(true);
         ring.set_queue_ready(true);
         ring.set_enabled(true);
-        let command = nothing()?;
+        let command = nothing();
         memory.write_slice(&command, GuestAddress(COMMAND))?;
         let descriptor = |addr: u64, len: u32, flags: u16, next: u16| {
             [addr, u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48]

@@ -5,22 +5,20 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result, ensure};
-use virtio_gpu_svm::addr::GpuAddr;
+use anyhow::Result;
 use virtio_gpu_svm::context::Context;
-use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{Access, AddressModel, Asid, Device, Events, Fault, FaultModel, JobId, StopId};
-use virtio_gpu_svm::guest::{EventPort, Guest};
-use virtio_gpu_svm::host::{Host, Limits};
+use virtio_gpu_svm::device::Asid;
 use virtio_gpu_svm::info::Counters;
-use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
-use virtio_gpu_svm::protocol::control::*;
+use virtio_gpu_svm::protocol::control::{
+    PAGE_RESP_SUCCESS, PageResponse, PageRun, VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE,
+};
 use virtio_gpu_svm::protocol::event::{EVENT_RECORD_BYTES, EventHdr, FaultRecord};
-use virtio_gpu_svm::protocol::gpu::*;
-use virtio_gpu_svm::protocol::request::*;
+use virtio_gpu_svm::protocol::request::{BIND_OP_MAP_USERPTR, BindOp};
 use virtio_gpu_svm::protocol::{MAX_RUNS, PAGE_SIZE};
-use vm_memory::mmap::MmapRegion;
 use zerocopy::{FromBytes, IntoBytes};
+
+use crate::library::{GPA, Library, Process};
+use crate::wire;
 
 use super::workload::{MAPPINGS, Operation, WINDOWS, scrambled};
 
@@ -32,24 +30,13 @@ pub const C: u64 = 0x10_0000_0000;
 pub const WINDOW: u64 = 16;
 const WINDOW_BYTES: u64 = WINDOW * PAGE_SIZE;
 /// Guest memory; every window of A is the same pages of it.
-pub const GPA: u64 = 0x20_0000;
 const MEMORY: u64 = 8 << 20;
 /// The context.
 pub const CTX: u32 = 1;
-const ROOM: usize = 4096;
-
-struct Silent;
-
-impl EventPort for Silent {
-    fn ready(&self) {}
-}
-
 /// A context with one GPU VM that maps all windows at C.
 pub struct Scene {
-    host: Arc<Host>,
-    guest: Arc<Guest>,
-    asid: Asid,
-    response: Vec<u8>,
+    library: Library,
+    process: Process,
     records: Vec<u8>,
 }
 
@@ -63,54 +50,14 @@ impl Scene {
 
     /// Without a mapping, in a guest with so many bytes of memory.
     pub fn bare(memory_bytes: u64) -> Result<Self> {
-        let config = SoftConfig {
-            index: 0,
-            name: "soft0".into(),
-            engines: 1,
-            va_bits: 48,
-            fault_model: FaultModel::Replayable,
-            address_model: AddressModel::Any,
-            ledger: None,
-            job_limit: None,
-        };
-        let host = Host::new(vec![SoftDevice::new(config) as Arc<dyn Device>]);
-        let limits = Limits {
-            contexts: 16,
-            pending_faults: 256,
-            jobs: 256,
-            mappings: 65_536,
-            resources: 4096,
-            fault_deadline_ms: 0,
-            ..Limits::DEFAULT
-        };
-        let guest = host.open_guest("vm0", limits, &[0], Arc::new(Silent));
-        let identity = RegionIdentity { inode: (0, 1), offset: 0, size: memory_bytes, gpa: GPA };
-        let region = Region::new(identity, MmapRegion::new(usize::try_from(memory_bytes)?)?);
-        guest.set_memory(Arc::new(MemoryTable::new(vec![region])?));
-        let mut scene = Self { host, guest, asid: Asid(0), response: Vec::new(), records: Vec::new() };
-        scene.begin()?;
-        Ok(scene)
+        let mut library = Library::new(memory_bytes)?;
+        let process = library.create_process(CTX)?;
+        Ok(Self { library, process, records: Vec::new() })
     }
 
     /// The context.
     pub fn context(&self) -> Result<Arc<Context>> {
-        Ok(self.guest.context(CTX)?)
-    }
-
-    fn begin(&mut self) -> Result<()> {
-        let hello = Hello {
-            hdr: header(VIRTIO_GPU_CMD_SVM_HELLO, 0),
-            incarnation: 1.into(),
-            version: 0x1_0000.into(),
-            reserved: 0.into(),
-        };
-        ensure!(self.control(hello.as_bytes()), "HELLO was refused");
-        let create = CtxCreate { hdr: header(VIRTIO_GPU_CMD_CTX_CREATE, CTX), ..CtxCreate::default() };
-        ensure!(self.control(create.as_bytes()), "CTX_CREATE was refused");
-        let reply = self.request(SVM_REQ_VM_CREATE, &[0; size_of::<VmCreate>() - size_of::<ReqHdr>()])?;
-        let (reply, _) = VmCreateRsp::read_from_prefix(&reply).ok().context("VM_CREATE has no reply")?;
-        self.asid = Asid(reply.asid.get());
-        Ok(())
+        Ok(self.library.guest().context(CTX)?)
     }
 
     fn map(&mut self, mappings: u64) -> Result<()> {
@@ -123,59 +70,36 @@ impl Scene {
             ..BindOp::default()
         };
         let operations: Vec<_> = (0..mappings).map(operation).collect();
-        let head =
-            VmBind { vm_id: 1.into(), num_binds: u32::try_from(mappings)?.into(), ..VmBind::default() };
-        let head = head.as_bytes().get(size_of::<ReqHdr>()..).unwrap_or_default();
-        self.request(SVM_REQ_VM_BIND, &[head, operations.as_bytes()].concat()).map(drop)
+        self.library.control(&wire::bind(CTX, self.process.vm_id, &operations)).map(drop)
     }
 
     /// Makes the first pages of every window known.
     pub fn supply(&mut self, pages: u64) -> Result<()> {
         let runs: Vec<_> = (0..WINDOWS).map(|window| run_of(window, pages)).collect();
         for runs in runs.chunks(usize::try_from(MAX_RUNS)?) {
-            let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, CTX);
-            let head = Supply { hdr, num_runs: u32::try_from(runs.len())?.into(), reserved: 0.into() };
-            ensure!(self.control(&[head.as_bytes(), runs.as_bytes()].concat()), "SUPPLY was refused");
+            self.library.control(&wire::supply(CTX, runs))?;
         }
         Ok(())
     }
 
-    /// Carries out a request of the process and returns its reply.
-    fn request(&mut self, cmd: u32, body: &[u8]) -> Result<Vec<u8>> {
-        ensure!(self.control(&submission(cmd, body)?), "request {cmd} was refused");
-        Ok(self.response.get(size_of::<SvmResp>()..).unwrap_or_default().to_vec())
-    }
-
     /// Carries out a command; whether its status is 0.
     pub fn control(&mut self, request: &[u8]) -> bool {
-        self.guest.control(request, &mut self.response, ROOM);
-        SvmResp::read_from_prefix(&self.response).is_ok_and(|(response, _)| response.status.get() == 0)
+        self.library.control(request).is_ok()
     }
 
     /// Answers a command.
     pub fn answer(&self, request: &[u8], response: &mut Vec<u8>, room: usize) {
-        self.guest.control(request, response, room);
+        self.library.guest().control(request, response, room);
     }
 
     /// A job reads the first word of a window.
     pub fn raise(&self, window: u64) {
-        let fault = Fault {
-            asid: self.asid,
-            stop: StopId(window),
-            job: JobId(1),
-            addr: GpuAddr(C + window * WINDOW_BYTES),
-            pages: 1,
-            length_hint: 8,
-            access: Access::Read,
-            engine: 0,
-            level: 0,
-        };
-        self.host.fault(0, fault);
+        self.library.raise(self.process, window, C + window * WINDOW_BYTES);
     }
 
     /// The cookie of the one fault whose record waits.
     fn take_cookie(&mut self) -> Option<u64> {
-        self.guest.fill_events(&mut self.records, size_of::<EventHdr>() + EVENT_RECORD_BYTES);
+        self.library.guest().fill_events(&mut self.records, size_of::<EventHdr>() + EVENT_RECORD_BYTES);
         let (_, record) = EventHdr::read_from_prefix(&self.records).ok()?;
         let (record, _) = FaultRecord::read_from_prefix(record).ok()?;
         Some(record.cookie.get())
@@ -183,17 +107,18 @@ impl Scene {
 
     /// What has been counted.
     pub fn counters(&self) -> Counters {
-        self.host.stats().counters
+        self.library.host().stats().counters
     }
 
     /// Blob resources of the guest.
     pub fn resources(&self) -> usize {
-        self.guest.status().resources
+        self.library.guest().status().resources
     }
 
     /// Pages of the GPU VM that have a translation.
     pub fn resident_pages(&self) -> u64 {
-        self.host.device(0).map_or(0, |device| device.resident_pages(self.asid))
+        let device = self.library.host().device(0);
+        device.map_or(0, |device| device.resident_pages(Asid(self.process.asid)))
     }
 }
 
@@ -244,7 +169,7 @@ impl Operation for Answered {
         self.scene.raise(window);
         let Some(cookie) = self.scene.take_cookie() else { return false };
         let head = PageResponse {
-            hdr: header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, CTX),
+            hdr: wire::header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, CTX),
             cookie: cookie.into(),
             code: PAGE_RESP_SUCCESS.into(),
             num_runs: 1.into(),
@@ -261,7 +186,11 @@ impl Operation for Answered {
 }
 
 /// Takes a page back that is known and bound, one mapping of so many.
-pub struct Invalidated(Scene);
+pub struct Invalidated {
+    scene: Scene,
+    /// By window.
+    commands: Vec<Vec<u8>>,
+}
 
 impl Invalidated {
     /// See the type.
@@ -269,24 +198,20 @@ impl Invalidated {
         let mut scene = Scene::new(mappings)?;
         scene.supply(WINDOW)?;
         (0..WINDOWS).for_each(|window| scene.raise(window));
-        Ok(Box::new(Self(scene)))
+        let command = |window| wire::invalidate(CTX, A + window * WINDOW_BYTES, PAGE_SIZE);
+        Ok(Box::new(Self { scene, commands: (0..WINDOWS).map(command).collect() }))
     }
 }
 
 impl Operation for Invalidated {
     fn run(&mut self, n: u64) -> bool {
-        let command = Invalidate {
-            hdr: header(VIRTIO_GPU_CMD_SVM_INVALIDATE, CTX),
-            start: (A + scrambled(n, WINDOWS) * WINDOW_BYTES).into(),
-            length: PAGE_SIZE.into(),
-            event: INVAL_UNMAP.into(),
-            reserved: 0.into(),
-        };
-        self.0.control(command.as_bytes())
+        let window = usize::try_from(scrambled(n, WINDOWS)).unwrap_or(usize::MAX);
+        self.commands.get(window).is_some_and(|command| self.scene.control(command))
     }
 
     fn is_done(&self, count: u64) -> bool {
-        self.0.counters().invalidations == count && self.0.resident_pages() == WINDOWS * WINDOW - count
+        self.scene.counters().invalidations == count
+            && self.scene.resident_pages() == WINDOWS * WINDOW - count
     }
 }
 
@@ -299,18 +224,4 @@ fn run_of(window: u64, pages: u64) -> PageRun {
         flags: 0.into(),
         as_of: 0.into(),
     }
-}
-
-/// A request of the process, as a command.
-pub fn submission(cmd: u32, body: &[u8]) -> Result<Vec<u8>> {
-    let len = u32::try_from(size_of::<ReqHdr>() + body.len())?;
-    let hdr = header(VIRTIO_GPU_CMD_SUBMIT_3D, CTX);
-    let submit = CmdSubmit { hdr, size: len.into(), padding: 0.into() };
-    let request = ReqHdr { cmd: cmd.into(), len: len.into(), seqno: 1.into(), rsp_off: 0.into() };
-    Ok([submit.as_bytes(), request.as_bytes(), body].concat())
-}
-
-/// The header of a command of the context, or of none.
-pub fn header(kind: u32, ctx_id: u32) -> CtrlHdr {
-    CtrlHdr { kind: kind.into(), ctx_id: ctx_id.into(), ..CtrlHdr::default() }
 }

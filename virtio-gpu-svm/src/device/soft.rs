@@ -68,6 +68,22 @@ pub struct SoftConfig {
     pub job_limit: Option<Duration>,
 }
 
+impl Default for SoftConfig {
+    /// `soft0`: one engine, 48 bits, faults wherever a page is missing, any addresses; no ledger, no job limit.
+    fn default() -> Self {
+        Self {
+            index: 0,
+            name: "soft0".into(),
+            engines: 1,
+            va_bits: 48,
+            fault_model: FaultModel::Replayable,
+            address_model: AddressModel::Any,
+            ledger: None,
+            job_limit: None,
+        }
+    }
+}
+
 /// A software GPU.
 pub struct SoftDevice {
     index: usize,

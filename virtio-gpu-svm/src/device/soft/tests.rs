@@ -246,16 +246,7 @@ impl Drop for Rig {
 }
 
 fn config(engines: u8) -> SoftConfig {
-    SoftConfig {
-        index: 3,
-        name: "soft3".into(),
-        engines,
-        va_bits: 48,
-        fault_model: FaultModel::Replayable,
-        address_model: AddressModel::Any,
-        ledger: Some(1 << 20),
-        job_limit: None,
-    }
+    SoftConfig { index: 3, name: "soft3".into(), engines, ledger: Some(1 << 20), ..SoftConfig::default() }
 }
 
 fn label(asid: u32) -> VmLabel {

@@ -1,14 +1,13 @@
 //! The library without rings: a guest whose commands are calls, and a soft device without a running engine (unless one is
 //! started), whose faults are raised by whoever measures. What is measured with it says that it is in process.
 
-use super::wire;
+use crate::wire;
 use anyhow::{Context, Result, ensure};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 use virtio_gpu_svm::addr::GpuAddr;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
-use virtio_gpu_svm::device::{Access, AddressModel, Asid, Device, Events, Fault, FaultModel, JobId, StopId};
+use virtio_gpu_svm::device::{Access, Asid, Device, Events, Fault, JobId, StopId};
 use virtio_gpu_svm::guest::{EventPort, Guest};
 use virtio_gpu_svm::host::{Host, Limits};
 use virtio_gpu_svm::memory::{MemoryTable, Region, RegionIdentity};
@@ -19,8 +18,8 @@ use virtio_gpu_svm::protocol::{MAX_RESPONSE_BYTES, errno};
 use vm_memory::mmap::MmapRegion;
 use zerocopy::FromBytes;
 
-/// Where guest memory begins.
-pub const GPA: u64 = 0x10_0000;
+/// Where guest memory begins: as leaves do.
+pub const GPA: u64 = 0x20_0000;
 /// As much as anybody here asks for.
 const MANY: u32 = 1 << 20;
 /// Bytes that a call may fill with records.
@@ -59,21 +58,12 @@ impl Library {
     /// # Errors
     /// The host has no address space left, or HELLO is refused.
     pub fn new(memory: u64) -> Result<Self> {
-        let config = SoftConfig {
-            index: 0,
-            name: "soft0".into(),
-            engines: 1,
-            va_bits: 48,
-            fault_model: FaultModel::Replayable,
-            address_model: AddressModel::Any,
-            ledger: None,
-            job_limit: None,
-        };
-        let device = SoftDevice::new(config);
+        let device = SoftDevice::new(SoftConfig::default());
         let host = Host::new(vec![Arc::clone(&device) as Arc<dyn Device>]);
         let limits = Limits {
             contexts: MANY,
             gpu_vms: MANY,
+            resources: MANY,
             total_mappings: MANY,
             table_bytes: 1 << 40,
             total_pending_faults: MANY,
@@ -89,18 +79,16 @@ impl Library {
         Ok(library)
     }
 
-    /// Carries out a command that must be accepted, and tells how long that took.
+    /// Carries out a command that must be accepted; its reply.
     ///
     /// # Errors
     /// It is refused.
-    pub fn control(&mut self, command: &[u8]) -> Result<Duration> {
-        let begin = Instant::now();
+    pub fn control(&mut self, command: &[u8]) -> Result<&[u8]> {
         self.guest.control(command, &mut self.response, MAX_RESPONSE_BYTES);
-        let elapsed = begin.elapsed();
-        let (head, _) = SvmResp::read_from_prefix(&self.response).ok().context("a short answer")?;
+        let (head, reply) = SvmResp::ref_from_prefix(&self.response).ok().context("a short answer")?;
         let status = head.status.get();
         ensure!(status == 0, "a command is refused: {}", errno::name(status));
-        Ok(elapsed)
+        Ok(reply)
     }
 
     /// Gives the device its engine, which lets go of what is destroyed.
@@ -117,10 +105,18 @@ impl Library {
     /// It is refused.
     pub fn create_process(&mut self, ctx_id: u32) -> Result<Process> {
         self.control(&wire::create_context(ctx_id))?;
-        self.control(&wire::create_vm(ctx_id))?;
-        let reply = self.response.get(size_of::<SvmResp>()..).unwrap_or_default();
+        let reply = self.control(&wire::create_vm(ctx_id))?;
         let (reply, _) = VmCreateRsp::read_from_prefix(reply).ok().context("a short reply")?;
         Ok(Process { ctx_id, vm_id: reply.vm_id.get(), asid: reply.asid.get() })
+    }
+
+    /// The host.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+    /// The guest.
+    pub fn guest(&self) -> &Arc<Guest> {
+        &self.guest
     }
 
     /// An engine reads a word, and is parked.
