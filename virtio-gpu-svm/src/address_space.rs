@@ -63,6 +63,15 @@ pub struct Run {
     pub as_of: u64,
 }
 
+impl Run {
+    /// Whether all of it lies in a leaf.
+    #[inline]
+    fn lies_in(&self, index: u64) -> bool {
+        let last = self.va.end.saturating_sub(1);
+        (self.va.start >> LEAF_PAGES_SHIFT, last >> LEAF_PAGES_SHIFT) == (index, index)
+    }
+}
+
 /// What became of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Install {
@@ -152,37 +161,31 @@ impl AddressSpace {
             self.obtain_leaf(index);
         }
     }
-    /// Installs runs one after the other, each whole or not at all, and tells what became of each until `tell` has heard
-    /// enough. A leaf is found once for all runs in a row that lie in it.
+    /// Installs runs one after the other, each whole or not at all, and tells what became of how many of them until `tell`
+    /// has heard enough; of more than one only where they stand. A leaf is found once for all runs in a row that lie in it.
     pub fn install_all(
         &mut self,
-        runs: impl Iterator<Item = Run>,
-        mut tell: impl FnMut(Install) -> ControlFlow<()>,
+        mut runs: impl Iterator<Item = Run>,
+        mut tell: impl FnMut(Install, u32) -> ControlFlow<()>,
     ) {
-        let mut runs = runs.peekable();
-        while let Some(run) = runs.next() {
+        let mut next = runs.next();
+        while let Some(run) = next {
             let index = run.va.start >> LEAF_PAGES_SHIFT;
-            let lies_in = |run: &Run| {
-                let last = run.va.end.saturating_sub(1);
-                (run.va.start >> LEAF_PAGES_SHIFT, last >> LEAF_PAGES_SHIFT) == (index, index)
-            };
             let Self { leaves, known, charge, .. } = self;
-            let leaf = leaves.get_mut(&index).filter(|_| lies_in(&run) && !seeded::on(Bug::WrongLeaf));
+            let leaf = leaves.get_mut(&index).filter(|_| run.lies_in(index) && !seeded::on(Bug::WrongLeaf));
             let Some(leaf) = leaf else {
-                if tell(self.install(&run)).is_break() {
+                if tell(self.install(&run), 1).is_break() {
                     return;
                 }
+                next = runs.next();
                 continue;
             };
-            let mut next = Some(run);
-            while let Some(run) = next {
-                let known_before = leaf.known;
-                let became = leaf.install(&run, index, charge);
-                *known = known.wrapping_add(leaf.known.wrapping_sub(known_before));
-                if tell(became).is_break() {
-                    return;
-                }
-                next = runs.next_if(lies_in);
+            let known_before = leaf.known;
+            let rest = leaf.install_all(index, run, &mut runs, charge, &mut tell);
+            *known = known.wrapping_add(leaf.known.wrapping_sub(known_before));
+            match rest {
+                ControlFlow::Continue(rest) => next = rest,
+                ControlFlow::Break(()) => return,
             }
         }
     }
@@ -296,21 +299,63 @@ impl Leaf {
             Pages::Small(entries) => Page::decode(*entries.get(usize::try_from(slot).ok()?)?),
         }
     }
+    /// Installs runs until one does not lie in this leaf, which is returned.
+    fn install_all(
+        &mut self,
+        index: u64,
+        first: Run,
+        runs: &mut impl Iterator<Item = Run>,
+        charge: &mut Charge,
+        tell: &mut impl FnMut(Install, u32) -> ControlFlow<()>,
+    ) -> ControlFlow<(), Option<Run>> {
+        let mut next = Some(first);
+        while let Some(run) = next {
+            let (done, rest) = self.install_pages(index, run, runs);
+            if done > 0 {
+                tell(Install::Done, done)?;
+            }
+            let Some(run) = rest.filter(|run| run.lies_in(index)) else { return ControlFlow::Continue(rest) };
+            tell(self.install(&run, index, charge), 1)?;
+            next = runs.next();
+        }
+        ControlFlow::Continue(None)
+    }
+    /// Installs runs of one page until one is longer, lies elsewhere or is refused, which is returned too. How many.
+    #[inline]
+    fn install_pages(
+        &mut self,
+        index: u64,
+        first: Run,
+        runs: &mut impl Iterator<Item = Run>,
+    ) -> (u32, Option<Run>) {
+        let Pages::Small(entries) = &mut self.pages else { return (0, Some(first)) };
+        let (mut run, mut done, mut added) = (first, 0_u32, 0_u64);
+        let rest = loop {
+            if run.va.pages() != 1
+                || run.va.start >> LEAF_PAGES_SHIFT != index
+                || is_stale(self.invalidated, &run)
+            {
+                break Some(run);
+            }
+            let (entry, new) = (entry_mut(entries, run.va.start), run.first.encode());
+            if !allows(*entry, new) {
+                break Some(run);
+            }
+            // No more than the runs of a command.
+            (done, added) = (done.wrapping_add(1), added.wrapping_add(u64::from(*entry == 0)));
+            *entry = new;
+            match runs.next() {
+                Some(next) => run = next,
+                None => break None,
+            }
+        };
+        self.known = self.known.saturating_add(added);
+        (done, rest)
+    }
     /// Installs a run that lies in this leaf.
     fn install(&mut self, run: &Run, index: u64, charge: &mut Charge) -> Install {
         if is_stale(self.invalidated, run) {
             return Install::Raced;
-        }
-        if let Pages::Small(entries) = &mut self.pages
-            && run.va.pages() == 1
-        {
-            let (entry, new) = (entry_mut(entries, run.va.start), run.first.encode());
-            if !allows(*entry, new) {
-                return Install::Conflict;
-            }
-            self.known = self.known.saturating_add(u64::from(*entry == 0));
-            *entry = new;
-            return Install::Done;
         }
         if self.contradicts(run, index) {
             return Install::Conflict;
@@ -332,10 +377,12 @@ impl Leaf {
                 !same || (first.readonly && !known.readonly)
             }
             Pages::Small(entries) => {
+                let entries = slots_in(entries.as_slice(), slots);
+                if entries.iter().fold(0, |any, entry| any | entry) == 0 {
+                    return false;
+                }
                 let mut news = (0..).map(|n| first.plus(n).encode());
-                !slots_in(entries.as_slice(), slots)
-                    .iter()
-                    .all(|entry| news.next().is_some_and(|new| allows(*entry, new)))
+                !entries.iter().all(|entry| news.next().is_some_and(|new| allows(*entry, new)))
             }
         }
     }
@@ -345,10 +392,11 @@ impl Leaf {
             self.known = LEAF_PAGES;
             return;
         }
-        let mut added = 0_u64;
+        let (mut added, first) = (0_u64, first.encode());
         for (entry, n) in self.small(slots).iter_mut().zip(0..) {
             added = added.wrapping_add(u64::from(*entry == 0));
-            *entry = first.plus(n).encode();
+            // Guest memory ends far below the bits above the page's number.
+            *entry = first.wrapping_add(n);
         }
         self.known = self.known.saturating_add(added);
     }
@@ -409,6 +457,16 @@ impl<'a> Walk<'a> {
                 known.and_then(|known| u64::try_from(known).ok()).unwrap_or(most)
             }
         }
+    }
+    /// The pages from `page` on, at most `most` and as far as its leaf goes, up to the first that is not known; none where
+    /// the leaf is in one piece.
+    #[inline]
+    pub fn small(&mut self, page: u64, most: u64) -> Option<impl Iterator<Item = Page> + use<'a>> {
+        let slot = page & (LEAF_PAGES - 1);
+        let most = most.min(LEAF_PAGES.saturating_sub(slot));
+        let Pages::Small(entries) = &self.leaf(page)?.pages else { return None };
+        let entries = slots_in(entries.as_slice(), slot..slot.saturating_add(most));
+        Some(entries.iter().map_while(|entry| Page::decode(*entry)))
     }
     #[inline]
     fn leaf(&mut self, page: u64) -> Option<&'a Leaf> {

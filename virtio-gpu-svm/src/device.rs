@@ -16,6 +16,7 @@ pub mod soft;
 use crate::addr::{GpuAddr, PageRange};
 use crate::memory::Region;
 use crate::protocol::job::Packet;
+use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::quota::{Charge, Full};
 use crate::sync::Arc;
 
@@ -93,6 +94,34 @@ pub struct Extent<'a> {
     pub pages: u64,
     /// Whether the GPU may write.
     pub writable: bool,
+}
+
+/// A page of a region, and whether the GPU may write it: a word, for lists of very many pages that follow each other only
+/// in the GPU's space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScatteredPage(u64);
+
+impl ScatteredPage {
+    /// What [`ScatteredPage::word`] has where the GPU may write.
+    pub const WRITABLE: u64 = 1 << 1;
+    const OFFSET: u64 = !(PAGE_SIZE - 1);
+
+    /// The page that holds the byte at an offset.
+    pub fn new(offset: u64, writable: bool) -> Self {
+        Self((offset & Self::OFFSET) | if writable { Self::WRITABLE } else { 0 })
+    }
+    /// Byte offset in the region, page aligned.
+    pub fn offset(self) -> u64 {
+        self.0 & Self::OFFSET
+    }
+    /// Whether the GPU may write.
+    pub fn is_writable(self) -> bool {
+        self.0 & Self::WRITABLE != 0
+    }
+    /// The offset and [`ScatteredPage::WRITABLE`].
+    pub fn word(self) -> u64 {
+        self.0
+    }
 }
 
 /// An access right that a job needed.
@@ -267,6 +296,33 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`Error::NoVm`], [`Error::OutOfMemory`], [`Error::OverQuota`]; then no translation was added.
     fn bind(&self, asid: Asid, addr: GpuAddr, extents: &[Extent]) -> Result<(), Error>;
+
+    /// The same as [`Device::bind`], of pages that lie anywhere in one region.
+    ///
+    /// # Errors
+    /// Those of [`Device::bind`]; then no translation was added.
+    fn bind_pages(
+        &self,
+        asid: Asid,
+        addr: GpuAddr,
+        region: &Arc<Region>,
+        pages: &[ScatteredPage],
+    ) -> Result<(), Error> {
+        let mut extents: Vec<Extent> = Vec::new();
+        for page in pages {
+            let (offset, writable) = (page.offset(), page.is_writable());
+            match extents.last_mut() {
+                Some(last)
+                    if last.writable == writable
+                        && last.offset.checked_add(last.pages << PAGE_SHIFT) == Some(offset) =>
+                {
+                    last.pages = last.pages.saturating_add(1);
+                }
+                _ => extents.push(Extent { region, offset, pages: 1, writable }),
+            }
+        }
+        self.bind(asid, addr, &extents)
+    }
 
     /// Makes translations that read as zero and swallow writes; replaces what stood there. Only for devices with
     /// [`DeviceInfo::null_mappings`].

@@ -42,7 +42,7 @@ use std::time::Duration;
 use window::Window;
 
 pub use window::FAULT_AROUND_PAGES;
-pub(crate) use window::{Pages, emptied};
+pub(crate) use window::{LONG_RUN, Pages, emptied};
 
 /// Most pending faults of a GPU VM that are shown one by one.
 pub const SHOWN_FAULTS: usize = 16;

@@ -211,13 +211,18 @@ pub struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
+    /// The region that holds a page, and its pages.
+    #[inline]
+    pub fn region(&mut self, gpa_page: u64) -> Option<(&'a Arc<Region>, PageRange)> {
+        match self.hot {
+            Some((region, place)) if place.contains(gpa_page) => Some((region, place)),
+            _ => Some(*self.hot.insert(self.table.find(gpa_page)?)),
+        }
+    }
     /// As many of `pages` pages from page number `gpa_page` on as one region holds; at least 1.
     #[inline]
     pub fn run(&mut self, gpa_page: u64, pages: u64) -> Option<Place<'a>> {
-        let (region, place) = match self.hot {
-            Some((region, place)) if place.contains(gpa_page) => (region, place),
-            _ => *self.hot.insert(self.table.find(gpa_page)?),
-        };
+        let (region, place) = self.region(gpa_page)?;
         let offset = gpa_page.saturating_sub(place.start) << PAGE_SHIFT;
         Some(Place { region, offset, pages: place.end.saturating_sub(gpa_page).min(pages) })
     }

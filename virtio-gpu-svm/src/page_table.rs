@@ -16,6 +16,7 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 use crate::addr::PageRange;
+use crate::device::ScatteredPage;
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
@@ -232,7 +233,18 @@ impl Walk<'_> {
     ///
     /// # Errors
     /// [`Miss`] if it has none.
+    #[inline]
     pub fn lookup(&mut self, page: u64) -> Result<Translation, Miss> {
+        self.lookup_run(page, 1)
+    }
+
+    /// The translation of a page, and of as many behind it as follow in the host's space too and have the same rights: of
+    /// small ones at most `most` in all, and as far as its block goes.
+    ///
+    /// # Errors
+    /// [`Miss`] if it has none.
+    #[inline]
+    pub fn lookup_run(&mut self, page: u64, most: u64) -> Result<Translation, Miss> {
         let number = page >> FANOUT_BITS;
         let block = match self.hot {
             Some((hot, block)) if hot == number => block,
@@ -245,12 +257,13 @@ impl Walk<'_> {
                 block
             }
         };
-        block.lookup(page)
+        block.lookup(page, most)
     }
 }
 
 impl Block {
-    fn lookup(&self, page: u64) -> Result<Translation, Miss> {
+    #[inline]
+    fn lookup(&self, page: u64, most: u64) -> Result<Translation, Miss> {
         let word = self.word.load(Ordering::Acquire);
         if word & LARGE != 0 {
             let inner = page & (BLOCK_PAGES - 1);
@@ -270,7 +283,8 @@ impl Block {
             return Err(Miss { level: 0 });
         }
         let (writable, null) = (word & WRITABLE != 0, word & NULL != 0);
-        Ok(Translation { host: word & PAYLOAD, pages: 1, writable, null, level: 0 })
+        let pages = if most > 1 && !null { follow(leaf, page, word, most) } else { 1 };
+        Ok(Translation { host: word & PAYLOAD, pages, writable, null, level: 0 })
     }
 
     fn is_large(&self) -> bool {
@@ -336,18 +350,36 @@ impl Filling<'_> {
     /// Stores `first`, rising by `step` a page.
     fn store(&mut self, part: PageRange, first: u64, step: u64) {
         let cells = entries_of(self.leaf, part);
-        // Into what was empty, or is full, nothing needs to be looked at before it is stored.
-        let replaced = match self.before {
-            0 => 0,
-            BLOCK_PAGES => part.pages(),
-            _ => present_in(cells),
-        };
+        let replaced = self.replaced_in(cells, part);
         let mut word = first;
         for_each_unrolled(cells, |cell| {
             cell.store(word, Ordering::Release);
             word = word.wrapping_add(step);
         });
         self.present = self.present.saturating_add(part.pages()).saturating_sub(replaced);
+    }
+    /// Stores the words of pages one by one, each added to `base`.
+    fn store_scattered(&mut self, part: PageRange, base: u64, pages: &[ScatteredPage]) {
+        let cells = entries_of(self.leaf, part);
+        let replaced = self.replaced_in(cells, part);
+        let store = |cell: &AtomicU64, page: &ScatteredPage| {
+            cell.store(base.wrapping_add(page.word()), Ordering::Release);
+        };
+        let ((cells, last_cells), (pages, last_pages)) = (cells.as_chunks::<8>(), pages.as_chunks::<8>());
+        for (cells, pages) in cells.iter().zip(pages) {
+            cells.iter().zip(pages).for_each(|(cell, page)| store(cell, page));
+        }
+        last_cells.iter().zip(last_pages).for_each(|(cell, page)| store(cell, page));
+        self.present = self.present.saturating_add(part.pages()).saturating_sub(replaced);
+    }
+    /// How many of a part's pages there are already.
+    fn replaced_in(&self, cells: &[AtomicU64], part: PageRange) -> u64 {
+        // Into what was empty, or is full, nothing needs to be looked at before it is stored.
+        match self.before {
+            0 => 0,
+            BLOCK_PAGES => part.pages(),
+            _ => present_in(cells),
+        }
     }
 }
 
@@ -373,8 +405,20 @@ impl<'a> Edit<'a> {
         if tables.saturating_mul(BLOCKS_BYTES) > self.table.max_table_bytes {
             return Err(NoTable::OutOfMemory);
         }
-        for part in blocks_of(PageRange { start: page, end: page.saturating_add(pages) }) {
-            let made = self.prepare_block(part);
+        self.prepare_parts(PageRange { start: page, end: page.saturating_add(pages) }, false)
+    }
+
+    /// Makes every table that [`Edit::commit_scattered`] of this range needs.
+    ///
+    /// # Errors
+    /// As of [`Edit::prepare`].
+    pub fn prepare_leaves(&mut self, range: PageRange) -> Result<(), NoTable> {
+        self.prepare_parts(range, true)
+    }
+
+    fn prepare_parts(&mut self, range: PageRange, scattered: bool) -> Result<(), NoTable> {
+        for part in blocks_of(range) {
+            let made = self.prepare_block(part, scattered);
             if made.is_err() {
                 // Directories without a child are found again by this note, and so is the block of an earlier part.
                 self.note_number(part.start >> FANOUT_BITS);
@@ -404,6 +448,33 @@ impl<'a> Edit<'a> {
             start = range.end;
         }
         self.end_filling(filling);
+    }
+
+    /// Stores translations of pages one behind the other from `page` on, over whatever stands there: at their offsets from
+    /// `host`. All are small ones; a large leaf that is cut goes whole.
+    ///
+    /// # Panics
+    /// If the range was not prepared under this edit with [`Edit::prepare_leaves`].
+    pub fn commit_scattered(&mut self, page: u64, host: u64, pages: &[ScatteredPage]) {
+        debug_assert_eq!(host & !PAYLOAD, 0, "host address {host:#x} of a region");
+        let range = PageRange { start: page, end: page.saturating_add(pages.len() as u64) };
+        let mut rest = pages;
+        for part in blocks_of(range) {
+            let number = part.start >> FANOUT_BITS;
+            let block = match self.prepared {
+                Some((prepared, block)) if prepared == number => block,
+                _ => match self.obtain_block(number) {
+                    Ok(block) => block,
+                    Err(_) => panic!("page {:#x} was not prepared", part.start),
+                },
+            };
+            let mut filling = self.begin_filling(number, block);
+            let count = usize::try_from(part.pages()).unwrap_or(0);
+            let (these, others) = rest.split_at_checked(count).unwrap_or_default();
+            filling.store_scattered(part, host | PRESENT, these);
+            rest = others;
+            self.end_filling(Some(filling));
+        }
     }
 
     /// Stores null translations, as [`Edit::commit`] does others.
@@ -458,9 +529,10 @@ impl<'a> Edit<'a> {
         });
     }
 
-    fn prepare_block(&mut self, part: PageRange) -> Result<(), NoTable> {
+    /// With a leaf, unless the part is a whole block and one piece.
+    fn prepare_block(&mut self, part: PageRange, scattered: bool) -> Result<(), NoTable> {
         let block = self.obtain_block(part.start >> FANOUT_BITS)?;
-        if part.pages() < BLOCK_PAGES && block.leaf.get().is_none() {
+        if (scattered || part.pages() < BLOCK_PAGES) && block.leaf.get().is_none() {
             // Zeroed as a whole: most leaves are made to be filled at once.
             let leaf = self.allocate(LEAF_BYTES, || Leaf::new_box_zeroed().ok())?;
             block.leaf.get_or_init(|| leaf);
@@ -775,12 +847,28 @@ fn for_each_unrolled(cells: &[AtomicU64], mut act: impl FnMut(&AtomicU64)) {
     rest.iter().for_each(act);
 }
 
+/// How many of `most` pages from one with this word on follow each other in the host's space, with the same rights.
+#[inline]
+fn follow(leaf: &Leaf, page: u64, word: u64, most: u64) -> u64 {
+    let rest = leaf.get(index(page, 0)..).unwrap_or_default();
+    let (mut pages, mut next) = (1_u64, word.wrapping_add(PAGE_SIZE));
+    for cell in rest.iter().skip(1) {
+        if pages >= most || cell.load(Ordering::Acquire) != next {
+            break;
+        }
+        // Both stay within a table.
+        (pages, next) = (pages.wrapping_add(1), next.wrapping_add(PAGE_SIZE));
+    }
+    pages
+}
+
 /// Entries that hold a translation.
 fn present_in(cells: &[AtomicU64]) -> u64 {
     // PRESENT is the lowest bit; at most the entries of one table are added.
     cells.iter().fold(0, |sum, cell| sum.wrapping_add(cell.load(Ordering::Relaxed) & PRESENT))
 }
 const _: () = assert!(PRESENT == 1);
+const _: () = assert!(WRITABLE == ScatteredPage::WRITABLE);
 
 /// The entries of pages that lie in one block.
 fn entries_of(leaf: &Leaf, part: PageRange) -> &[AtomicU64] {

@@ -12,12 +12,12 @@
 use crate::addr::{GpuAddr, PageRange};
 use crate::address_space::LEAF_PAGES;
 use crate::context::{After, Bind, Context, KEPT, State};
-use crate::device::{Device, Extent, FaultModel, Flush, JobId};
-use crate::fault::{self, Pages, Prefetch};
+use crate::device::{Device, Extent, FaultModel, Flush, JobId, ScatteredPage};
+use crate::fault::{self, LONG_RUN, Pages, Prefetch};
 use crate::gpu_vm::{self, Behind, GpuVm};
 use crate::host::Host;
 use crate::invalidation::bounded;
-use crate::memory::MemoryTable;
+use crate::memory::{MemoryTable, Region};
 use crate::protocol::PAGE_SHIFT;
 use crate::protocol::errno::{EFAULT, EPIPE};
 use crate::protocol::event::{PERM_READ, PERM_WRITE};
@@ -208,12 +208,21 @@ pub(crate) fn hold(device: &dyn Device, vm: &mut GpuVm) -> Flush {
     device.set_frozen(vm.asid, true)
 }
 
+/// What was found for a bind.
+struct Found<'a, 'm> {
+    extents: &'a mut Vec<Extent<'m>>,
+    /// The first of them.
+    pages: Vec<ScatteredPage>,
+}
+
 /// What is to be done next for a GPU VM.
-enum Step {
+enum Step<'m> {
     /// Nothing is wanted.
     Nothing,
     /// Bind the extents that were collected here.
     Bind(PageRange),
+    /// Bind the pages of a region that were collected here.
+    BindPages(PageRange, &'m Arc<Region>),
     /// Bind nothing here.
     BindNull(PageRange),
     /// Ask the guest.
@@ -280,10 +289,11 @@ impl Context {
         after: &mut After,
     ) {
         let mut left = SLICE_PAGES;
+        let mut found = Found { extents, pages: Vec::new() };
         while left > 0 {
-            extents.clear();
-            let step = state.next_step(vm_id, left, memory, extents);
-            let result = self.take_step(state, vm_id, step, extents, after);
+            found.extents.clear();
+            let step = state.next_step(vm_id, left, memory, &mut found);
+            let result = self.take_step(state, vm_id, step, &found, after);
             let Some(vm) = state.vms.get_mut(&vm_id) else { return };
             let done = match result {
                 Ok(Some(done)) => done,
@@ -304,7 +314,7 @@ impl Context {
         state: &mut State,
         vm_id: u32,
         step: Step,
-        extents: &[Extent],
+        found: &Found,
         after: &mut After,
     ) -> Result<Option<PageRange>, (PageRange, i32)> {
         let Some(vm) = state.vms.get_mut(&vm_id) else { return Ok(None) };
@@ -318,13 +328,19 @@ impl Context {
                 Ok(None)
             }
             // A part of a large leaf that is bound again would drop its rest.
-            Step::Bind(range) | Step::BindNull(range)
+            Step::Bind(range) | Step::BindPages(range, _) | Step::BindNull(range)
                 if !vm.population.all && device.resident_in(vm.asid, range) == range.pages() =>
             {
                 Ok(Some(range))
             }
             Step::Bind(range) => {
-                let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), extents);
+                let bound = device.bind(vm.asid, GpuAddr(range.start_addr()), found.extents);
+                bound.map(|()| Some(range)).map_err(|error| failed(range, error))
+            }
+            Step::BindPages(range, region) => {
+                let pages = usize::try_from(range.pages()).ok().and_then(|count| found.pages.get(..count));
+                let (addr, pages) = (GpuAddr(range.start_addr()), pages.unwrap_or_default());
+                let bound = device.bind_pages(vm.asid, addr, region, pages);
                 bound.map(|()| Some(range)).map_err(|error| failed(range, error))
             }
             Step::BindNull(range) => {
@@ -410,13 +426,13 @@ impl State {
         vm_id: u32,
         most: u64,
         memory: &'m MemoryTable,
-        extents: &mut Vec<Extent<'m>>,
-    ) -> Step {
+        found: &mut Found<'_, 'm>,
+    ) -> Step<'m> {
         let Self { vms, space, faults, .. } = self;
         let Some(GpuVm { mappings, population, .. }) = vms.get_mut(&vm_id) else { return Step::Nothing };
         let Some(range) = population.wanted.last().copied() else { return Step::Nothing };
-        let found = mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?)));
-        let Some((va, part)) = found else {
+        let mapped = mappings.first_in(range).and_then(|va| Some((va, va.range.intersect(range)?)));
+        let Some((va, part)) = mapped else {
             population.drop_last();
             return Step::Hole;
         };
@@ -430,7 +446,11 @@ impl State {
         let all = population.all;
         let will_do = |extent: &Extent| !all || va.readonly || extent.writable;
         let mut pages = Pages::of(va, space, memory);
-        let at = pages.collect(slice, will_do, extents);
+        if let Some((count, region)) = pages.scattered(slice, all && !va.readonly, &mut found.pages) {
+            let end = slice.start.saturating_add(count as u64);
+            return Step::BindPages(PageRange { start: slice.start, end }, region);
+        }
+        let at = pages.collect(slice, will_do, LONG_RUN, found.extents);
         if at > slice.start {
             return Step::Bind(PageRange { start: slice.start, end: at });
         }

@@ -155,8 +155,8 @@ fn runs_in_a_row_become_what_they_become_one_by_one() {
             runs.push(Run { va: range(start, start + pages), first, as_of });
         }
         let mut became = Vec::new();
-        all.install_all(runs.iter().copied(), |install| {
-            became.push(install);
+        all.install_all(runs.iter().copied(), |install, count| {
+            became.extend((0..count).map(|_| install));
             ControlFlow::Continue(())
         });
         let one_by_one: Vec<_> = runs.iter().map(|run| single.install(run)).collect();
@@ -185,10 +185,13 @@ fn runs_behind_one_that_ends_the_list_are_left() {
     let mut space = AddressSpace::default();
     space.install(&run(5, 1, 99, 0));
     let mut heard = Vec::new();
-    space.install_all([run(4, 1, 10, 0), run(5, 1, 11, 0), run(6, 1, 12, 0)].into_iter(), |install| {
-        heard.push(install);
-        if install == Install::Conflict { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
-    assert_eq!(heard, [Install::Done, Install::Conflict]);
+    space.install_all(
+        [run(4, 1, 10, 0), run(5, 1, 11, 0), run(6, 1, 12, 0)].into_iter(),
+        |install, count| {
+            heard.push((install, count));
+            if install == Install::Conflict { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        },
+    );
+    assert_eq!(heard, [(Install::Done, 1), (Install::Conflict, 1)]);
     assert_eq!((space.lookup(4).is_some(), space.lookup(6)), (true, None));
 }

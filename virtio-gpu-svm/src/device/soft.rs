@@ -29,9 +29,10 @@ use super::ledger::Ledger;
 use super::operands;
 use super::{
     AddressModel, Asid, Device, DeviceInfo, Error, Events, Extent, FaultModel, Flush, Job, LedgerEntry,
-    StopId, Ticket, Verdict, VmLabel,
+    ScatteredPage, StopId, Ticket, Verdict, VmLabel,
 };
 use crate::addr::{GpuAddr, PageRange};
+use crate::memory::Region;
 use crate::page_table::NoTable;
 use crate::protocol::job::{OPCODES, Packet};
 use crate::quota::Charge;
@@ -324,6 +325,18 @@ impl Device for SoftDevice {
         assert_eq!(addr, addr.page_start(), "bind at an address within a page");
         let vm = self.sched().live_vm(asid)?;
         Ok(vm.memory.bind(addr.page(), extents)?)
+    }
+
+    fn bind_pages(
+        &self,
+        asid: Asid,
+        addr: GpuAddr,
+        region: &Arc<Region>,
+        pages: &[ScatteredPage],
+    ) -> Result<(), Error> {
+        assert_eq!(addr, addr.page_start(), "bind at an address within a page");
+        let vm = self.sched().live_vm(asid)?;
+        Ok(vm.memory.bind_pages(addr.page(), region, pages)?)
     }
 
     fn bind_null(&self, asid: Asid, range: PageRange) -> Result<(), Error> {

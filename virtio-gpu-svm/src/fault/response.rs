@@ -279,8 +279,9 @@ impl State {
             if run.as_of > self.space.seq() {
                 return Err(Error::FutureSequence { index });
             }
-            let place = memory.run(run.first.gpa_page, run.va.pages());
-            if place.is_none_or(|place| place.pages < run.va.pages()) {
+            let (gpa_page, pages) = (run.first.gpa_page, run.va.pages());
+            let place = memory.region(gpa_page);
+            if place.is_none_or(|(_, place)| place.end.saturating_sub(gpa_page) < pages) {
                 return Err(Error::NoMemory { index });
             }
         }
@@ -288,20 +289,20 @@ impl State {
     }
     fn install_runs(&mut self, runs: impl Iterator<Item = Run>) -> Result<Supplied, Error> {
         let (mut supplied, mut outcome, mut index) = (Supplied::default(), Ok(()), 0_u32);
-        self.space.install_all(runs, |install| {
+        self.space.install_all(runs, |install, count| {
             match install {
-                Install::Done => supplied.installed = supplied.installed.saturating_add(1),
+                Install::Done => supplied.installed = supplied.installed.saturating_add(count),
                 Install::Raced => {
                     if supplied.refused == 0 {
                         supplied.first_refused = index;
                     }
-                    supplied.refused = supplied.refused.saturating_add(1);
+                    supplied.refused = supplied.refused.saturating_add(count);
                 }
                 Install::Conflict => outcome = Err(Error::Conflict { index }),
                 Install::Full => outcome = Err(Error::Full { index }),
                 Install::OverQuota => outcome = Err(Error::OverQuota { index }),
             }
-            index = index.saturating_add(1);
+            index = index.saturating_add(count);
             if outcome.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
         let counters = &mut self.counters;

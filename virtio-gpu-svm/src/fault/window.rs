@@ -6,15 +6,20 @@
 use super::device_errno;
 use crate::addr::{GpuAddr, PageRange};
 use crate::address_space::{AddressSpace, Walk};
-use crate::device::{Asid, Device, Extent};
+use crate::device::{Asid, Device, Extent, ScatteredPage};
 use crate::gpu_vm::{Backing, Behind, GpuVa};
-use crate::memory::{self, MemoryTable, Place};
+use crate::memory::{self, MemoryTable, Place, Region};
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
 use crate::sync::Arc;
 
 /// Pages bound around a fault as far as they are known: an aligned window of the GPU VM, cut to the mapping.
 pub const FAULT_AROUND_PAGES: u64 = 16;
 const LEAF_PAGES: u64 = LEAF_SIZE >> PAGE_SHIFT;
+const LEAF_SLOTS: usize = 512;
+const _: () = assert!(LEAF_SLOTS as u64 == LEAF_PAGES);
+/// Fewer pages in one piece are cheaper one by one: an extent is made, checked and found for some 300 instructions, a page
+/// of a leaf for some 25.
+pub(crate) const LONG_RUN: u64 = 64;
 
 /// What is bound around a fault: of one mapping, on one device, as far as it is known.
 pub(super) struct Window<'a> {
@@ -55,7 +60,7 @@ impl Window<'_> {
         let mut at = window.start;
         while at < window.end && bound.is_ok() {
             let from = PageRange { start: at, end: window.end };
-            let end = pages.collect(from, |_| true, &mut extents);
+            let end = pages.collect(from, |_| true, 1, &mut extents);
             if end > at {
                 bound = device.bind(asid, GpuAddr(at << PAGE_SHIFT), &extents).map_err(device_errno);
                 extents.clear();
@@ -110,17 +115,47 @@ impl<'s, 'm> Pages<'s, 'm> {
         }
         at
     }
+    /// Collects pages one by one into `pages`, from the first of a range on that are known, lie in one leaf and one region
+    /// and, where this is asked for, may be written. How many, the first of `pages`, and the region; nothing where extents do
+    /// better.
+    pub(crate) fn scattered(
+        &mut self,
+        range: PageRange,
+        writable_only: bool,
+        pages: &mut Vec<ScatteredPage>,
+    ) -> Option<(usize, &'m Arc<Region>)> {
+        let Behind::Cpu(cpu_page) = self.va.behind(range.start) else { return None };
+        let (first, run) = self.space.run(cpu_page, range.pages().min(LONG_RUN))?;
+        let small = self.space.small(cpu_page, range.pages()).filter(|_| run < LONG_RUN)?;
+        let (region, place) = self.memory.region(first.gpa_page)?;
+        let (place_pages, mapped_writable) = (place.pages(), !self.va.readonly);
+        pages.resize(LEAF_SLOTS, ScatteredPage::default());
+        let mut count = 0_usize;
+        for (page, to) in small.zip(pages) {
+            let writable = mapped_writable && !page.readonly;
+            let index = page.gpa_page.wrapping_sub(place.start);
+            if index >= place_pages || (writable_only && !writable) {
+                break;
+            }
+            *to = ScatteredPage::new(index << PAGE_SHIFT, writable);
+            // No more than there are places.
+            count = count.wrapping_add(1);
+        }
+        (count > 0).then_some((count, region))
+    }
     /// Adds the extents of the pages from the first of a range on that are known and will do. Returns the first page that
-    /// is not, or the range's end.
+    /// is not, or the range's end; or where an extent begins, not the first one, that has fewer than `least` pages.
     pub(crate) fn collect(
         &mut self,
         range: PageRange,
         will_do: impl Fn(&Extent) -> bool,
+        least: u64,
         extents: &mut Vec<Extent<'m>>,
     ) -> u64 {
         let mut at = range.start;
         while at < range.end
             && let Some(extent) = self.extent(at, range.end.saturating_sub(at)).filter(&will_do)
+            && (extent.pages >= least || at == range.start)
         {
             at = at.saturating_add(extent.pages);
             push(extents, extent);

@@ -43,6 +43,13 @@ fn bind_null(table: &PageTable, range: PageRange) -> Result<(), NoTable> {
     made
 }
 
+/// Pages at these offsets from a host page.
+fn bind_scattered(table: &PageTable, page: u64, host_page: u64, pages: &[ScatteredPage]) {
+    let mut edit = table.edit();
+    edit.prepare_leaves(PageRange { start: page, end: page + pages.len() as u64 }).unwrap();
+    edit.commit_scattered(page, host_page << PAGE_SHIFT, pages);
+}
+
 fn clear(table: &PageTable, start: u64, end: u64) {
     table.edit().clear(PageRange { start, end });
 }
@@ -74,6 +81,14 @@ impl Model {
         self.insert(PageRange { start: page, end: page + run.pages }, |i| {
             ((run.host >> PAGE_SHIFT) + i, run.writable)
         });
+    }
+
+    fn bind_scattered(&mut self, page: u64, host_page: u64, pages: &[ScatteredPage]) {
+        self.clear(PageRange { start: page, end: page + pages.len() as u64 });
+        for (page, scattered) in (page..).zip(pages) {
+            let host_page = host_page + (scattered.offset() >> PAGE_SHIFT);
+            self.pages.insert(page, (host_page, scattered.is_writable()));
+        }
     }
 
     /// Gives the i-th page of the range a value.
@@ -113,7 +128,7 @@ fn exercise(va_bits: u32, seed: u64) {
         let most = [4, 80, 900][random.below(3) as usize];
         let pages = 1 + random.below(most);
         let range = PageRange { start, end: (start + pages).min(base + 4 * BLOCK_PAGES) };
-        match random.below(6) {
+        match random.below(8) {
             0..=2 => {
                 let run = Run {
                     host: (1 + random.below(1 << 30)) << PAGE_SHIFT,
@@ -130,6 +145,13 @@ fn exercise(va_bits: u32, seed: u64) {
             4 => {
                 bind_null(&table, range).unwrap();
                 model.insert(range, |_| (0, true));
+            }
+            5 | 6 => {
+                let mut page =
+                    || ScatteredPage::new(random.below(1 << 20) << PAGE_SHIFT, random.below(2) == 0);
+                let pages: Vec<_> = (0..range.pages()).map(|_| page()).collect();
+                bind_scattered(&table, range.start, 7, &pages);
+                model.bind_scattered(range.start, 7, &pages);
             }
             _ => table.reclaim(usize::MAX),
         }
@@ -161,6 +183,33 @@ fn whole_block_becomes_large_leaf() {
         Translation { host: 8 << PAGE_SHIFT, pages: 507, writable: true, null: false, level: 1 }
     );
     assert!(table.table_bytes() < (3 * BLOCKS_BYTES + 1) as u64, "no leaf table under a large leaf");
+}
+
+#[test]
+fn pages_that_follow_each_other_are_found_as_one_run() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 10, run(100, 5)).unwrap();
+    bind(&table, 15, run(105, 4)).unwrap();
+    bind(&table, 19, Run { writable: false, ..run(109, 1) }).unwrap();
+    bind(&table, 20, run(111, 2)).unwrap();
+    bind_null(&table, PageRange { start: 30, end: 33 }).unwrap();
+    bind(&table, 511, run(200, 3)).unwrap();
+    let found = |page, most| table.walk().lookup_run(page, most).map(|found| found.pages);
+    // The right to write ends; so does what was asked for, and the block.
+    assert_eq!([found(10, 16), found(12, 16), found(10, 3), found(18, 16)], [Ok(9), Ok(7), Ok(3), Ok(1)]);
+    assert_eq!([found(19, 16), found(20, 16), found(30, 16), found(511, 16)], [Ok(1), Ok(2), Ok(1), Ok(1)]);
+    assert_eq!(found(22, 16), Err(Miss { level: 0 }));
+}
+
+#[test]
+fn scattered_pages_of_a_whole_block_are_small() {
+    let table = PageTable::new(48, UNBOUNDED);
+    bind(&table, 512, run(3, 512)).unwrap();
+    let pages: Vec<_> = (0..512_u64).map(|i| ScatteredPage::new(i << PAGE_SHIFT, i != 9)).collect();
+    bind_scattered(&table, 512, 1, &pages);
+    let found = table.walk().lookup(512 + 9).unwrap();
+    assert_eq!((found.host, found.writable, found.level), (10 << PAGE_SHIFT, false, 0));
+    assert_eq!(table.resident_pages(), 512);
 }
 
 #[test]

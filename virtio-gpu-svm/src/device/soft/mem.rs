@@ -19,7 +19,7 @@
 
 use crate::addr::PageRange;
 use crate::device::operands::WORD;
-use crate::device::{Access, Extent};
+use crate::device::{Access, Extent, ScatteredPage};
 use crate::memory::Region;
 use crate::numbered::Numbered;
 use crate::page_table::{NoTable, PageTable, Run, Translation, Walk};
@@ -34,6 +34,9 @@ use std::marker::PhantomData;
 const MAX_TABLE_BYTES: usize = 128 << 20;
 /// With this many empty tables a VM waits until no engine is in it, so that they can go.
 const RECLAIM_PRESSURE: usize = 256;
+/// Pages that are looked for in one translation: where one side of a packet is in one piece and the other is not, the
+/// long one is looked at again for each piece of the other.
+const MAX_RUN: u64 = 16;
 /// Blocks or tables that are freed at one hold of the lock: no longer than a few slices take.
 const FREE_BATCH: usize = 64;
 /// `PROT_READ | PROT_WRITE` of mmap(2).
@@ -120,6 +123,50 @@ impl VmMemory {
         drop((regions, edit));
         self.finish_edit(inner);
         Ok(())
+    }
+
+    /// Makes translations for pages of one region from page `first` on: all or none.
+    ///
+    /// # Errors
+    /// [`NoTable`].
+    ///
+    /// # Panics
+    /// If a page is not within the region, or the range not within the space: the core checks both.
+    pub fn bind_pages(
+        &self,
+        first: u64,
+        region: &Arc<Region>,
+        pages: &[ScatteredPage],
+    ) -> Result<(), NoTable> {
+        // Once more, as in `bind`.
+        self.try_bind_pages(first, region, pages).or_else(|_| self.try_bind_pages(first, region, pages))
+    }
+
+    fn try_bind_pages(
+        &self,
+        first: u64,
+        region: &Arc<Region>,
+        pages: &[ScatteredPage],
+    ) -> Result<(), NoTable> {
+        let inner = self.read();
+        let range = PageRange { start: first, end: first.saturating_add(pages.len() as u64) };
+        assert!(range.end <= inner.table.end(), "pages up to {:#x} do not fit in the space", range.end);
+        let host = host_of_pages(region, pages);
+
+        let mut edit = inner.table.edit();
+        let made = edit.prepare_leaves(range);
+        match made {
+            Ok(()) => {
+                // Held before its first word, so that no view finds a word without its region.
+                let mut regions = inner.regions.lock().unwrap_or_else(PoisonError::into_inner);
+                regions.entry(region.id()).or_insert_with(|| Arc::clone(region));
+                edit.commit_scattered(first, host, pages);
+            }
+            Err(_) => edit.abandon(range),
+        }
+        drop(edit);
+        self.finish_edit(inner);
+        made
     }
 
     /// Makes null translations for a range: all or none.
@@ -267,6 +314,19 @@ impl<'a> Places<'a> {
     }
 }
 
+/// Where the region of these pages is in this process. Panics unless all of them lie in it: all that follows relies on it.
+fn host_of_pages(region: &Region, pages: &[ScatteredPage]) -> u64 {
+    let (start, end) = accessible_range(region);
+    // As words they have the order of their offsets.
+    let furthest = pages.iter().map(|page| page.word()).max().unwrap_or(0) & !(PAGE_SIZE - 1);
+    let within = furthest.checked_add(PAGE_SIZE).is_some_and(|bytes| bytes <= end.saturating_sub(start));
+    assert!(
+        within && start & (PAGE_SIZE - 1) == 0,
+        "a page at {furthest:#x} is unaligned or leaves its region"
+    );
+    start
+}
+
 #[cold]
 fn outside(extent: &Extent) -> ! {
     panic!("extent {:#x}+{:#x} pages is unaligned or leaves its region", extent.offset, extent.pages)
@@ -307,13 +367,16 @@ pub struct View<'a> {
 impl View<'_> {
     /// Begins to translate.
     pub fn memory(&self) -> Memory<'_> {
-        Memory { walk: self.inner.table.walk(), written: false, max_group: self.max_group }
+        let (sources, targets) = (self.inner.table.walk(), self.inner.table.walk());
+        Memory { sources, targets, written: false, max_group: self.max_group }
     }
 }
 
 /// Turns GPU addresses into spans of host memory.
 pub struct Memory<'v> {
-    walk: Walk<'v>,
+    /// One for each side: packets go along both in turn.
+    sources: Walk<'v>,
+    targets: Walk<'v>,
     written: bool,
     max_group: u8,
 }
@@ -355,7 +418,8 @@ impl<'v> Memory<'v> {
     fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Translation, Missing> {
         let missing = |level, denied| Missing { addr, len, access, level, denied };
         let page = addr >> PAGE_SHIFT;
-        let found = seeded::kept(page, || self.walk.lookup(page));
+        let walk = if access == Access::Read { &mut self.sources } else { &mut self.targets };
+        let found = seeded::kept(page, || walk.lookup_run(page, MAX_RUN));
         preempt();
         match found {
             Ok(found) if allows(&found, access) => Ok(found),
@@ -370,7 +434,7 @@ impl<'v> Memory<'v> {
     pub fn group(&mut self, missing: &Missing) -> u64 {
         let Missing { addr, len, access, .. } = *missing;
         let last = addr.saturating_add(len.saturating_sub(1)) >> PAGE_SHIFT;
-        let lacks = |page: &u64| !self.walk.lookup(*page).is_ok_and(|found| allows(&found, access));
+        let lacks = |page: &u64| !self.sources.lookup(*page).is_ok_and(|found| allows(&found, access));
         let group = (addr >> PAGE_SHIFT..=last).take(self.max_group.into()).take_while(lacks).count();
         // None, if the first was bound in between: it is still what was asked for.
         group.max(1) as u64

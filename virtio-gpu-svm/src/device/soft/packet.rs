@@ -23,7 +23,7 @@ use crate::seeded;
 use std::time::{Duration, Instant};
 
 /// Work of one slice, in bytes moved: about 30 us.
-const SLICE: u64 = 128 << 10;
+const SLICE: u64 = 256 << 10;
 /// What a node of a list costs, and what each packet costs at least: a cache miss or two.
 const STEP: u64 = 512;
 

@@ -52,6 +52,40 @@ fn extent_beyond_its_region_is_not_bound() {
 }
 
 #[test]
+fn scattered_page_beyond_its_region_is_not_bound() {
+    let region = region(4);
+    for offset in [4 * PAGE_SIZE, 5 * PAGE_SIZE, !(PAGE_SIZE - 1)] {
+        let memory = VmMemory::new(48, 1, Charge::default());
+        let pages = [0, offset, PAGE_SIZE].map(|offset| ScatteredPage::new(offset, true));
+        let bind = || memory.bind_pages(0, &region, &pages);
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(bind)).is_err(), "{offset:#x}");
+        assert_eq!(memory.resident_pages(), 0);
+        let last = [ScatteredPage::new(3 * PAGE_SIZE, true)];
+        assert_eq!(memory.bind_pages(0, &region, &last), Ok(()), "the panic does no further harm");
+    }
+}
+
+#[test]
+fn scattered_pages_without_room_for_tables_change_nothing() {
+    let memory = VmMemory::new(57, 1, Charge::default());
+    let region = region(1024);
+    let mut bound = 0u64;
+    while memory.bind(bound << 18, &[extent(&region, 0, 1)]).is_ok() {
+        bound += 1;
+    }
+    let first = (bound << 18) - 3;
+    let beyond = [9, 5, 7, 1, 3, 2].map(|page| ScatteredPage::new(page * PAGE_SIZE, true));
+    assert_eq!(memory.bind_pages(first, &region, &beyond), Err(NoTable::OutOfMemory));
+    assert_eq!(memory.resident_pages(), bound);
+
+    memory.unbind(PageRange { start: 0, end: 1 << 45 });
+    assert_eq!(memory.bind_pages(first, &region, &beyond), Ok(()));
+    assert_eq!(memory.resident_pages(), 6);
+    memory.drop_region(region.id());
+    assert_eq!((memory.resident_pages(), memory.table_bytes()), (0, 0));
+}
+
+#[test]
 fn empty_tables_wait_for_the_view_to_end() {
     let memory = VmMemory::new(48, 1, Charge::default());
     let region = region(1);
