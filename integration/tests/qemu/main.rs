@@ -1,5 +1,6 @@
 //! Real guests under QEMU, one at a time. What a test lacks is said on stderr and fails it.
 
+mod crowd;
 mod killed_agent;
 
 use std::cell::RefCell;
@@ -132,6 +133,12 @@ fn qemu_whose_fault_is_it() -> Result<()> {
 fn qemu_killed_agent_leaves_no_stray_write() -> Result<()> {
     let _turn = one_at_a_time();
     killed_agent::leaves_no_stray_write(&Vm::open()?)
+}
+
+#[test]
+fn qemu_thousand_contexts_have_their_own_faults() -> Result<()> {
+    let _turn = one_at_a_time();
+    crowd::each_has_its_own_faults(&Vm::open()?)
 }
 
 fn as_it_must_be(report: &Report) -> Result<()> {
