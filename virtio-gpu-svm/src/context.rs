@@ -9,10 +9,12 @@ mod bind;
 mod inbox;
 mod jobs;
 mod status;
+mod vms;
 
 pub use bind::{Bind, Refused};
 pub(crate) use inbox::Report;
 pub use jobs::Launch;
+pub(crate) use vms::Vms;
 
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
@@ -23,7 +25,7 @@ use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::few::Few;
 use crate::gpu_vm::{GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
-use crate::host::{Host, Limits};
+use crate::host::Host;
 use crate::info::Counters;
 use crate::invalidation::Invalidations;
 use crate::memory::MemoryTable;
@@ -38,7 +40,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex, Weak};
 use crate::timeline::{self, Timelines};
 use inbox::Inbox;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
@@ -179,7 +181,7 @@ pub struct State {
     /// Whether the guest's rings are stopped.
     pub(crate) frozen: bool,
     pub(crate) space: AddressSpace,
-    pub(crate) vms: BTreeMap<u32, GpuVm>,
+    pub(crate) vms: Vms,
     next_vm: u32,
     /// Counted for each context alone: what a process sees of it must not tell what others do.
     pub(crate) next_job: u64,
@@ -211,11 +213,10 @@ pub struct Context {
     /// Tells it from earlier contexts of that id; unique on the host.
     pub generation: u64,
     /// As the guest calls it.
-    pub name: String,
+    pub name: Box<str>,
     /// Its capset.
     pub capset_id: u32,
     pub(crate) label: VmLabel,
-    pub(crate) limits: Limits,
     pub(crate) quota: Arc<Quota>,
     pub(crate) host: Arc<Host>,
     guest: Weak<Guest>,
@@ -259,7 +260,7 @@ impl Context {
             life: Life::Alive,
             frozen: false,
             space: AddressSpace::new(quota.charge(Limit::TableBytes)),
-            vms: BTreeMap::new(),
+            vms: Vms::default(),
             next_vm: 1,
             next_job: 1,
             faults: PendingFaults::new(quota.charge(Limit::TotalPendingFaults)),
@@ -278,10 +279,9 @@ impl Context {
         Arc::new_cyclic(|me| Self {
             ctx_id: new.ctx_id,
             generation,
-            name: new.name,
+            name: new.name.into_boxed_str(),
             capset_id: new.capset_id,
             label,
-            limits: guest.limits(),
             quota,
             host,
             guest: Arc::downgrade(guest),

@@ -19,7 +19,7 @@ pub mod router;
 mod window;
 
 use crate::address_space::AddressSpace;
-use crate::context::{After, Context, KEPT, Life, State, trim};
+use crate::context::{After, Context, KEPT, Life, State, Vms, trim};
 use crate::device::{Access, Asid, Fault, StopId, Verdict};
 use crate::few::Few;
 use crate::gpu_vm::{self, Behind, GpuVa};
@@ -571,7 +571,7 @@ impl Context {
     }
     /// How many more faults may be pending in the context.
     fn own_room(&self, state: &State) -> usize {
-        let limit = usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX);
+        let limit = usize::try_from(self.quota.limits().pending_faults).unwrap_or(usize::MAX);
         limit.saturating_sub(state.faults.count())
     }
     /// Gets in line for the guest's room.
@@ -626,12 +626,7 @@ impl Context {
 }
 
 /// The mapping that a fault is about, or what is to be done without one.
-fn find(
-    vms: &BTreeMap<u32, gpu_vm::GpuVm>,
-    life: Life,
-    vm_id: u32,
-    page: u64,
-) -> std::result::Result<&GpuVa, Resolution> {
+fn find(vms: &Vms, life: Life, vm_id: u32, page: u64) -> std::result::Result<&GpuVa, Resolution> {
     let Some(vm) = vms.get(&vm_id).filter(|_| life == Life::Alive) else {
         return Err(Resolution::Gone);
     };

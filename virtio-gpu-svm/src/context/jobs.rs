@@ -111,7 +111,7 @@ impl Context {
         after: &mut After,
     ) -> Result<JobId, Error> {
         self.admit(state, &launch, binds.iter().any(Bind::needs_usable))?;
-        let limit = self.limits.mappings;
+        let limit = self.quota.limits().mappings;
         let operations = state.timelines.queued_operations().saturating_add(binds.len());
         if operations > usize::try_from(limit).unwrap_or(usize::MAX) {
             return Err(Error::TooManyQueued(limit));
@@ -155,8 +155,9 @@ impl Context {
             return Err(Error::VmUnusable(vm_id));
         }
         let in_flight = state.timelines.len().saturating_add(state.undelivered_jobs);
-        if in_flight >= usize::try_from(self.limits.jobs).unwrap_or(usize::MAX) {
-            return Err(Error::TooManyJobs(self.limits.jobs));
+        let limit = self.quota.limits().jobs;
+        if in_flight >= usize::try_from(limit).unwrap_or(usize::MAX) {
+            return Err(Error::TooManyJobs(limit));
         }
         Ok((vm.device, vm.asid))
     }

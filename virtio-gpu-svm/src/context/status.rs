@@ -31,7 +31,7 @@ impl Context {
             guest: self.label.guest.to_string(),
             ctx_id: self.ctx_id,
             generation: self.generation,
-            name: self.name.clone(),
+            name: self.name.to_string(),
             capset_id: self.capset_id,
             known_pages: state.space.known_pages(),
             inval_seq: state.space.seq(),
@@ -59,7 +59,7 @@ impl Context {
             guest: self.label.guest.to_string(),
             ctx_id: self.ctx_id,
             generation: self.generation,
-            name: self.name.clone(),
+            name: self.name.to_string(),
             known_pages: state.space.known_pages(),
             resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
             pending_faults: state.faults.count(),
@@ -72,7 +72,11 @@ impl Context {
     }
     fn holdings(&self) -> Vec<Holding> {
         let held = |limit: Limit| {
-            Some(Holding { name: limit.name(), used: self.held(limit), limit: self.limits.of(limit)? })
+            Some(Holding {
+                name: limit.name(),
+                used: self.held(limit),
+                limit: self.quota.limits().of(limit)?,
+            })
         };
         let shown = [
             Limit::Mappings,
