@@ -19,7 +19,7 @@ pub(crate) use vms::Vms;
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
 use crate::device::{self, Asid, Device, Extent, Flush, StopId, Ticket, Verdict, VmLabel};
-use crate::event::{Record, Stamp, Waiting, fault_record, job_record, notice_record};
+use crate::event::{Record, Stamp, ToldFault, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
 use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::few::Few;
@@ -199,7 +199,8 @@ pub struct State {
     undelivered_jobs: usize,
     /// Of both.
     jobs_charge: Charge,
-    pub(crate) waiting: VecDeque<Waiting>,
+    /// Records that wait, but those of faults, which their table keeps: each with the mark of the faults that go before it.
+    pub(crate) waiting: VecDeque<(u32, Waiting)>,
     pub(crate) memory: Arc<MemoryTable>,
     pub(crate) counters: Counters,
     /// Empty; its room is lent, so that serving a fault allocates nothing.
@@ -263,7 +264,7 @@ impl Context {
             vms: Vms::default(),
             next_vm: 1,
             next_job: 1,
-            faults: PendingFaults::new(quota.charge(Limit::TotalPendingFaults)),
+            faults: PendingFaults::default(),
             throttled: VecDeque::new(),
             invalidations: Invalidations::default(),
             retiring: Numbered::default(),
@@ -457,7 +458,7 @@ impl Context {
         // Who destroys it need not be told that it was lost.
         state
             .waiting
-            .retain(|waiting| !matches!(waiting, Waiting::Lost { vm_id: lost, .. } if *lost == vm_id));
+            .retain(|(_, waiting)| !matches!(waiting, Waiting::Lost { vm_id: lost, .. } if *lost == vm_id));
         let end = if seeded::on(Bug::ResumeAfterTeardown) { 0 } else { u64::MAX };
         for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
@@ -578,38 +579,40 @@ impl Context {
 
     /// The next record that waits, as bytes, and whether more wait. None if the lock is held: then they are announced
     /// anew when it is free.
-    pub(crate) fn take_record(&self, mut stamp: impl FnMut() -> Stamp) -> Option<(Option<Record>, bool)> {
+    pub(crate) fn take_record(&self, stamp: impl FnOnce() -> Stamp) -> Option<(Option<Record>, bool)> {
         let mut guard = self.lock_or_leave()?;
         let state = &mut *guard;
-        let mut record = None;
-        while record.is_none() {
-            let Some(waiting) = state.waiting.pop_front() else { break };
-            record = match waiting {
-                Waiting::Fault(cookie) => state.faults.get_mut(cookie).map(|fault| {
-                    let nth = fault.next_report();
-                    if fault.told.is_none() {
-                        state.waiting.push_front(waiting);
-                    }
-                    state.counters.faults_reported = state.counters.faults_reported.saturating_add(1);
-                    let dev_id = state.vms.get(&fault.vm_id).map_or(0, |vm| vm.dev_id);
-                    fault_record(self.ctx_id, dev_id, fault, nth, stamp())
-                }),
+        let record = if state.is_fault_next() {
+            self.fault_record(state, stamp)
+        } else {
+            let waiting = state.waiting.pop_front();
+            waiting.map(|(_, waiting)| match waiting {
                 Waiting::Job(job) => {
                     state.undelivered_jobs = state.undelivered_jobs.saturating_sub(1);
                     state.jobs_charge.shrink(1);
-                    Some(job_record(self.ctx_id, &job, stamp()))
+                    job_record(self.ctx_id, &job, stamp())
                 }
                 Waiting::InvalDone => {
                     let value = state.invalidations.done_seq();
-                    Some(notice_record(self.notice(EVENT_INVAL_DONE, value, 0), stamp()))
+                    notice_record(self.notice(EVENT_INVAL_DONE, value, 0), stamp())
                 }
                 Waiting::Lost { vm_id, errno } => {
-                    Some(notice_record(self.notice(EVENT_CONTEXT_LOST, vm_id.into(), errno), stamp()))
+                    notice_record(self.notice(EVENT_CONTEXT_LOST, vm_id.into(), errno), stamp())
                 }
-            };
-        }
+            })
+        };
         trim(&mut state.waiting, KEPT);
-        Some((record, !state.waiting.is_empty()))
+        Some((record, state.has_records()))
+    }
+    /// The next record of the first fault of which the guest has not been told all.
+    fn fault_record(&self, state: &mut State, stamp: impl FnOnce() -> Stamp) -> Option<Record> {
+        let State { faults, vms, counters, .. } = state;
+        counters.faults_reported = counters.faults_reported.saturating_add(1);
+        faults.report(|cookie, fault, waiters| {
+            let (dev_id, asid) = vms.get(&fault.vm_id).map_or((0, Asid(0)), |vm| (vm.dev_id, vm.asid));
+            let told = ToldFault { ctx_id: self.ctx_id, cookie, dev_id, asid, waiters };
+            fault_record(&told, fault, stamp())
+        })
     }
     fn notice(&self, kind: u32, value: u64, errno: i32) -> crate::event::Notice {
         crate::event::Notice { kind, ctx_id: self.ctx_id, value, errno }
@@ -632,6 +635,24 @@ impl Context {
         let state = self.lock();
         let vm = state.vms.get(&vm_id).ok_or(Error::NoVm(vm_id))?;
         Ok(read(vm, self.host.device_of(vm.device).resident_pages(vm.asid)))
+    }
+}
+
+impl State {
+    /// A record waits; those of faults that were raised before go before it.
+    pub(crate) fn tell(&mut self, waiting: Waiting) {
+        self.waiting.push_back((self.faults.mark(), waiting));
+    }
+    /// Whether any record waits.
+    pub(crate) fn has_records(&self) -> bool {
+        self.faults.has_untold() || !self.waiting.is_empty()
+    }
+    /// Whether the next record is a fault's.
+    fn is_fault_next(&mut self) -> bool {
+        match self.waiting.front() {
+            Some((mark, _)) => self.faults.is_next(*mark),
+            None => self.faults.has_untold(),
+        }
     }
 }
 

@@ -149,9 +149,9 @@ impl State {
         // Records of a destroyed context would be taken for the next one's of its id.
         if self.invalidations.passed(device, asid, ticket)
             && self.life == Life::Alive
-            && !self.waiting.contains(&Waiting::InvalDone)
+            && !self.waiting.iter().any(|(_, waiting)| *waiting == Waiting::InvalDone)
         {
-            self.waiting.push_back(Waiting::InvalDone);
+            self.tell(Waiting::InvalDone);
             after.announce = true;
         }
     }

@@ -96,6 +96,9 @@ const JOB: u64 = 3;
 const CONTEXT_BYTES: i64 = 976;
 /// The same of a GPU VM without a mapping; its block in the context and the one on the device.
 const VM_BYTES: i64 = 832;
+/// Faults of a context that wait at once, and the most bytes of one, with its share of what they make together.
+const PENDING: u64 = 64;
+const PENDING_BYTES: i64 = 76;
 /// Operations that are counted together.
 const COUNTED: u64 = 256;
 
@@ -346,4 +349,19 @@ fn idle_processes_hold_what_they_have() {
     let create = submission(SVM_REQ_VM_CREATE, body(&VmCreate::default()));
     let vms = held(|n| scene.send(&of_context(n, create.clone())));
     assert_held("a GPU VM", vms, 2, VM_BYTES);
+}
+
+#[test]
+fn pending_faults_hold_their_entries() {
+    let mut scene = Scene::new();
+    let before = HELD.get();
+    (0..PENDING).for_each(|page| scene.raise(page));
+    let pending = (HELD.get().0 - before.0, HELD.get().1 - before.1);
+    println!("{PENDING} pending faults: {} blocks and {} bytes", pending.0, pending.1);
+    // Their table and its list, the leaf of their pages, and the list of contexts that have something to tell.
+    assert!(pending.0 <= 4, "{} blocks", pending.0);
+    assert!(pending.1 <= PENDING_BYTES * i64::try_from(PENDING).unwrap(), "{} bytes", pending.1);
+    // Told or not, they take the same.
+    while !scene.record().is_empty() {}
+    assert!(HELD.get().1 - before.1 <= pending.1 + 1024);
 }

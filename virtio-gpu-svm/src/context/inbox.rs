@@ -190,7 +190,7 @@ impl Context {
             // Under the lock, and before all that is done under it: who is turned away from here on comes again.
             let turned_away = self.inbox.turned_away.swap(false, Ordering::SeqCst);
             self.hear_some(&mut state, &mut after);
-            after.announce |= turned_away && !state.waiting.is_empty();
+            after.announce |= turned_away && state.has_records();
             // The guest may have room for what this context has to ask.
             state.vms.values_mut().for_each(|vm| vm.population.go_on());
             self.let_throttled_in(&mut state, true, &mut after);

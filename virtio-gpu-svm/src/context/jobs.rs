@@ -224,14 +224,15 @@ impl Context {
 
     /// A started item has ended.
     pub(super) fn end(&self, state: &mut State, id: JobId, end: JobEnd, after: &mut After) {
-        let State { timelines, vms, counters, waiting, undelivered_jobs, .. } = state;
+        let State { timelines, vms, counters, waiting, undelivered_jobs, faults, .. } = state;
+        let mark = faults.mark();
         timelines.end(id, end, |timeline, turn, end| {
             let Some(vm) = vms.get_mut(&timeline.vm_id) else { return };
             vm.jobs = vm.jobs.saturating_sub(1);
             let counter = if end.errno == 0 { &mut counters.jobs_done } else { &mut counters.jobs_failed };
             *counter = counter.saturating_add(1);
             *undelivered_jobs = undelivered_jobs.saturating_add(1);
-            waiting.push_back(Waiting::Job(done(timeline, turn, vm.dev_id, end)));
+            waiting.push_back((mark, Waiting::Job(done(timeline, turn, vm.dev_id, end))));
             after.announce = true;
         });
     }
@@ -265,7 +266,7 @@ impl State {
             self.counters.jobs_dropped = self.counters.jobs_dropped.saturating_add(1);
             self.undelivered_jobs = self.undelivered_jobs.saturating_add(1);
             let end = failed(ECANCELED, 0, 0);
-            self.waiting.push_back(Waiting::Job(done(timeline, turn, dev_id, end)));
+            self.tell(Waiting::Job(done(timeline, turn, dev_id, end)));
         }
     }
 }
