@@ -36,6 +36,7 @@ use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
 use crate::protocol::limit::Limit;
 use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
+use crate::seldom::Seldom;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex, Weak};
 use crate::timeline::{self, Timelines};
@@ -187,22 +188,18 @@ pub struct State {
     pub(crate) next_job: u64,
     pub(crate) faults: PendingFaults,
     /// Parked accesses beyond the limit of pending faults: raised again as others end.
-    pub(crate) throttled: VecDeque<Throttled>,
+    pub(crate) throttled: Seldom<VecDeque<Throttled>>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    pub(crate) retiring: Numbered<(usize, Asid), Charge>,
+    pub(crate) retiring: Seldom<Numbered<(usize, Asid), Charge>>,
     /// Jobs and asynchronous binds that have not ended.
     pub(crate) timelines: Timelines,
     /// Binds that have started and wait for pages.
     pub(crate) populating: Vec<Populating>,
-    /// Of those that have, how many records wait.
-    undelivered_jobs: usize,
-    /// Of both.
-    jobs_charge: Charge,
     /// Records that wait, but those of faults, which their table keeps: each with the mark of the faults that go before it.
     pub(crate) waiting: VecDeque<(u32, Waiting)>,
     pub(crate) memory: Arc<MemoryTable>,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Seldom<Counters>,
     /// Empty; its room is lent, so that serving a fault allocates nothing.
     pub(crate) extents: Vec<Extent<'static>>,
 }
@@ -265,16 +262,14 @@ impl Context {
             next_vm: 1,
             next_job: 1,
             faults: PendingFaults::default(),
-            throttled: VecDeque::new(),
+            throttled: Seldom::default(),
             invalidations: Invalidations::default(),
-            retiring: Numbered::default(),
-            timelines: Timelines::new(&quota),
+            retiring: Seldom::default(),
+            timelines: Timelines::default(),
             populating: Vec::new(),
-            undelivered_jobs: 0,
-            jobs_charge: quota.charge(Limit::TotalJobs),
             waiting: VecDeque::new(),
             memory,
-            counters: Counters::default(),
+            counters: Seldom::default(),
             extents: Vec::new(),
         };
         Arc::new_cyclic(|me| Self {
@@ -454,7 +449,9 @@ impl Context {
     /// Takes a GPU VM out of the context and begins to destroy it on its device.
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
         // Its device drops their jobs; here they would only keep others waiting.
-        state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
+        if let Some(throttled) = state.throttled.get_mut() {
+            throttled.retain(|throttled| throttled.vm_id() != vm_id);
+        }
         // Who destroys it need not be told that it was lost.
         state
             .waiting
@@ -464,7 +461,7 @@ impl Context {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
-        state.retiring.insert((vm.device, vm.asid), vm.charge);
+        state.retiring.obtain().insert((vm.device, vm.asid), vm.charge);
         self.host.device_of(vm.device).vm_destroy(vm.asid);
     }
 
@@ -481,15 +478,13 @@ impl Context {
                 self.close_vm(&mut state, vm_id, &mut after);
             }
             let dropped = u64::try_from(state.timelines.len()).unwrap_or(u64::MAX);
-            state.counters.jobs_dropped = state.counters.jobs_dropped.saturating_add(dropped);
+            add(&mut state.counters.obtain().jobs_dropped, dropped);
             state.timelines = Timelines::default();
             state.populating.clear();
-            state.throttled = VecDeque::new();
+            state.throttled = Seldom::default();
             state.waiting = VecDeque::new();
-            state.undelivered_jobs = 0;
-            state.jobs_charge = Charge::default();
             state.space = AddressSpace::default();
-            state.retiring.is_empty()
+            !state.is_retiring()
         };
         after.announce = false;
         self.settle(after);
@@ -501,7 +496,7 @@ impl Context {
     pub(crate) fn abandon(self: &Arc<Self>) {
         // What is contained was told where it panicked first, or is a consequence of that.
         catch_unwind(AssertUnwindSafe(|| self.destroy())).ok();
-        let left: Vec<_> = self.lock().retiring.keys().copied().collect();
+        let left: Vec<_> = self.lock().retiring().collect();
         for (device, asid) in left {
             catch_unwind(AssertUnwindSafe(|| self.host.device_of(device).vm_destroy(asid))).ok();
         }
@@ -509,7 +504,7 @@ impl Context {
 
     /// Whether a device still holds something of a GPU VM that was destroyed.
     pub(crate) fn is_retiring(&self) -> bool {
-        !self.lock().retiring.is_empty()
+        self.lock().is_retiring()
     }
 
     /// The GPU VMs alive, as (device, asid).
@@ -588,8 +583,7 @@ impl Context {
             let waiting = state.waiting.pop_front();
             waiting.map(|(_, waiting)| match waiting {
                 Waiting::Job(job) => {
-                    state.undelivered_jobs = state.undelivered_jobs.saturating_sub(1);
-                    state.jobs_charge.shrink(1);
+                    state.timelines.delivered();
                     job_record(self.ctx_id, &job, stamp())
                 }
                 Waiting::InvalDone => {
@@ -607,7 +601,7 @@ impl Context {
     /// The next record of the first fault of which the guest has not been told all.
     fn fault_record(&self, state: &mut State, stamp: impl FnOnce() -> Stamp) -> Option<Record> {
         let State { faults, vms, counters, .. } = state;
-        counters.faults_reported = counters.faults_reported.saturating_add(1);
+        add(&mut counters.obtain().faults_reported, 1);
         faults.report(|cookie, fault, waiters| {
             let (dev_id, asid) = vms.get(&fault.vm_id).map_or((0, Asid(0)), |vm| (vm.dev_id, vm.asid));
             let told = ToldFault { ctx_id: self.ctx_id, cookie, dev_id, asid, waiters };
@@ -620,7 +614,7 @@ impl Context {
 
     /// Its counts.
     pub(crate) fn counters(&self) -> Counters {
-        self.lock().counters
+        self.lock().counters()
     }
     /// GPU VMs alive and faults pending.
     pub(crate) fn load(&self) -> (usize, usize) {
@@ -639,6 +633,22 @@ impl Context {
 }
 
 impl State {
+    /// What was counted.
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters.get().copied().unwrap_or_default()
+    }
+    /// Whether parked accesses wait for their turn.
+    pub(crate) fn has_throttled(&self) -> bool {
+        self.throttled.get().is_some_and(|throttled| !throttled.is_empty())
+    }
+    /// GPU VMs destroyed that their device has not retired.
+    pub(crate) fn retiring(&self) -> impl Iterator<Item = (usize, Asid)> {
+        self.retiring.get().into_iter().flat_map(|retiring| retiring.keys().copied())
+    }
+    /// Whether there is one.
+    pub(crate) fn is_retiring(&self) -> bool {
+        self.retiring().next().is_some()
+    }
     /// A record waits; those of faults that were raised before go before it.
     pub(crate) fn tell(&mut self, waiting: Waiting) {
         self.waiting.push_back((self.faults.mark(), waiting));
@@ -654,6 +664,11 @@ impl State {
             None => self.faults.has_untold(),
         }
     }
+}
+
+/// Counts.
+pub(crate) fn add(counter: &mut u64, more: u64) {
+    *counter = counter.saturating_add(more);
 }
 
 /// Lets an empty list that was long go of its room: what a context has had once is not what it holds.

@@ -21,7 +21,7 @@ mod window;
 
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
-use crate::context::{After, Context, KEPT, Life, State, Vms, trim};
+use crate::context::{After, Context, KEPT, Life, State, Vms, add, trim};
 use crate::device::{Access, Fault, StopId, Verdict};
 use crate::gpu_vm::{self, Behind, GpuVa};
 use crate::info::FaultTrace;
@@ -163,7 +163,7 @@ impl Context {
         after: &mut After,
     ) {
         let mut raised = Raised { device, vm_id, fault, cpu_page: 0, end: 0 };
-        state.counters.faults_raised = state.counters.faults_raised.saturating_add(1);
+        add(&mut state.counters.obtain().faults_raised, 1);
         let State { vms, space, memory, extents, life, .. } = &mut *state;
         let found = find(vms, *life, vm_id, raised.page());
         let resolution = match found {
@@ -206,7 +206,7 @@ impl Context {
     fn ask(&self, state: &mut State, raised: &Raised, fault_type: u8, after: &mut After) {
         let (fault, vm_id) = (raised.fault, raised.vm_id);
         if state.faults.join(vm_id, raised.page(), fault.stop, fault.access.perm()) {
-            state.counters.faults_coalesced = state.counters.faults_coalesced.saturating_add(1);
+            add(&mut state.counters.obtain().faults_coalesced, 1);
             return;
         }
         if self.own_room(state) == 0 || state.faults.reserve(self.generation, &self.quota).is_err() {
@@ -216,7 +216,7 @@ impl Context {
                 self.starve();
             }
             let (device, page) = (raised.device, raised.page());
-            state.throttled.push_back(Throttled {
+            state.throttled.obtain().push_back(Throttled {
                 device,
                 vm_id,
                 page,
@@ -250,7 +250,7 @@ impl Context {
     /// Asks for pages that no job waits for yet. Returns whether there was room.
     pub(crate) fn ask_ahead(&self, state: &mut State, prefetch: Prefetch, after: &mut After) -> bool {
         // Accesses that wait for their turn come first.
-        if self.own_room(state) == 0 || !state.throttled.is_empty() {
+        if self.own_room(state) == 0 || state.has_throttled() {
             return false;
         }
         let Some(vm) = state.vms.get(&prefetch.vm_id) else { return false };
@@ -348,13 +348,14 @@ impl Context {
     /// that its turn has come.
     pub(crate) fn let_throttled_in(&self, state: &mut State, turn: bool, after: &mut After) {
         let mut room = self.own_room(state);
-        if room == 0 || state.throttled.is_empty() {
+        if room == 0 || !state.has_throttled() {
             return;
         }
         let others = !turn && self.quota.starved.any();
         let mut of_guest = if others { 0 } else { self.quota.room(Limit::TotalPendingFaults) };
         while room > 0
-            && let Some(Throttled { device, vm_id, page, access, stop }) = state.throttled.front().copied()
+            && let Some(first) = state.throttled.get().and_then(|list| list.front())
+            && let Throttled { device, vm_id, page, access, stop } = *first
         {
             if matches!(state.resolve(vm_id, page, access), Resolution::Ask(_)) {
                 if of_guest == 0 {
@@ -365,10 +366,10 @@ impl Context {
                 of_guest = of_guest.saturating_sub(1);
                 after.let_in = true;
             }
-            state.throttled.pop_front();
+            state.throttled.obtain().pop_front();
             after.resume(device, stop, Verdict::Retry);
         }
-        trim(&mut state.throttled, KEPT);
+        trim(state.throttled.obtain(), KEPT);
     }
     /// How many more faults may be pending in the context.
     fn own_room(&self, state: &State) -> usize {
@@ -491,14 +492,15 @@ impl State {
         va.map_or(0, |va| shown_page(va, page))
     }
     fn count(&mut self, outcome: Outcome, n: u64) {
+        let counters = self.counters.obtain();
         let counter = match outcome {
-            Outcome::ServedLocally => &mut self.counters.faults_served_locally,
-            Outcome::Answered => &mut self.counters.faults_answered,
-            Outcome::Refused => &mut self.counters.faults_refused,
-            Outcome::Dropped => &mut self.counters.faults_dropped,
-            Outcome::Throttled => &mut self.counters.faults_throttled,
+            Outcome::ServedLocally => &mut counters.faults_served_locally,
+            Outcome::Answered => &mut counters.faults_answered,
+            Outcome::Refused => &mut counters.faults_refused,
+            Outcome::Dropped => &mut counters.faults_dropped,
+            Outcome::Throttled => &mut counters.faults_throttled,
         };
-        *counter = counter.saturating_add(n);
+        add(counter, n);
     }
 }
 

@@ -228,11 +228,13 @@ impl Context {
             }
             Report::Flushed(device, asid, ticket) => state.on_flushed(device, asid, Some(ticket), after),
             Report::Retired(device, asid) => {
-                state.retiring.remove(&(device, asid));
+                if let Some(retiring) = state.retiring.get_mut() {
+                    retiring.remove(&(device, asid));
+                }
                 // In the same step: an invalidation that still found it retiring would wait for a flush that has been.
                 state.on_flushed(device, asid, None, after);
                 after.let_go = true;
-                after.gone |= state.life == Life::Destroyed && state.retiring.is_empty();
+                after.gone |= state.life == Life::Destroyed && !state.is_retiring();
             }
         }
         false

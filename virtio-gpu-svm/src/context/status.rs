@@ -47,7 +47,7 @@ impl Context {
                     ..self.vm_status(*vm_id, vm)
                 })
                 .collect(),
-            counters: state.counters,
+            counters: state.counters(),
         }
     }
     /// The same without mappings.
@@ -67,7 +67,7 @@ impl Context {
             mappings,
             table_bytes,
             vms,
-            counters: state.counters,
+            counters: state.counters(),
         }
     }
     fn holdings(&self) -> Vec<Holding> {
@@ -103,20 +103,18 @@ impl Context {
         let (queued, adding) = if from_objects { state.timelines.weigh() } else { state.timelines.charged() };
         let wishes = |vm: &GpuVm| if from_objects { vm.population.weigh() } else { vm.population.bytes() };
         match limit {
-            Limit::GpuVms => count(state.vms.len().saturating_add(state.retiring.len())),
+            Limit::GpuVms => count(state.vms.len().saturating_add(state.retiring().count())),
             Limit::Mappings => vms().map(|vm| vm.mappings.count()).max().unwrap_or(0),
             Limit::TotalMappings => vms().map(|vm| vm.mappings.count()).fold(adding, u64::saturating_add),
             Limit::TableBytes => {
-                let retiring = state.retiring.keys().copied();
+                let retiring = state.retiring();
                 let all = vms().map(|vm| (vm.device, vm.asid)).chain(retiring);
                 let bytes = all.map(|(device, asid)| self.host.device_of(device).table_bytes(asid));
                 let known = if from_objects { state.space.weigh() } else { state.space.bytes() };
                 bytes.fold(known, u64::saturating_add)
             }
             Limit::PendingFaults | Limit::TotalPendingFaults => count(state.faults.count()),
-            Limit::Jobs | Limit::TotalJobs => {
-                count(state.timelines.len().saturating_add(state.undelivered_jobs))
-            }
+            Limit::Jobs | Limit::TotalJobs => count(state.timelines.in_flight()),
             Limit::QueueBytes => vms().map(wishes).fold(queued, u64::saturating_add),
             Limit::Contexts
             | Limit::Resources

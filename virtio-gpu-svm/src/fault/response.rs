@@ -7,7 +7,7 @@
 use super::{FAULT_AROUND_PAGES, Outcome, Pending};
 use crate::addr::PageRange;
 use crate::address_space::{Install, Page, Run};
-use crate::context::{After, Context, Life, State};
+use crate::context::{After, Context, Life, State, add};
 use crate::device::Verdict;
 use crate::gpu_vm;
 use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
@@ -147,7 +147,7 @@ impl Context {
         after: &mut After,
     ) -> Result<Supplied, Error> {
         let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, told(p)?))) else {
-            state.counters.answers_stale = state.counters.answers_stale.saturating_add(1);
+            add(&mut state.counters.obtain().answers_stale, 1);
             return Err(Error::UnknownCookie(cookie));
         };
         let (vm_id, range, cpu_page) = (pending.vm_id, pending.range(), pending.cpu_page());
@@ -305,9 +305,9 @@ impl State {
             index = index.saturating_add(1);
             if outcome.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
-        let counters = &mut self.counters;
-        counters.runs_installed = counters.runs_installed.saturating_add(supplied.installed.into());
-        counters.runs_refused = counters.runs_refused.saturating_add(supplied.refused.into());
+        let counters = self.counters.obtain();
+        add(&mut counters.runs_installed, supplied.installed.into());
+        add(&mut counters.runs_refused, supplied.refused.into());
         supplied.pending = supplied.refused > 0;
         outcome.map(|()| supplied)
     }
