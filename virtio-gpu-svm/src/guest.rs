@@ -21,6 +21,7 @@ use crate::event::Notice;
 use crate::host::{Host, Limits};
 use crate::info::Counters;
 use crate::memory::MemoryTable;
+use crate::numbered::Numbered;
 use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES};
 use crate::protocol::gpu::GpuConfig;
 use crate::protocol::limit::Limit;
@@ -77,7 +78,7 @@ struct Inner {
     contexts: BTreeMap<u32, Arc<Context>>,
     resources: HashMap<u32, Resource>,
     /// Destroyed, but a device still holds something of them; by generation.
-    retiring: HashMap<u64, (Arc<Context>, Farewell)>,
+    retiring: Numbered<u64, (Arc<Context>, Farewell)>,
     /// Of the contexts in both lists.
     contexts_charge: Charge,
     memory: Arc<MemoryTable>,

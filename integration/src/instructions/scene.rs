@@ -75,7 +75,7 @@ impl Scene {
         };
         let host = Host::new(vec![SoftDevice::new(config) as Arc<dyn Device>]);
         let limits = Limits {
-            contexts: 16,
+            contexts: 4096,
             pending_faults: 256,
             jobs: 256,
             mappings: 65_536,
@@ -111,6 +111,35 @@ impl Scene {
         let (reply, _) = VmCreateRsp::read_from_prefix(&reply).ok().context("VM_CREATE has no reply")?;
         self.asid = Asid(reply.asid.get());
         Ok(())
+    }
+
+    /// Another context, with a GPU VM that shows all windows. Returns what that is called on the device.
+    fn process(&mut self, ctx_id: u32) -> Result<Asid> {
+        let of_context = |mut command: Vec<u8>| {
+            let (mut hdr, _) = CtrlHdr::read_from_prefix(&command).ok().context("a short command")?;
+            hdr.ctx_id = ctx_id.into();
+            hdr.write_to_prefix(&mut command).ok().context("a short command")?;
+            Ok::<_, anyhow::Error>(command)
+        };
+        let create = CtxCreate { hdr: header(VIRTIO_GPU_CMD_CTX_CREATE, ctx_id), ..CtxCreate::default() };
+        ensure!(self.control(create.as_bytes()), "CTX_CREATE was refused");
+        let create = submission(SVM_REQ_VM_CREATE, &[0; size_of::<VmCreate>() - size_of::<ReqHdr>()])?;
+        ensure!(self.control(&of_context(create)?), "VM_CREATE was refused");
+        let reply = self.response.get(size_of::<SvmResp>()..).unwrap_or_default();
+        let (reply, _) = VmCreateRsp::read_from_prefix(reply).ok().context("VM_CREATE has no reply")?;
+        let asid = Asid(reply.asid.get());
+        let operation = BindOp {
+            op: BIND_OP_MAP_USERPTR.into(),
+            addr: C.into(),
+            range: (WINDOWS * WINDOW_BYTES).into(),
+            obj_offset: A.into(),
+            ..BindOp::default()
+        };
+        let head = VmBind { vm_id: 1.into(), num_binds: 1.into(), ..VmBind::default() };
+        let head = head.as_bytes().get(size_of::<ReqHdr>()..).unwrap_or_default();
+        let bind = submission(SVM_REQ_VM_BIND, &[head, operation.as_bytes()].concat())?;
+        ensure!(self.control(&of_context(bind)?), "VM_BIND was refused");
+        Ok(asid)
     }
 
     fn map(&mut self, mappings: u64) -> Result<()> {
@@ -175,10 +204,15 @@ impl Scene {
 
     /// The cookie of the one fault whose record waits.
     fn take_cookie(&mut self) -> Option<u64> {
-        self.guest.fill_events(&mut self.records, size_of::<EventHdr>() + EVENT_RECORD_BYTES);
-        let (_, record) = EventHdr::read_from_prefix(&self.records).ok()?;
+        let (_, record) = self.take_record()?;
         let (record, _) = FaultRecord::read_from_prefix(record).ok()?;
         Some(record.cookie.get())
+    }
+
+    /// The one record that waits, and what stands before it.
+    fn take_record(&mut self) -> Option<(EventHdr, &[u8])> {
+        self.guest.fill_events(&mut self.records, size_of::<EventHdr>() + EVENT_RECORD_BYTES);
+        EventHdr::read_from_prefix(&self.records).ok()
     }
 
     /// What has been counted.
@@ -287,6 +321,71 @@ impl Operation for Invalidated {
 
     fn is_done(&self, count: u64) -> bool {
         self.0.counters().invalidations == count && self.0.resident_pages() == WINDOWS * WINDOW - count
+    }
+}
+
+/// A fault in each of many contexts at once, at one address; of the context that waits longest it is answered, and raised
+/// in the next window.
+pub struct Stormed {
+    scene: Scene,
+    /// Of each context what its GPU VM is called on the device, and the fault that waits.
+    contexts: Vec<(Asid, Option<u64>)>,
+}
+
+impl Stormed {
+    /// In so many contexts.
+    pub fn boxed(contexts: u32) -> Result<Box<dyn Operation>> {
+        let mut scene = Scene::bare(MEMORY)?;
+        let contexts = (0..contexts).map(|n| Ok((scene.process(CTX + 1 + n)?, None)));
+        let contexts = contexts.collect::<Result<_>>()?;
+        Ok(Box::new(Self { scene, contexts }))
+    }
+}
+
+impl Operation for Stormed {
+    fn run(&mut self, n: u64) -> bool {
+        let count = self.contexts.len() as u64;
+        let (index, window) = (n % count, n / count);
+        let Some((asid, waiting)) = usize::try_from(index).ok().and_then(|n| self.contexts.get_mut(n)) else {
+            return false;
+        };
+        let answered = waiting.take().is_none_or(|cookie| {
+            let ctx_id = u32::try_from(index).unwrap_or(0) + CTX + 1;
+            let head = PageResponse {
+                hdr: header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
+                cookie: cookie.into(),
+                code: PAGE_RESP_SUCCESS.into(),
+                num_runs: 1.into(),
+            };
+            self.scene.control(&[head.as_bytes(), run_of(window - 1, 1).as_bytes()].concat())
+        });
+        self.scene.asid = *asid;
+        self.scene.raise(window);
+        *waiting = self.scene.take_cookie();
+        answered && waiting.is_some()
+    }
+}
+
+/// A context that is made and destroyed, and the record of its end.
+pub struct Churned(Scene);
+
+impl Churned {
+    const CTX: u32 = CTX + 1;
+
+    /// See the type.
+    pub fn boxed() -> Result<Box<dyn Operation>> {
+        Ok(Box::new(Self(Scene::bare(MEMORY)?)))
+    }
+}
+
+impl Operation for Churned {
+    fn run(&mut self, _: u64) -> bool {
+        let create = CtxCreate { hdr: header(VIRTIO_GPU_CMD_CTX_CREATE, Self::CTX), ..CtxCreate::default() };
+        let destroy = header(VIRTIO_GPU_CMD_CTX_DESTROY, Self::CTX);
+        let scene = &mut self.0;
+        scene.control(create.as_bytes())
+            && scene.control(destroy.as_bytes())
+            && scene.take_record().is_some_and(|(hdr, _)| hdr.num_records.get() == 1)
     }
 }
 
