@@ -9,21 +9,23 @@ mod bind;
 mod inbox;
 mod jobs;
 mod status;
+mod vms;
 
 pub use bind::{Bind, Refused};
 pub(crate) use inbox::Report;
 pub use jobs::Launch;
+pub(crate) use vms::Vms;
 
 use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
 use crate::device::{self, Asid, Device, Extent, Flush, StopId, Ticket, Verdict, VmLabel};
-use crate::event::{Record, Stamp, Waiting, fault_record, job_record, notice_record};
+use crate::event::{Record, Stamp, ToldFault, Waiting, fault_record, job_record, notice_record};
 use crate::fault::router::Owner;
 use crate::fault::{Outcome, PendingFaults, Throttled};
 use crate::few::Few;
 use crate::gpu_vm::{GpuVm, Mappings, State as VmState};
 use crate::guest::Guest;
-use crate::host::{Host, Limits};
+use crate::host::Host;
 use crate::info::Counters;
 use crate::invalidation::Invalidations;
 use crate::memory::MemoryTable;
@@ -34,11 +36,12 @@ use crate::protocol::event::{EVENT_CONTEXT_LOST, EVENT_INVAL_DONE};
 use crate::protocol::limit::Limit;
 use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
+use crate::seldom::Seldom;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex, Weak};
 use crate::timeline::{self, Timelines};
 use inbox::Inbox;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
@@ -179,27 +182,24 @@ pub struct State {
     /// Whether the guest's rings are stopped.
     pub(crate) frozen: bool,
     pub(crate) space: AddressSpace,
-    pub(crate) vms: BTreeMap<u32, GpuVm>,
+    pub(crate) vms: Vms,
     next_vm: u32,
     /// Counted for each context alone: what a process sees of it must not tell what others do.
     pub(crate) next_job: u64,
     pub(crate) faults: PendingFaults,
     /// Parked accesses beyond the limit of pending faults: raised again as others end.
-    pub(crate) throttled: VecDeque<Throttled>,
+    pub(crate) throttled: Seldom<VecDeque<Throttled>>,
     pub(crate) invalidations: Invalidations,
     /// GPU VMs destroyed that their device has not retired.
-    pub(crate) retiring: Numbered<(usize, Asid), Charge>,
+    pub(crate) retiring: Seldom<Numbered<(usize, Asid), Charge>>,
     /// Jobs and asynchronous binds that have not ended.
     pub(crate) timelines: Timelines,
     /// Binds that have started and wait for pages.
     pub(crate) populating: Vec<Populating>,
-    /// Of those that have, how many records wait.
-    undelivered_jobs: usize,
-    /// Of both.
-    jobs_charge: Charge,
-    pub(crate) waiting: VecDeque<Waiting>,
+    /// Records that wait, but those of faults, which their table keeps: each with the mark of the faults that go before it.
+    pub(crate) waiting: VecDeque<(u32, Waiting)>,
     pub(crate) memory: Arc<MemoryTable>,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Seldom<Counters>,
     /// Empty; its room is lent, so that serving a fault allocates nothing.
     pub(crate) extents: Vec<Extent<'static>>,
 }
@@ -211,11 +211,10 @@ pub struct Context {
     /// Tells it from earlier contexts of that id; unique on the host.
     pub generation: u64,
     /// As the guest calls it.
-    pub name: String,
+    pub name: Box<str>,
     /// Its capset.
     pub capset_id: u32,
     pub(crate) label: VmLabel,
-    pub(crate) limits: Limits,
     pub(crate) quota: Arc<Quota>,
     pub(crate) host: Arc<Host>,
     guest: Weak<Guest>,
@@ -259,29 +258,26 @@ impl Context {
             life: Life::Alive,
             frozen: false,
             space: AddressSpace::new(quota.charge(Limit::TableBytes)),
-            vms: BTreeMap::new(),
+            vms: Vms::default(),
             next_vm: 1,
             next_job: 1,
-            faults: PendingFaults::new(quota.charge(Limit::TotalPendingFaults)),
-            throttled: VecDeque::new(),
+            faults: PendingFaults::default(),
+            throttled: Seldom::default(),
             invalidations: Invalidations::default(),
-            retiring: Numbered::default(),
-            timelines: Timelines::new(&quota),
+            retiring: Seldom::default(),
+            timelines: Timelines::default(),
             populating: Vec::new(),
-            undelivered_jobs: 0,
-            jobs_charge: quota.charge(Limit::TotalJobs),
             waiting: VecDeque::new(),
             memory,
-            counters: Counters::default(),
+            counters: Seldom::default(),
             extents: Vec::new(),
         };
         Arc::new_cyclic(|me| Self {
             ctx_id: new.ctx_id,
             generation,
-            name: new.name,
+            name: new.name.into_boxed_str(),
             capset_id: new.capset_id,
             label,
-            limits: guest.limits(),
             quota,
             host,
             guest: Arc::downgrade(guest),
@@ -453,17 +449,19 @@ impl Context {
     /// Takes a GPU VM out of the context and begins to destroy it on its device.
     fn close_vm(&self, state: &mut State, vm_id: u32, after: &mut After) {
         // Its device drops their jobs; here they would only keep others waiting.
-        state.throttled.retain(|throttled| throttled.vm_id() != vm_id);
+        if let Some(throttled) = state.throttled.get_mut() {
+            throttled.retain(|throttled| throttled.vm_id() != vm_id);
+        }
         // Who destroys it need not be told that it was lost.
         state
             .waiting
-            .retain(|waiting| !matches!(waiting, Waiting::Lost { vm_id: lost, .. } if *lost == vm_id));
+            .retain(|(_, waiting)| !matches!(waiting, Waiting::Lost { vm_id: lost, .. } if *lost == vm_id));
         let end = if seeded::on(Bug::ResumeAfterTeardown) { 0 } else { u64::MAX };
         for cookie in state.faults.cookies_in(vm_id, &[PageRange { start: 0, end }]) {
             self.end_pending(state, cookie, Outcome::Dropped, Verdict::Fail(ECANCELED), after);
         }
         let Some(vm) = state.vms.remove(&vm_id) else { return };
-        state.retiring.insert((vm.device, vm.asid), vm.charge);
+        state.retiring.obtain().insert((vm.device, vm.asid), vm.charge);
         self.host.device_of(vm.device).vm_destroy(vm.asid);
     }
 
@@ -480,15 +478,13 @@ impl Context {
                 self.close_vm(&mut state, vm_id, &mut after);
             }
             let dropped = u64::try_from(state.timelines.len()).unwrap_or(u64::MAX);
-            state.counters.jobs_dropped = state.counters.jobs_dropped.saturating_add(dropped);
+            add(&mut state.counters.obtain().jobs_dropped, dropped);
             state.timelines = Timelines::default();
             state.populating.clear();
-            state.throttled = VecDeque::new();
+            state.throttled = Seldom::default();
             state.waiting = VecDeque::new();
-            state.undelivered_jobs = 0;
-            state.jobs_charge = Charge::default();
             state.space = AddressSpace::default();
-            state.retiring.is_empty()
+            !state.is_retiring()
         };
         after.announce = false;
         self.settle(after);
@@ -500,7 +496,7 @@ impl Context {
     pub(crate) fn abandon(self: &Arc<Self>) {
         // What is contained was told where it panicked first, or is a consequence of that.
         catch_unwind(AssertUnwindSafe(|| self.destroy())).ok();
-        let left: Vec<_> = self.lock().retiring.keys().copied().collect();
+        let left: Vec<_> = self.lock().retiring().collect();
         for (device, asid) in left {
             catch_unwind(AssertUnwindSafe(|| self.host.device_of(device).vm_destroy(asid))).ok();
         }
@@ -508,7 +504,7 @@ impl Context {
 
     /// Whether a device still holds something of a GPU VM that was destroyed.
     pub(crate) fn is_retiring(&self) -> bool {
-        !self.lock().retiring.is_empty()
+        self.lock().is_retiring()
     }
 
     /// The GPU VMs alive, as (device, asid).
@@ -578,38 +574,39 @@ impl Context {
 
     /// The next record that waits, as bytes, and whether more wait. None if the lock is held: then they are announced
     /// anew when it is free.
-    pub(crate) fn take_record(&self, mut stamp: impl FnMut() -> Stamp) -> Option<(Option<Record>, bool)> {
+    pub(crate) fn take_record(&self, stamp: impl FnOnce() -> Stamp) -> Option<(Option<Record>, bool)> {
         let mut guard = self.lock_or_leave()?;
         let state = &mut *guard;
-        let mut record = None;
-        while record.is_none() {
-            let Some(waiting) = state.waiting.pop_front() else { break };
-            record = match waiting {
-                Waiting::Fault(cookie) => state.faults.get_mut(cookie).map(|fault| {
-                    let nth = fault.next_report();
-                    if fault.told.is_none() {
-                        state.waiting.push_front(waiting);
-                    }
-                    state.counters.faults_reported = state.counters.faults_reported.saturating_add(1);
-                    let dev_id = state.vms.get(&fault.vm_id).map_or(0, |vm| vm.dev_id);
-                    fault_record(self.ctx_id, dev_id, fault, nth, stamp())
-                }),
+        let record = if state.is_fault_next() {
+            self.fault_record(state, stamp)
+        } else {
+            let waiting = state.waiting.pop_front();
+            waiting.map(|(_, waiting)| match waiting {
                 Waiting::Job(job) => {
-                    state.undelivered_jobs = state.undelivered_jobs.saturating_sub(1);
-                    state.jobs_charge.shrink(1);
-                    Some(job_record(self.ctx_id, &job, stamp()))
+                    state.timelines.delivered();
+                    job_record(self.ctx_id, &job, stamp())
                 }
                 Waiting::InvalDone => {
                     let value = state.invalidations.done_seq();
-                    Some(notice_record(self.notice(EVENT_INVAL_DONE, value, 0), stamp()))
+                    notice_record(self.notice(EVENT_INVAL_DONE, value, 0), stamp())
                 }
                 Waiting::Lost { vm_id, errno } => {
-                    Some(notice_record(self.notice(EVENT_CONTEXT_LOST, vm_id.into(), errno), stamp()))
+                    notice_record(self.notice(EVENT_CONTEXT_LOST, vm_id.into(), errno), stamp())
                 }
-            };
-        }
+            })
+        };
         trim(&mut state.waiting, KEPT);
-        Some((record, !state.waiting.is_empty()))
+        Some((record, state.has_records()))
+    }
+    /// The next record of the first fault of which the guest has not been told all.
+    fn fault_record(&self, state: &mut State, stamp: impl FnOnce() -> Stamp) -> Option<Record> {
+        let State { faults, vms, counters, .. } = state;
+        add(&mut counters.obtain().faults_reported, 1);
+        faults.report(|cookie, fault, waiters| {
+            let (dev_id, asid) = vms.get(&fault.vm_id).map_or((0, Asid(0)), |vm| (vm.dev_id, vm.asid));
+            let told = ToldFault { ctx_id: self.ctx_id, cookie, dev_id, asid, waiters };
+            fault_record(&told, fault, stamp())
+        })
     }
     fn notice(&self, kind: u32, value: u64, errno: i32) -> crate::event::Notice {
         crate::event::Notice { kind, ctx_id: self.ctx_id, value, errno }
@@ -617,7 +614,7 @@ impl Context {
 
     /// Its counts.
     pub(crate) fn counters(&self) -> Counters {
-        self.lock().counters
+        self.lock().counters()
     }
     /// GPU VMs alive and faults pending.
     pub(crate) fn load(&self) -> (usize, usize) {
@@ -633,6 +630,45 @@ impl Context {
         let vm = state.vms.get(&vm_id).ok_or(Error::NoVm(vm_id))?;
         Ok(read(vm, self.host.device_of(vm.device).resident_pages(vm.asid)))
     }
+}
+
+impl State {
+    /// What was counted.
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters.get().copied().unwrap_or_default()
+    }
+    /// Whether parked accesses wait for their turn.
+    pub(crate) fn has_throttled(&self) -> bool {
+        self.throttled.get().is_some_and(|throttled| !throttled.is_empty())
+    }
+    /// GPU VMs destroyed that their device has not retired.
+    pub(crate) fn retiring(&self) -> impl Iterator<Item = (usize, Asid)> {
+        self.retiring.get().into_iter().flat_map(|retiring| retiring.keys().copied())
+    }
+    /// Whether there is one.
+    pub(crate) fn is_retiring(&self) -> bool {
+        self.retiring().next().is_some()
+    }
+    /// A record waits; those of faults that were raised before go before it.
+    pub(crate) fn tell(&mut self, waiting: Waiting) {
+        self.waiting.push_back((self.faults.mark(), waiting));
+    }
+    /// Whether any record waits.
+    pub(crate) fn has_records(&self) -> bool {
+        self.faults.has_untold() || !self.waiting.is_empty()
+    }
+    /// Whether the next record is a fault's.
+    fn is_fault_next(&mut self) -> bool {
+        match self.waiting.front() {
+            Some((mark, _)) => self.faults.is_next(*mark),
+            None => self.faults.has_untold(),
+        }
+    }
+}
+
+/// Counts.
+pub(crate) fn add(counter: &mut u64, more: u64) {
+    *counter = counter.saturating_add(more);
 }
 
 /// Lets an empty list that was long go of its room: what a context has had once is not what it holds.

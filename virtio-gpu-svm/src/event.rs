@@ -1,7 +1,7 @@
 //! Records on their way to the guest. What must not be lost waits in the context that it is about (and is bounded by
 //! that context's quotas); what outlives a context waits in the guest. A record gets its bytes when a buffer is there.
 
-use crate::device::JobEnd;
+use crate::device::{Asid, JobEnd};
 use crate::fault::Pending;
 use crate::protocol::errno::name;
 use crate::protocol::event::{
@@ -15,11 +15,9 @@ use zerocopy::{Immutable, IntoBytes};
 /// The bytes of one record.
 pub type Record = [u8; EVENT_RECORD_BYTES];
 
-/// A record that waits in a context.
+/// A record that waits in a context; those of faults wait in the table of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waiting {
-    /// A pending fault, by cookie.
-    Fault(u64),
     /// The end of a job or of an asynchronous bind.
     Job(DoneJob),
     /// Invalidations are done; the sequence is read when the record is written.
@@ -80,30 +78,46 @@ fn bytes(record: &(impl IntoBytes + Immutable)) -> Record {
     out
 }
 
-/// The `nth` record of a fault. PROTOCOL 7.2.
-pub fn fault_record(ctx_id: u32, dev_id: u32, fault: &Pending, nth: u64, stamp: Stamp) -> Record {
-    let group = if fault.records() > 1 { fault.cookie & u64::from(u32::MAX) } else { 0 };
+/// What the entry of a pending fault does not say.
+#[derive(Clone, Copy, Debug)]
+pub struct ToldFault {
+    /// Its context.
+    pub ctx_id: u32,
+    /// Names it in the answer.
+    pub cookie: u64,
+    /// The guest's number of the device.
+    pub dev_id: u32,
+    /// The GPU VM there.
+    pub asid: Asid,
+    /// Accesses that wait for it.
+    pub waiters: usize,
+}
+
+/// The next record of a fault. PROTOCOL 7.2.
+pub fn fault_record(told: &ToldFault, fault: &Pending, stamp: Stamp) -> Record {
+    let nth = fault.reported();
+    let group = if fault.records() > 1 { told.cookie & u64::from(u32::MAX) } else { 0 };
     let is_last = nth.saturating_add(1) >= fault.records();
     let last = if is_last { FAULT_LAST_PAGE } else { 0 };
-    let kind = if fault.prefetch { FAULT_PREFETCH } else { FAULT_REPLAYABLE };
+    let kind = if fault.is_prefetch() { FAULT_PREFETCH } else { FAULT_REPLAYABLE };
     bytes(&FaultRecord {
         kind: EVENT_FAULT.into(),
-        ctx_id: ctx_id.into(),
-        cookie: fault.cookie.into(),
-        dev_id: dev_id.into(),
+        ctx_id: told.ctx_id.into(),
+        cookie: told.cookie.into(),
+        dev_id: told.dev_id.into(),
         vm_id: fault.vm_id.into(),
-        asid: fault.asid.0.into(),
+        asid: told.asid.0.into(),
         grpid: u32::try_from(group).unwrap_or(u32::MAX).into(),
         flags: (FAULT_PASID_VALID | last | kind).into(),
-        perm: u32::from(fault.perm).into(),
-        addr: (fault.page.wrapping_add(nth) << PAGE_SHIFT).into(),
-        cpu_addr: (fault.cpu_page.wrapping_add(nth) << PAGE_SHIFT).into(),
+        perm: u32::from(fault.perm()).into(),
+        addr: (fault.page().wrapping_add(nth) << PAGE_SHIFT).into(),
+        cpu_addr: (fault.cpu_page().wrapping_add(nth) << PAGE_SHIFT).into(),
         length_hint: hint_of(fault, nth).into(),
-        fault_type: fault.fault_type,
-        level: fault.level,
-        engine_instance: fault.engine,
-        num_coalesced: u16::try_from(fault.waiters.len()).unwrap_or(u16::MAX).into(),
-        access_mask: fault.perm.into(),
+        fault_type: fault.fault_type(),
+        level: fault.level(),
+        engine_instance: fault.engine(),
+        num_coalesced: u16::try_from(told.waiters).unwrap_or(u16::MAX).into(),
+        access_mask: fault.perm().into(),
         address_precision: u32::try_from(PAGE_SIZE).unwrap_or(u32::MAX).into(),
         timestamp: stamp.timestamp.into(),
         sequence: stamp.sequence.into(),

@@ -13,19 +13,19 @@
 //! The table of pending faults lives in the context, under its lock, together with the address space: so an answer
 //! cannot pass between "is the page known?" and "then it is pending".
 
+mod pending;
 pub(crate) mod recent;
 pub mod response;
 pub mod router;
 mod window;
 
+use crate::addr::PageRange;
 use crate::address_space::AddressSpace;
-use crate::context::{After, Context, KEPT, Life, State, trim};
-use crate::device::{Access, Asid, Fault, StopId, Verdict};
-use crate::few::Few;
+use crate::context::{After, Context, KEPT, Life, State, Vms, add, trim};
+use crate::device::{Access, Fault, StopId, Verdict};
 use crate::gpu_vm::{self, Behind, GpuVa};
-use crate::info::{FaultTrace, PendingStatus};
+use crate::info::FaultTrace;
 use crate::memory::MemoryTable;
-use crate::numbered::Numbered;
 use crate::population;
 use crate::protocol::errno::{ECANCELED, EFAULT, EINVAL, EPERM, EPIPE};
 use crate::protocol::event::{
@@ -33,19 +33,15 @@ use crate::protocol::event::{
 };
 use crate::protocol::limit::Limit;
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
-use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use crate::sync::Arc;
-use crate::{addr::PageRange, event::Waiting};
-use std::collections::BTreeMap;
-use std::time::Duration;
+use pending::NewPending;
 use window::Window;
 
+pub use pending::{Pending, PendingFaults, SHOWN_FAULTS};
 pub use window::FAULT_AROUND_PAGES;
 pub(crate) use window::{LONG_RUN, Pages, emptied};
 
-/// Most pending faults of a GPU VM that are shown one by one.
-pub const SHOWN_FAULTS: usize = 16;
 /// Most pages of a group that are asked for together; a device that asks for more gets the rest by asking again.
 const MAX_GROUP_PAGES: u64 = 32;
 
@@ -76,81 +72,6 @@ impl Outcome {
     }
 }
 
-/// A fault that waits for the guest.
-#[derive(Debug)]
-pub struct Pending {
-    /// Names it in the answer.
-    pub cookie: u64,
-    /// The GPU VM in the context.
-    pub vm_id: u32,
-    /// The host device.
-    pub device: usize,
-    /// As the device reported.
-    pub asid: Asid,
-    /// GPU page (C): the first of `pages`.
-    pub page: u64,
-    /// CPU page (A) behind it; those behind the others follow.
-    pub cpu_page: u64,
-    /// Pages that are asked for. More than one are a group, with a record each, or a prefetch, with one in all.
-    pub pages: u64,
-    /// Whether no job waits for it: the device is to have the pages before one does.
-    pub prefetch: bool,
-    /// Records of it that were written.
-    pub reported: u64,
-    /// `PERM_*` of the accesses.
-    pub perm: u16,
-    /// `PERM_*` that the guest was told, and so all that its answer must grant; accesses that join later are repeated
-    /// and ask again. None before the guest was told all: until then no answer can be honest.
-    pub told: Option<u16>,
-    /// `FAULT_*` type.
-    pub fault_type: u8,
-    /// Where the walk ended.
-    pub level: u8,
-    /// The engine.
-    pub engine: u8,
-    /// Bytes from the page on that the job is expected to touch.
-    pub length_hint: u32,
-    /// When it was raised.
-    pub raised_ns: u64,
-    /// The same on the guest's own clock.
-    pub raised_run: Duration,
-    /// Parked accesses: the first one, unless it is a prefetch, and those that joined.
-    pub waiters: Few<StopId>,
-}
-
-impl Pending {
-    /// Its GPU pages.
-    pub fn range(&self) -> PageRange {
-        PageRange { start: self.page, end: self.page.saturating_add(self.pages) }
-    }
-    /// Records that tell the guest of it.
-    pub fn records(&self) -> u64 {
-        if self.prefetch { 1 } else { self.pages }
-    }
-    fn status(&self, now_ns: u64) -> PendingStatus {
-        PendingStatus {
-            cookie: self.cookie,
-            gpu_addr: self.page << PAGE_SHIFT,
-            cpu_addr: self.cpu_page << PAGE_SHIFT,
-            pages: self.pages,
-            access: perm_name(self.perm),
-            prefetch: self.prefetch,
-            told: self.told.is_some(),
-            waiters: self.waiters.len(),
-            wait_ns: now_ns.saturating_sub(self.raised_ns),
-        }
-    }
-    /// The number of the record that is written next; with the last one the guest knows all.
-    pub(crate) fn next_report(&mut self) -> u64 {
-        let nth = self.reported;
-        self.reported = nth.saturating_add(1);
-        if self.reported >= self.records() {
-            self.told = Some(self.perm);
-        }
-        nth
-    }
-}
-
 /// Pages that are to be asked for before a job touches them.
 pub(crate) struct Prefetch {
     pub(crate) vm_id: u32,
@@ -159,109 +80,6 @@ pub(crate) struct Prefetch {
     pub(crate) cpu_page: u64,
     /// Whether their mapping allows no write.
     pub(crate) readonly: bool,
-}
-
-/// The faults of one context that wait for the guest.
-#[derive(Debug, Default)]
-pub struct PendingFaults {
-    by_cookie: Numbered<u64, Pending>,
-    /// (GPU VM, first GPU page) -> cookie; those of one GPU VM do not overlap.
-    by_page: BTreeMap<(u32, u64), u64>,
-    next: u32,
-    charge: Charge,
-}
-
-impl PendingFaults {
-    /// None; the charge is for those to come.
-    pub fn new(charge: Charge) -> Self {
-        Self { charge, ..Self::default() }
-    }
-    /// Has room for one more in the guest.
-    ///
-    /// # Errors
-    /// [`Full`].
-    fn reserve(&mut self) -> std::result::Result<(), Full> {
-        self.charge.grow(1)
-    }
-    /// How many records.
-    pub fn count(&self) -> usize {
-        self.by_cookie.len()
-    }
-    /// The pending fault of a cookie.
-    pub fn get(&self, cookie: u64) -> Option<&Pending> {
-        self.by_cookie.get(&cookie)
-    }
-    /// The same, to be changed.
-    pub fn get_mut(&mut self, cookie: u64) -> Option<&mut Pending> {
-        self.by_cookie.get_mut(&cookie)
-    }
-    /// The pending fault that asks for a page.
-    fn covering(&self, vm_id: u32, page: u64) -> Option<&Pending> {
-        let (_, cookie) = self.by_page.range((vm_id, 0)..=(vm_id, page)).next_back()?;
-        self.by_cookie.get(cookie).filter(|pending| pending.range().contains(page))
-    }
-    fn joined(&mut self, vm_id: u32, page: u64) -> Option<&mut Pending> {
-        let cookie = self.covering(vm_id, page)?.cookie;
-        self.by_cookie.get_mut(&cookie)
-    }
-    /// Pages from `page` on that nobody has asked for: behind what covers it, up to what is asked for next.
-    pub(crate) fn free_from(&self, vm_id: u32, page: u64) -> PageRange {
-        let start = self.covering(vm_id, page).map_or(page, |pending| pending.range().end);
-        let next = self.by_page.range((vm_id, start)..=(vm_id, u64::MAX)).next();
-        PageRange { start, end: next.map_or(u64::MAX, |((_, page), _)| *page) }
-    }
-    /// Makes pending what there was room for ([`Self::reserve`]). Cookies carry the generation of their context and are
-    /// not used again while one is pending.
-    fn insert(&mut self, generation: u64, mut pending: Pending) -> u64 {
-        let cookie = loop {
-            self.next = self.next.wrapping_add(1);
-            let cookie = (generation << 32) | u64::from(self.next);
-            // After four thousand million faults one of the first may still be pending.
-            if !self.by_cookie.contains_key(&cookie) {
-                break cookie;
-            }
-        };
-        pending.cookie = cookie;
-        self.by_page.insert((pending.vm_id, pending.page), cookie);
-        self.by_cookie.insert(cookie, pending);
-        cookie
-    }
-    /// Ends the pending fault of a cookie.
-    pub fn take(&mut self, cookie: u64) -> Option<Pending> {
-        let pending = self.by_cookie.remove(&cookie)?;
-        self.by_page.remove(&(pending.vm_id, pending.page));
-        self.charge.shrink(1);
-        if self.by_cookie.is_empty() && self.by_cookie.capacity() > KEPT {
-            self.by_cookie = Numbered::default();
-        }
-        Some(pending)
-    }
-    /// Those of a GPU VM that have waited longest, for people.
-    pub fn oldest(&self, vm_id: u32, now_ns: u64) -> Vec<PendingStatus> {
-        let mut of_vm: Vec<_> = self.by_cookie.values().filter(|p| p.vm_id == vm_id).collect();
-        of_vm.sort_unstable_by_key(|p| (p.raised_ns, p.cookie));
-        of_vm.into_iter().take(SHOWN_FAULTS).map(|p| p.status(now_ns)).collect()
-    }
-    /// CPU pages that are waited for, of each fault the first and the last; one may come up more than once.
-    pub fn cpu_pages(&self) -> impl Iterator<Item = u64> {
-        let ends = |p: &Pending| [p.cpu_page, p.cpu_page.saturating_add(p.pages.saturating_sub(1))];
-        self.by_cookie.values().flat_map(ends)
-    }
-    /// Pending faults that were raised at `run` of the guest's own time or before: cookie, GPU VM, GPU page.
-    pub fn raised_until(&self, run: Duration) -> Vec<(u64, u32, u64)> {
-        let old = self.by_cookie.values().filter(|pending| pending.raised_run <= run);
-        old.map(|pending| (pending.cookie, pending.vm_id, pending.page)).collect()
-    }
-    /// Cookies of a GPU VM's pending faults in ranges of it, which are sorted and apart.
-    pub fn cookies_in(&self, vm_id: u32, ranges: &[PageRange]) -> Vec<u64> {
-        let hit = |asked: PageRange| {
-            let before = ranges.partition_point(|range| range.start < asked.end);
-            let last = before.checked_sub(1).and_then(|at| ranges.get(at));
-            last.is_some_and(|range| range.intersect(asked).is_some())
-        };
-        let inside = |p: &&Pending| p.vm_id == vm_id && hit(p.range());
-        self.by_cookie.values().filter(inside).map(|p| p.cookie).collect()
-    }
 }
 
 impl Access {
@@ -345,7 +163,7 @@ impl Context {
         after: &mut After,
     ) {
         let mut raised = Raised { device, vm_id, fault, cpu_page: 0, end: 0 };
-        state.counters.faults_raised = state.counters.faults_raised.saturating_add(1);
+        add(&mut state.counters.obtain().faults_raised, 1);
         let State { vms, space, memory, extents, life, .. } = &mut *state;
         let found = find(vms, *life, vm_id, raised.page());
         let resolution = match found {
@@ -387,23 +205,18 @@ impl Context {
     /// Makes the fault pending, or joins it to the one that is pending for its page.
     fn ask(&self, state: &mut State, raised: &Raised, fault_type: u8, after: &mut After) {
         let (fault, vm_id) = (raised.fault, raised.vm_id);
-        if let Some(pending) = state.faults.joined(vm_id, raised.page()) {
-            pending.waiters.push(fault.stop);
-            // Of several pages the answer must grant what the first one needs, and this may be another: it asks again.
-            if pending.pages == 1 && !pending.prefetch {
-                pending.perm |= fault.access.perm();
-            }
-            state.counters.faults_coalesced = state.counters.faults_coalesced.saturating_add(1);
+        if state.faults.join(vm_id, raised.page(), fault.stop, fault.access.perm()) {
+            add(&mut state.counters.obtain().faults_coalesced, 1);
             return;
         }
-        if self.own_room(state) == 0 || state.faults.reserve().is_err() {
+        if self.own_room(state) == 0 || state.faults.reserve(self.generation, &self.quota).is_err() {
             if self.own_room(state) == 0 {
                 self.quota.refuse(Limit::PendingFaults);
             } else {
                 self.starve();
             }
             let (device, page) = (raised.device, raised.page());
-            state.throttled.push_back(Throttled {
+            state.throttled.obtain().push_back(Throttled {
                 device,
                 vm_id,
                 page,
@@ -416,76 +229,63 @@ impl Context {
         let hint = fault.length_hint.saturating_add(fault.addr.0 & (PAGE_SIZE - 1));
         let hint = hint.min(raised.end.saturating_sub(raised.page()) << PAGE_SHIFT);
         let pages = state.pages_of_group(raised);
-        let pending = Pending {
-            cookie: 0,
+        let (raised_ns, raised_run) = (self.host.now_ns(), self.run_time());
+        let pending = NewPending {
             vm_id,
-            device: raised.device,
-            asid: fault.asid,
             page: raised.page(),
             cpu_page: raised.cpu_page,
-            pages,
-            prefetch: false,
-            reported: 0,
+            pages: u16::try_from(pages).unwrap_or(u16::MAX),
+            stop: Some(fault.stop),
             perm: fault.access.perm(),
-            told: None,
             fault_type,
             level: fault.level,
             engine: fault.engine,
             length_hint: u32::try_from(hint).unwrap_or(u32::MAX),
-            raised_ns: self.host.now_ns(),
-            raised_run: self.run_time(),
-            waiters: Few::one(fault.stop),
+            raised_ns,
+            raised_run,
         };
-        self.make_pending(state, pending, after);
+        self.make_pending(state, &pending, after);
     }
 
     /// Asks for pages that no job waits for yet. Returns whether there was room.
     pub(crate) fn ask_ahead(&self, state: &mut State, prefetch: Prefetch, after: &mut After) -> bool {
         // Accesses that wait for their turn come first.
-        if self.own_room(state) == 0 || !state.throttled.is_empty() {
+        if self.own_room(state) == 0 || state.has_throttled() {
             return false;
         }
         let Some(vm) = state.vms.get(&prefetch.vm_id) else { return false };
-        if state.faults.reserve().is_err() {
+        if state.faults.reserve(self.generation, &self.quota).is_err() {
             self.starve();
             return false;
         }
         let perm = prefetch.perm(self.host.device_of(vm.device).as_ref());
-        let pending = Pending {
-            cookie: 0,
+        let pending = NewPending {
             vm_id: prefetch.vm_id,
-            device: vm.device,
-            asid: vm.asid,
             page: prefetch.range.start,
             cpu_page: prefetch.cpu_page,
-            pages: prefetch.range.pages(),
-            prefetch: true,
-            reported: 0,
+            pages: u16::try_from(prefetch.range.pages()).unwrap_or(u16::MAX),
+            stop: None,
             perm: u16::try_from(perm).unwrap_or(u16::MAX),
-            told: None,
             fault_type: FAULT_NOT_PRESENT,
             level: 0,
             engine: 0,
             length_hint: population::length_hint(prefetch.range),
             raised_ns: self.host.now_ns(),
             raised_run: self.run_time(),
-            waiters: Few::default(),
         };
-        self.make_pending(state, pending, after);
+        self.make_pending(state, &pending, after);
         true
     }
 
-    fn make_pending(&self, state: &mut State, pending: Pending, after: &mut After) {
-        let vm_id = pending.vm_id;
-        let last = pending.cpu_page.saturating_add(pending.pages.saturating_sub(1));
+    fn make_pending(&self, state: &mut State, pending: &NewPending, after: &mut After) {
+        let pages = u64::from(pending.pages);
         state.space.keep_leaf(pending.cpu_page);
-        if pending.pages > 1 {
-            state.space.keep_leaf(last);
+        if pages > 1 {
+            state.space.keep_leaf(pending.cpu_page.saturating_add(pages.saturating_sub(1)));
         }
-        let cookie = state.faults.insert(self.generation, pending);
+        state.faults.insert(pending);
         self.quota.note(Limit::PendingFaults, state.faults.count());
-        state.waiting.push_back(Waiting::Fault(cookie));
-        self.count_pending(state, vm_id, true);
+        self.count_pending(state, pending.vm_id, true);
         after.announce = true;
     }
 
@@ -498,22 +298,23 @@ impl Context {
         verdict: Verdict,
         after: &mut After,
     ) {
-        let Some(pending) = state.faults.take(cookie) else { return };
+        let Some(taken) = state.faults.take(cookie) else { return };
+        let pending = &taken.pending;
+        // Pending faults end with their GPU VM at the latest; without one there is nobody to release.
+        let Some(vm) = state.vms.get(&pending.vm_id) else { return };
+        let (device, asid) = (vm.device, vm.asid);
         self.count_pending(state, pending.vm_id, false);
-        if pending.told.is_none() {
-            state.waiting.retain(|waiting| *waiting != Waiting::Fault(cookie));
-        }
-        let count = u64::try_from(pending.waiters.len()).unwrap_or(u64::MAX);
+        let count = u64::try_from(taken.waiters().count()).unwrap_or(u64::MAX);
         let released = if seeded::on(Bug::WakeOne) { 1 } else { usize::MAX };
-        for stop in pending.waiters.iter().take(released) {
-            after.resume(pending.device, *stop, verdict);
+        for stop in taken.waiters().take(released) {
+            after.resume(device, stop, verdict);
         }
         state.count(outcome, count);
         if !seeded::on(Bug::LoseWakeUp) {
             self.let_throttled_in(state, false, after);
         }
         state.vms.values_mut().for_each(|vm| vm.population.go_on());
-        if pending.prefetch
+        if pending.is_prefetch()
             && let Some(vm) = state.vms.get_mut(&pending.vm_id)
         {
             let hope =
@@ -523,17 +324,17 @@ impl Context {
         after.more |= state.has_more();
         let now = self.host.now_ns();
         self.host.recent.push(FaultTrace {
-            time_ns: pending.raised_ns,
+            time_ns: pending.raised_ns(),
             guest: Arc::clone(&self.label.guest),
             ctx_id: self.ctx_id,
-            device: pending.device,
-            asid: pending.asid.0,
+            device,
+            asid: asid.0,
             cookie,
-            gpu_addr: pending.page << PAGE_SHIFT,
-            cpu_addr: pending.cpu_page << PAGE_SHIFT,
-            access: perm_name(pending.perm),
+            gpu_addr: pending.page() << PAGE_SHIFT,
+            cpu_addr: pending.cpu_page() << PAGE_SHIFT,
+            access: perm_name(pending.perm()),
             outcome: outcome.name(),
-            wait_ns: now.saturating_sub(pending.raised_ns),
+            wait_ns: now.saturating_sub(pending.raised_ns()),
         });
     }
 
@@ -547,13 +348,14 @@ impl Context {
     /// that its turn has come.
     pub(crate) fn let_throttled_in(&self, state: &mut State, turn: bool, after: &mut After) {
         let mut room = self.own_room(state);
-        if room == 0 || state.throttled.is_empty() {
+        if room == 0 || !state.has_throttled() {
             return;
         }
         let others = !turn && self.quota.starved.any();
         let mut of_guest = if others { 0 } else { self.quota.room(Limit::TotalPendingFaults) };
         while room > 0
-            && let Some(Throttled { device, vm_id, page, access, stop }) = state.throttled.front().copied()
+            && let Some(first) = state.throttled.get().and_then(|list| list.front())
+            && let Throttled { device, vm_id, page, access, stop } = *first
         {
             if matches!(state.resolve(vm_id, page, access), Resolution::Ask(_)) {
                 if of_guest == 0 {
@@ -564,14 +366,14 @@ impl Context {
                 of_guest = of_guest.saturating_sub(1);
                 after.let_in = true;
             }
-            state.throttled.pop_front();
+            state.throttled.obtain().pop_front();
             after.resume(device, stop, Verdict::Retry);
         }
-        trim(&mut state.throttled, KEPT);
+        trim(state.throttled.obtain(), KEPT);
     }
     /// How many more faults may be pending in the context.
     fn own_room(&self, state: &State) -> usize {
-        let limit = usize::try_from(self.limits.pending_faults).unwrap_or(usize::MAX);
+        let limit = usize::try_from(self.quota.limits().pending_faults).unwrap_or(usize::MAX);
         limit.saturating_sub(state.faults.count())
     }
     /// Gets in line for the guest's room.
@@ -614,24 +416,18 @@ impl Context {
         &self,
         state: &mut State,
         vm_id: u32,
-        asid: Asid,
         page: u64,
     ) -> std::result::Result<(), i32> {
         let State { vms, space, memory, extents, .. } = state;
         let Some(vm) = vms.get(&vm_id) else { return Err(ECANCELED) };
         let Some(va) = vm.mappings.find(page) else { return Err(EINVAL) };
         let device = self.host.device_of(vm.device).as_ref();
-        Window { device, asid, va, space, memory }.bind(page, extents)
+        Window { device, asid: vm.asid, va, space, memory }.bind(page, extents)
     }
 }
 
 /// The mapping that a fault is about, or what is to be done without one.
-fn find(
-    vms: &BTreeMap<u32, gpu_vm::GpuVm>,
-    life: Life,
-    vm_id: u32,
-    page: u64,
-) -> std::result::Result<&GpuVa, Resolution> {
+fn find(vms: &Vms, life: Life, vm_id: u32, page: u64) -> std::result::Result<&GpuVa, Resolution> {
     let Some(vm) = vms.get(&vm_id).filter(|_| life == Life::Alive) else {
         return Err(Resolution::Gone);
     };
@@ -696,14 +492,15 @@ impl State {
         va.map_or(0, |va| shown_page(va, page))
     }
     fn count(&mut self, outcome: Outcome, n: u64) {
+        let counters = self.counters.obtain();
         let counter = match outcome {
-            Outcome::ServedLocally => &mut self.counters.faults_served_locally,
-            Outcome::Answered => &mut self.counters.faults_answered,
-            Outcome::Refused => &mut self.counters.faults_refused,
-            Outcome::Dropped => &mut self.counters.faults_dropped,
-            Outcome::Throttled => &mut self.counters.faults_throttled,
+            Outcome::ServedLocally => &mut counters.faults_served_locally,
+            Outcome::Answered => &mut counters.faults_answered,
+            Outcome::Refused => &mut counters.faults_refused,
+            Outcome::Dropped => &mut counters.faults_dropped,
+            Outcome::Throttled => &mut counters.faults_throttled,
         };
-        *counter = counter.saturating_add(n);
+        add(counter, n);
     }
 }
 

@@ -37,10 +37,6 @@ impl<T> Few<T> {
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.first.iter().chain(&self.others)
     }
-    /// Takes all but the first.
-    pub fn take_others(&mut self) -> Vec<T> {
-        std::mem::take(&mut self.others)
-    }
 }
 
 impl<T> IntoIterator for Few<T> {
@@ -65,7 +61,6 @@ mod tests {
         few.push(2);
         few.push(3);
         assert_eq!((few.len(), few.iter().copied().collect::<Vec<_>>()), (3, vec![1, 2, 3]));
-        assert_eq!(few.take_others(), [2, 3]);
-        assert_eq!(few.into_iter().collect::<Vec<_>>(), [1]);
+        assert_eq!(few.into_iter().collect::<Vec<_>>(), [1, 2, 3]);
     }
 }

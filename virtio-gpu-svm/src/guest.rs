@@ -21,6 +21,7 @@ use crate::event::Notice;
 use crate::host::{Host, Limits};
 use crate::info::Counters;
 use crate::memory::MemoryTable;
+use crate::numbered::Numbered;
 use crate::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_QUIET, EVENT_RECORD_BYTES};
 use crate::protocol::gpu::GpuConfig;
 use crate::protocol::limit::Limit;
@@ -77,7 +78,7 @@ struct Inner {
     contexts: BTreeMap<u32, Arc<Context>>,
     resources: HashMap<u32, Resource>,
     /// Destroyed, but a device still holds something of them; by generation.
-    retiring: HashMap<u64, (Arc<Context>, Farewell)>,
+    retiring: Numbered<u64, (Arc<Context>, Farewell)>,
     /// Of the contexts in both lists.
     contexts_charge: Charge,
     memory: Arc<MemoryTable>,
@@ -111,7 +112,6 @@ pub struct Guest {
     name: Arc<str>,
     host: Arc<Host>,
     epoch: u64,
-    limits: Limits,
     quota: Arc<Quota>,
     devices: Vec<usize>,
     port: Arc<dyn EventPort>,
@@ -148,7 +148,6 @@ impl Guest {
             name,
             host,
             epoch,
-            limits,
             quota,
             devices,
             port,
@@ -175,9 +174,6 @@ impl Guest {
     }
     pub(crate) fn host(&self) -> &Arc<Host> {
         &self.host
-    }
-    pub(crate) fn limits(&self) -> Limits {
-        self.limits
     }
     /// What it holds.
     pub fn quota(&self) -> &Arc<Quota> {
@@ -207,13 +203,13 @@ impl Guest {
             version_minor: VERSION_MINOR.into(),
             daemon_epoch: self.epoch.into(),
             num_devices: self.num_devices().into(),
-            max_contexts: self.limits.contexts.into(),
+            max_contexts: self.quota.limits().contexts.into(),
             max_runs: MAX_RUNS.into(),
             max_binds: MAX_BINDS.into(),
             max_packets: MAX_PACKETS.into(),
-            max_mappings: self.limits.mappings.into(),
-            max_pending_faults: self.limits.pending_faults.into(),
-            max_jobs: self.limits.jobs.into(),
+            max_mappings: self.quota.limits().mappings.into(),
+            max_pending_faults: self.quota.limits().pending_faults.into(),
+            max_jobs: self.quota.limits().jobs.into(),
             event_record_bytes: u32::try_from(EVENT_RECORD_BYTES).unwrap_or(u32::MAX).into(),
             max_command_bytes: u32::try_from(MAX_COMMAND_BYTES).unwrap_or(u32::MAX).into(),
             reserved: 0.into(),
@@ -350,7 +346,7 @@ impl Guest {
         last
     }
     fn expire_slice(&self, after: Option<u32>) -> Option<u32> {
-        let deadline = Duration::from_millis(self.limits.fault_deadline_ms.into());
+        let deadline = Duration::from_millis(self.quota.limits().fault_deadline_ms.into());
         let run = self.run_time().checked_sub(deadline).filter(|_| !deadline.is_zero())?;
         let behind = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
         let some: Vec<_> =

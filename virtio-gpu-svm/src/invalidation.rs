@@ -6,7 +6,7 @@
 
 use crate::addr::PageRange;
 use crate::address_space::LEAF_PAGES;
-use crate::context::{After, Context, Life, State};
+use crate::context::{After, Context, Life, State, add};
 use crate::device::{Asid, Flush, Ticket};
 use crate::event::Waiting;
 use crate::gpu_vm;
@@ -14,6 +14,7 @@ use crate::memory::{MemoryTable, Region};
 use crate::population::{hold, lacks_faults, take_away};
 use crate::protocol::PAGE_SHIFT;
 use crate::seeded::{self, Bug};
+use crate::seldom::Seldom;
 use crate::sync::Arc;
 use std::collections::VecDeque;
 
@@ -30,7 +31,7 @@ struct Unfinished {
 /// The invalidations of one context that were accepted and are not done.
 #[derive(Debug, Default)]
 pub struct Invalidations {
-    unfinished: VecDeque<Unfinished>,
+    unfinished: Seldom<VecDeque<Unfinished>>,
     done: u64,
 }
 
@@ -41,12 +42,16 @@ impl Invalidations {
     }
     fn begin(&mut self, seq: u64, flushes: Vec<(usize, Asid, Ticket)>) {
         let flushes = if seeded::on(Bug::DoneBeforeFlush) { Vec::new() } else { flushes };
-        self.unfinished.push_back(Unfinished { seq, flushes });
+        if flushes.is_empty() && self.unfinished.get().is_none_or(VecDeque::is_empty) {
+            self.done = seq;
+            return;
+        }
+        self.unfinished.obtain().push_back(Unfinished { seq, flushes });
         self.advance();
     }
     /// A device has passed `ticket` for a GPU VM, or let go of it altogether (`None`). Whether `done` has moved.
     fn passed(&mut self, device: usize, asid: Asid, ticket: Option<Ticket>) -> bool {
-        for inval in &mut self.unfinished {
+        for inval in self.unfinished.get_mut().into_iter().flatten() {
             inval
                 .flushes
                 .retain(|(d, a, t)| (*d, *a) != (device, asid) || ticket.is_some_and(|ticket| *t > ticket));
@@ -55,9 +60,10 @@ impl Invalidations {
     }
     fn advance(&mut self) -> bool {
         let before = self.done;
-        while let Some(first) = self.unfinished.front().filter(|inval| inval.flushes.is_empty()) {
+        let Some(unfinished) = self.unfinished.get_mut() else { return false };
+        while let Some(first) = unfinished.front().filter(|inval| inval.flushes.is_empty()) {
             self.done = first.seq;
-            self.unfinished.pop_front();
+            unfinished.pop_front();
         }
         self.done != before
     }
@@ -96,7 +102,7 @@ impl Context {
         }
         // Engines may be in a slice of a GPU VM that was destroyed: nothing of it is sure before it has retired.
         let mut flushes: Vec<_> =
-            state.retiring.keys().map(|(device, asid)| (*device, *asid, Ticket(u64::MAX))).collect();
+            state.retiring().map(|(device, asid)| (device, asid, Ticket(u64::MAX))).collect();
         for vm in state.vms.values_mut().take(if seeded::on(Bug::ZapOneVm) { 1 } else { usize::MAX }) {
             let device = self.host.device_of(vm.device).as_ref();
             let shown = vm.mappings.showing(range);
@@ -107,7 +113,7 @@ impl Context {
             }
         }
         state.invalidations.begin(seq, flushes);
-        state.counters.invalidations = state.counters.invalidations.saturating_add(1);
+        add(&mut state.counters.obtain().invalidations, 1);
         after.more |= state.has_more();
         seq
     }
@@ -149,9 +155,9 @@ impl State {
         // Records of a destroyed context would be taken for the next one's of its id.
         if self.invalidations.passed(device, asid, ticket)
             && self.life == Life::Alive
-            && !self.waiting.contains(&Waiting::InvalDone)
+            && !self.waiting.iter().any(|(_, waiting)| *waiting == Waiting::InvalDone)
         {
-            self.waiting.push_back(Waiting::InvalDone);
+            self.tell(Waiting::InvalDone);
             after.announce = true;
         }
     }

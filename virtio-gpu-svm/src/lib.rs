@@ -56,8 +56,9 @@ pub mod resource;
 #[cfg(feature = "device")]
 mod seeded;
 #[cfg(feature = "device")]
+mod seldom;
+#[cfg(feature = "device")]
 mod sync;
 #[cfg(feature = "device")]
 pub mod timeline;
-#[cfg(feature = "device")]
 mod turns;

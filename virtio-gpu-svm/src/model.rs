@@ -28,6 +28,7 @@ pub mod quota;
 pub mod resource;
 #[path = "../model/seeded.rs"]
 pub mod seeded;
+mod seldom;
 #[path = "../model/sync.rs"]
 mod sync;
 pub mod timeline;

@@ -148,6 +148,8 @@ impl Gauge {
 
 /// What a guest holds.
 pub struct Quota {
+    /// What was allowed; those of a context or GPU VM are compared by whoever has its lock.
+    limits: Limits,
     gauges: [Gauge; GAUGES],
     /// Bit n: limit n was reached, and nobody has been told.
     reached: AtomicU32,
@@ -161,11 +163,16 @@ impl Quota {
     pub fn new(limits: &Limits) -> Arc<Self> {
         let mut all = Limit::ALL.into_iter().filter_map(|limit| limits.of(limit));
         Arc::new(Self {
+            limits: *limits,
             gauges: std::array::from_fn(|_| Gauge::new(all.next().unwrap_or(u64::MAX))),
             reached: AtomicU32::new(0),
             told: AtomicU32::new(0),
             starved: Starved::default(),
         })
+    }
+    /// What may be held.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
     fn gauge(&self, limit: Limit) -> Option<&Gauge> {
         self.gauges.get(usize::from(limit.to_wire()).checked_sub(1)?)

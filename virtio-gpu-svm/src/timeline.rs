@@ -20,6 +20,7 @@ use crate::protocol::job::Packet;
 use crate::protocol::limit::Limit;
 use crate::quota::{Charge, Full, Quota};
 use crate::seeded::{self, Bug};
+use crate::seldom::Seldom;
 use crate::sync::Arc;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -100,6 +101,8 @@ pub struct Weight {
 /// Charges for items of a context's timelines.
 #[derive(Debug, Default)]
 pub struct QueueCharges {
+    /// Of the items themselves, until their record has left.
+    pub items: Charge,
     /// Of all bytes.
     pub bytes: Charge,
     /// Of mappings that queued binds may add.
@@ -107,7 +110,20 @@ pub struct QueueCharges {
 }
 
 impl QueueCharges {
+    fn new(quota: &Arc<Quota>) -> Self {
+        let charge = |limit| quota.charge(limit);
+        Self {
+            items: charge(Limit::TotalJobs),
+            bytes: charge(Limit::QueueBytes),
+            mappings: charge(Limit::TotalMappings),
+        }
+    }
+    /// Charges of nothing, for the same.
+    fn siblings(&self) -> Self {
+        Self { items: self.items.sibling(), bytes: self.bytes.sibling(), mappings: self.mappings.sibling() }
+    }
     fn absorb(&mut self, other: Self) {
+        self.items.absorb(other.items);
         self.bytes.absorb(other.bytes);
         self.mappings.absorb(other.mappings);
     }
@@ -197,9 +213,9 @@ struct Ring {
     reached: u64,
     started: VecDeque<Started>,
     queued: VecDeque<Item>,
-    /// The point that the front of the queue waits for, as in [`Timelines::waiting`].
+    /// The point that the front of the queue waits for, as in [`Lines::waiting`].
     waits_for: Option<Point>,
-    /// Whether it stands in [`Timelines::ready`].
+    /// Whether it stands in [`Lines::ready`].
     listed: bool,
 }
 
@@ -211,9 +227,13 @@ impl Ring {
     }
 }
 
-/// The timelines of one context.
+/// The timelines of one context; nothing before the first item.
 #[derive(Default)]
-pub struct Timelines {
+pub struct Timelines(Seldom<Lines>);
+
+/// The timelines of a context that has had an item.
+#[derive(Default)]
+struct Lines {
     /// Those that were ever used.
     rings: BTreeMap<Timeline, Ring>,
     /// Where a started item stands.
@@ -224,61 +244,66 @@ pub struct Timelines {
     ready: VecDeque<Timeline>,
     items: usize,
     queued_operations: usize,
+    /// Items that have ended and whose record has not left.
+    undelivered: usize,
     /// For all items and rings.
-    pub(crate) charges: QueueCharges,
+    charges: QueueCharges,
 }
 
 impl Timelines {
-    /// None was used yet.
-    pub fn new(quota: &Arc<Quota>) -> Self {
-        let (bytes, mappings) = (quota.charge(Limit::QueueBytes), quota.charge(Limit::TotalMappings));
-        Self { charges: QueueCharges { bytes, mappings }, ..Self::default() }
-    }
     /// Charges for an item that is going to stand on a timeline.
     ///
     /// # Errors
     /// [`Full`].
-    pub fn hold(&self, timeline: Timeline, weight: Weight) -> Result<QueueCharges, Full> {
-        let ring = if self.rings.contains_key(&timeline) { 0 } else { RING_BYTES };
-        let mut charges =
-            QueueCharges { bytes: self.charges.bytes.sibling(), mappings: self.charges.mappings.sibling() };
+    pub fn hold(&self, quota: &Arc<Quota>, timeline: Timeline, weight: Weight) -> Result<QueueCharges, Full> {
+        let is_used = self.0.get().is_some_and(|lines| lines.rings.contains_key(&timeline));
+        let ring = if is_used { 0 } else { RING_BYTES };
+        let mut charges = QueueCharges::new(quota);
+        charges.items.grow(1)?;
         charges.bytes.grow(weight.bytes.saturating_add(ring))?;
         charges.mappings.grow(weight.mappings)?;
         Ok(charges)
     }
     /// What the charges are: bytes and mappings.
     pub fn charged(&self) -> (u64, u64) {
-        (self.charges.bytes.amount(), self.charges.mappings.amount())
+        let charges = self.0.get().map(|lines| &lines.charges);
+        charges.map_or((0, 0), |charges| (charges.bytes.amount(), charges.mappings.amount()))
     }
     /// What the charges must be, counted from the items and rings themselves: bytes and mappings.
     pub fn weigh(&self) -> (u64, u64) {
-        let mut sum = (0_u64, 0_u64);
-        for ring in self.rings.values() {
-            let queued = ring.queued.iter().map(|item| item.turn.weight.bytes);
-            let started = ring.started.iter().map(|started| started.turn.weight.bytes);
-            sum.0 = queued.chain(started).fold(sum.0, u64::saturating_add).saturating_add(RING_BYTES);
-            let mappings = ring.queued.iter().map(|item| item.turn.weight.mappings);
-            sum.1 = mappings.fold(sum.1, u64::saturating_add);
-        }
-        sum
+        self.0.get().map_or((0, 0), Lines::weigh)
+    }
+    /// What queued binds have put by for their mappings.
+    pub(crate) fn mappings_charge(&mut self) -> Option<&mut Charge> {
+        self.0.get_mut().map(|lines| &mut lines.charges.mappings)
     }
     /// Jobs and asynchronous binds that have not ended.
     pub fn len(&self) -> usize {
-        self.items
+        self.0.get().map_or(0, |lines| lines.items)
     }
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.items == 0
+        self.len() == 0
+    }
+    /// The same, and those whose record has not left.
+    pub fn in_flight(&self) -> usize {
+        self.0.get().map_or(0, |lines| lines.items.saturating_add(lines.undelivered))
+    }
+    /// The record of one that has ended has left.
+    pub fn delivered(&mut self) {
+        if let Some(lines) = self.0.get_mut() {
+            lines.undelivered = lines.undelivered.saturating_sub(1);
+            lines.charges.items.shrink(1);
+        }
     }
     /// Operations of the binds that are queued.
     pub fn queued_operations(&self) -> usize {
-        self.queued_operations
+        self.0.get().map_or(0, |lines| lines.queued_operations)
     }
     /// Whether a queue may have something to start.
     pub fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
+        self.0.get().is_some_and(|lines| !lines.ready.is_empty())
     }
-
     /// Checks what an item promises and waits for; `is_alive` tells GPU VMs of the context.
     ///
     /// # Errors
@@ -290,7 +315,8 @@ impl Timelines {
         waits: &[Point],
         is_alive: impl Fn(u32) -> bool,
     ) -> Result<(), Error> {
-        let promised = |timeline: &Timeline| self.rings.get(timeline).map_or(0, |ring| ring.promised);
+        let ring = |timeline: &Timeline| self.0.get().and_then(|lines| lines.rings.get(timeline));
+        let promised = |timeline: &Timeline| ring(timeline).map_or(0, |ring| ring.promised);
         let last = promised(&timeline);
         if signal != 0 && signal <= last {
             return Err(Error::Backwards { signal, promised: last });
@@ -307,12 +333,69 @@ impl Timelines {
     }
     /// Whether a job need not be queued.
     pub fn starts_at_once(&self, timeline: Timeline, waits: &[Point]) -> bool {
-        let free = |ring: &Ring| ring.queued.is_empty() && ring.has_turn(false);
-        self.rings.get(&timeline).is_none_or(free) && waits.iter().all(|point| self.is_reached(*point))
+        self.0.get().is_none_or(|lines| lines.starts_at_once(timeline, waits))
     }
     /// Puts an item at the end of its ring's queue.
     pub fn queue(&mut self, timeline: Timeline, item: Item, charges: QueueCharges) {
-        self.charges.absorb(charges);
+        self.obtain(charges).queue(timeline, item);
+    }
+    /// A job has started without having been queued.
+    pub fn start(&mut self, timeline: Timeline, turn: Turn, charges: QueueCharges) {
+        self.obtain(charges).start(timeline, turn);
+    }
+    /// Takes what may start now, one item a call, rings in turn; it counts as started. In GPU VMs that are not usable
+    /// that includes what can only fail, at the front of its queue: it waits for no point any more, but its end has its
+    /// place.
+    pub fn take_ready(&mut self, is_usable: impl Fn(u32) -> bool) -> Option<(Timeline, Turn, Work)> {
+        self.0.get_mut()?.take_ready(is_usable)
+    }
+    /// A started item has ended. Tells every end whose turn it is now, in the order of the ring, and wakes who waited.
+    pub fn end(&mut self, id: JobId, end: JobEnd, tell: impl FnMut(Timeline, Turn, JobEnd)) {
+        if let Some(lines) = self.0.get_mut() {
+            lines.end(id, end, tell);
+        }
+    }
+    /// A GPU VM goes: takes its timelines out, and reaches all their points. Returns what had not ended, in the order of
+    /// the rings.
+    pub fn remove_vm(&mut self, vm_id: u32) -> Vec<(Timeline, Turn)> {
+        self.0.get_mut().map(|lines| lines.remove_vm(vm_id)).unwrap_or_default()
+    }
+    /// A GPU VM has become unusable: what can only fail there waits no longer.
+    pub fn wake_vm(&mut self, vm_id: u32) {
+        if let Some(lines) = self.0.get_mut() {
+            lines.of_vm(vm_id).into_iter().for_each(|timeline| lines.list(timeline));
+        }
+    }
+    /// A blob is detached from the context: no queued bind may map it any more.
+    pub fn detach(&mut self, resource_id: u32) {
+        let rings = self.0.get_mut().into_iter().flat_map(|lines| lines.rings.values_mut());
+        rings.flat_map(|ring| &mut ring.queued).for_each(|item| item.work.detach(resource_id));
+    }
+    fn obtain(&mut self, charges: QueueCharges) -> &mut Lines {
+        let none = || Lines { charges: charges.siblings(), ..Lines::default() };
+        let lines = self.0.obtain_with(none);
+        lines.charges.absorb(charges);
+        lines
+    }
+}
+
+impl Lines {
+    fn weigh(&self) -> (u64, u64) {
+        let mut sum = (0_u64, 0_u64);
+        for ring in self.rings.values() {
+            let queued = ring.queued.iter().map(|item| item.turn.weight.bytes);
+            let started = ring.started.iter().map(|started| started.turn.weight.bytes);
+            sum.0 = queued.chain(started).fold(sum.0, u64::saturating_add).saturating_add(RING_BYTES);
+            let mappings = ring.queued.iter().map(|item| item.turn.weight.mappings);
+            sum.1 = mappings.fold(sum.1, u64::saturating_add);
+        }
+        sum
+    }
+    fn starts_at_once(&self, timeline: Timeline, waits: &[Point]) -> bool {
+        let free = |ring: &Ring| ring.queued.is_empty() && ring.has_turn(false);
+        self.rings.get(&timeline).is_none_or(free) && waits.iter().all(|point| self.is_reached(*point))
+    }
+    fn queue(&mut self, timeline: Timeline, item: Item) {
         self.items = self.items.saturating_add(1);
         self.queued_operations = self.queued_operations.saturating_add(item.work.operations());
         let ring = self.rings.entry(timeline).or_default();
@@ -320,19 +403,14 @@ impl Timelines {
         ring.queued.push_back(item);
         self.list(timeline);
     }
-    /// A job has started without having been queued.
-    pub fn start(&mut self, timeline: Timeline, turn: Turn, charges: QueueCharges) {
-        self.charges.absorb(charges);
+    fn start(&mut self, timeline: Timeline, turn: Turn) {
         self.items = self.items.saturating_add(1);
         let ring = self.rings.entry(timeline).or_default();
         ring.promised = ring.promised.max(turn.signal);
         ring.started.push_back(Started { turn, end: None });
         self.started.insert(turn.id, timeline);
     }
-    /// Takes what may start now, one item a call, rings in turn; it counts as started. In GPU VMs that are not usable
-    /// that includes what can only fail, at the front of its queue: it waits for no point any more, but its end has its
-    /// place.
-    pub fn take_ready(&mut self, is_usable: impl Fn(u32) -> bool) -> Option<(Timeline, Turn, Work)> {
+    fn take_ready(&mut self, is_usable: impl Fn(u32) -> bool) -> Option<(Timeline, Turn, Work)> {
         while let Some(timeline) = self.ready.pop_front() {
             if let Some(Item { turn, work, .. }) = self.take_front(timeline, is_usable(timeline.vm_id)) {
                 self.ready.push_back(timeline);
@@ -372,8 +450,7 @@ impl Timelines {
         ring.queued.push_front(item);
         None
     }
-    /// A started item has ended. Tells every end whose turn it is now, in the order of the ring, and wakes who waited.
-    pub fn end(&mut self, id: JobId, end: JobEnd, mut tell: impl FnMut(Timeline, Turn, JobEnd)) {
+    fn end(&mut self, id: JobId, end: JobEnd, mut tell: impl FnMut(Timeline, Turn, JobEnd)) {
         let Some(timeline) = self.started.remove(&id) else { return };
         let Some(ring) = self.rings.get_mut(&timeline) else { return };
         // Ids rise along a ring.
@@ -387,6 +464,7 @@ impl Timelines {
             self.charges.bytes.shrink(turn.weight.bytes);
             ring.reached = ring.reached.max(turn.signal);
             self.items = self.items.saturating_sub(1);
+            self.undelivered = self.undelivered.saturating_add(1);
             ring.started.pop_front();
         }
         trim(&mut ring.started, KEPT_IN_RING);
@@ -400,9 +478,7 @@ impl Timelines {
             self.wake(timeline, reached);
         }
     }
-    /// A GPU VM goes: takes its timelines out, and reaches all their points. Returns what had not ended, in the order of
-    /// the rings.
-    pub fn remove_vm(&mut self, vm_id: u32) -> Vec<(Timeline, Turn)> {
+    fn remove_vm(&mut self, vm_id: u32) -> Vec<(Timeline, Turn)> {
         let mut dropped = Vec::new();
         for timeline in self.of_vm(vm_id) {
             let Some(ring) = self.rings.remove(&timeline) else { continue };
@@ -427,18 +503,9 @@ impl Timelines {
         }
         self.ready.retain(|timeline| timeline.vm_id != vm_id);
         self.items = self.items.saturating_sub(dropped.len());
+        self.undelivered = self.undelivered.saturating_add(dropped.len());
         dropped
     }
-    /// A GPU VM has become unusable: what can only fail there waits no longer.
-    pub fn wake_vm(&mut self, vm_id: u32) {
-        self.of_vm(vm_id).into_iter().for_each(|timeline| self.list(timeline));
-    }
-    /// A blob is detached from the context: no queued bind may map it any more.
-    pub fn detach(&mut self, resource_id: u32) {
-        let queued = self.rings.values_mut().flat_map(|ring| &mut ring.queued);
-        queued.for_each(|item| item.work.detach(resource_id));
-    }
-
     /// Timelines that are gone, or were never used, have reached every point that was promised.
     fn is_reached(&self, point: Point) -> bool {
         self.rings.get(&point.timeline).is_none_or(|ring| ring.reached >= point.seqno)
@@ -485,19 +552,19 @@ mod tests {
     #[test]
     fn what_has_ended_leaves_nothing_behind() {
         let (gate, waiter) = (Timeline { vm_id: 1, ring_idx: 0 }, Timeline { vm_id: 2, ring_idx: 0 });
-        let mut lines = Timelines::default();
+        let mut lines = Lines::default();
         for round in 1..=3 {
-            lines.start(gate, turn(2 * round, round), QueueCharges::default());
+            lines.start(gate, turn(2 * round, round));
             let waits = vec![Point { timeline: gate, seqno: round }];
             let item = Item { turn: turn(2 * round + 1, 0), waits, work: Work::Job(Vec::new()) };
-            lines.queue(waiter, item, QueueCharges::default());
+            lines.queue(waiter, item);
             assert!(lines.take_ready(|_| true).is_none());
             assert_eq!(lines.waiting.len(), 1);
             lines.end(JobId(2 * round), DONE, |_, _, _| {});
             assert!(lines.take_ready(|_| true).is_some());
             lines.end(JobId(2 * round + 1), DONE, |_, _, _| {});
             assert!(lines.take_ready(|_| true).is_none());
-            assert!(lines.is_empty() && !lines.has_ready());
+            assert!(lines.items == 0 && lines.ready.is_empty());
             assert!(lines.waiting.is_empty() && lines.started.is_empty());
         }
     }

@@ -27,6 +27,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 thread_local! {
     static ASKED: Cell<u64> = const { Cell::new(0) };
+    /// What is held: blocks, and their bytes as glibc's allocator counts them. Negative where another thread's are freed.
+    static HELD: Cell<(i64, i64)> = const { Cell::new((0, 0)) };
 }
 
 struct Counting;
@@ -36,24 +38,36 @@ fn count() {
     ASKED.try_with(|asked| asked.set(asked.get() + 1)).ok();
 }
 
+/// So many blocks more are held, of this size: a word before each, and 16 bytes a step.
+fn hold(blocks: i64, size: usize) {
+    let bytes = i64::try_from((size + 8).next_multiple_of(16).max(32)).unwrap();
+    let more = |held: &Cell<(i64, i64)>| held.set((held.get().0 + blocks, held.get().1 + blocks * bytes));
+    HELD.try_with(more).ok();
+}
+
 // SAFETY: every call is passed on to the system's allocator as it is.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
+        hold(1, layout.size());
         // SAFETY: the caller keeps the contract of `GlobalAlloc::alloc`, which is this one's.
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         count();
+        hold(1, layout.size());
         // SAFETY: as for `alloc`.
         unsafe { System.alloc_zeroed(layout) }
     }
     unsafe fn realloc(&self, old: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
         count();
+        hold(-1, layout.size());
+        hold(1, bytes);
         // SAFETY: `old` came from `System` with this layout, since all of ours do.
         unsafe { System.realloc(old, layout, bytes) }
     }
     unsafe fn dealloc(&self, old: *mut u8, layout: Layout) {
+        hold(-1, layout.size());
         // SAFETY: as for `realloc`.
         unsafe { System.dealloc(old, layout) }
     }
@@ -78,6 +92,13 @@ const WARM: u64 = 64;
 /// What a job asks for: the list of its packets, itself on the device, and, where it is the only one of its ring, the list
 /// of what runs there.
 const JOB: u64 = 3;
+/// Most bytes of a context without anything, with its share of the tables that hold it.
+const CONTEXT_BYTES: i64 = 480;
+/// The same of a GPU VM without a mapping; its block in the context and the one on the device.
+const VM_BYTES: i64 = 832;
+/// Faults of a context that wait at once, and the most bytes of one, with its share of what they make together.
+const PENDING: u64 = 64;
+const PENDING_BYTES: i64 = 78;
 /// Operations that are counted together.
 const COUNTED: u64 = 256;
 
@@ -282,4 +303,55 @@ fn supply(runs: &[PageRun]) -> Vec<u8> {
 fn supply_all(scene: &mut Scene) {
     // Not as large leaves.
     scene.send(&supply(&[Scene::runs(0, 511), Scene::runs(512, 511)]));
+}
+
+/// What operations hold afterwards: blocks and bytes of [`COUNTED`] of them, in all.
+fn held(mut act: impl FnMut(u64)) -> (i64, i64) {
+    (0..WARM).for_each(&mut act);
+    let before = HELD.get();
+    (WARM..WARM + COUNTED).for_each(&mut act);
+    let after = HELD.get();
+    (after.0 - before.0, after.1 - before.1)
+}
+
+/// A command of another context than the scene's.
+fn of_context(n: u64, mut command: Vec<u8>) -> Vec<u8> {
+    let (mut header, _) = CtrlHdr::read_from_prefix(&command).unwrap();
+    header.ctx_id = u32::try_from(2 + n).unwrap().into();
+    header.write_to_prefix(&mut command).unwrap();
+    command
+}
+
+/// What is held may be no more than this many bytes each, and tables of all of them that have grown.
+fn assert_held(what: &str, (blocks, bytes): (i64, i64), most_blocks: i64, most_bytes: i64) {
+    let count = i64::try_from(COUNTED).unwrap();
+    println!("{what}: {blocks} blocks and {bytes} bytes of {count}");
+    assert!(blocks <= most_blocks * count + count / 4, "{what}: {blocks} blocks of {count}");
+    assert!(bytes <= most_bytes * count, "{what}: {bytes} bytes of {count}");
+}
+
+#[test]
+fn idle_processes_hold_what_they_have() {
+    let mut scene = Scene::new();
+    let create = CtxCreate { hdr: header(VIRTIO_GPU_CMD_CTX_CREATE), ..CtxCreate::default() };
+    let contexts = held(|n| scene.send(&of_context(n, create.as_bytes().to_vec())));
+    assert_held("a context", contexts, 1, CONTEXT_BYTES);
+    let create = submission(SVM_REQ_VM_CREATE, body(&VmCreate::default()));
+    let vms = held(|n| scene.send(&of_context(n, create.clone())));
+    assert_held("a GPU VM", vms, 2, VM_BYTES);
+}
+
+#[test]
+fn pending_faults_hold_their_entries() {
+    let mut scene = Scene::new();
+    let before = HELD.get();
+    (0..PENDING).for_each(|page| scene.raise(page));
+    let pending = (HELD.get().0 - before.0, HELD.get().1 - before.1);
+    println!("{PENDING} pending faults: {} blocks and {} bytes", pending.0, pending.1);
+    // Counters, the table and its list, the leaf of their pages, and the list of contexts that have something to tell.
+    assert!(pending.0 <= 5, "{} blocks", pending.0);
+    assert!(pending.1 <= PENDING_BYTES * i64::try_from(PENDING).unwrap(), "{} bytes", pending.1);
+    // Told or not, they take the same.
+    while !scene.record().is_empty() {}
+    assert!(HELD.get().1 - before.1 <= pending.1 + 1024);
 }

@@ -60,6 +60,20 @@ impl Scene {
         Ok(self.library.guest().context(CTX)?)
     }
 
+    /// Another context, with a GPU VM that shows all windows.
+    fn process(&mut self, ctx_id: u32) -> Result<Process> {
+        let process = self.library.create_process(ctx_id)?;
+        let operation = BindOp {
+            op: BIND_OP_MAP_USERPTR.into(),
+            addr: C.into(),
+            range: (WINDOWS * WINDOW_BYTES).into(),
+            obj_offset: A.into(),
+            ..BindOp::default()
+        };
+        self.library.control(&wire::bind(ctx_id, process.vm_id, &[operation]))?;
+        Ok(process)
+    }
+
     fn map(&mut self, mappings: u64) -> Result<()> {
         let bytes = WINDOWS * WINDOW_BYTES / mappings;
         let operation = |n: u64| BindOp {
@@ -99,10 +113,15 @@ impl Scene {
 
     /// The cookie of the one fault whose record waits.
     fn take_cookie(&mut self) -> Option<u64> {
-        self.library.guest().fill_events(&mut self.records, size_of::<EventHdr>() + EVENT_RECORD_BYTES);
-        let (_, record) = EventHdr::read_from_prefix(&self.records).ok()?;
+        let (_, record) = self.take_record()?;
         let (record, _) = FaultRecord::read_from_prefix(record).ok()?;
         Some(record.cookie.get())
+    }
+
+    /// The one record that waits, and what stands before it.
+    fn take_record(&mut self) -> Option<(EventHdr, &[u8])> {
+        self.library.guest().fill_events(&mut self.records, size_of::<EventHdr>() + EVENT_RECORD_BYTES);
+        EventHdr::read_from_prefix(&self.records).ok()
     }
 
     /// What has been counted.
@@ -212,6 +231,62 @@ impl Operation for Invalidated {
     fn is_done(&self, count: u64) -> bool {
         self.scene.counters().invalidations == count
             && self.scene.resident_pages() == WINDOWS * WINDOW - count
+    }
+}
+
+/// A fault in each of many contexts at once, at one address; of the context that waits longest it is answered, and raised
+/// in the next window.
+pub struct Stormed {
+    scene: Scene,
+    /// And the fault of each that waits.
+    processes: Vec<(Process, Option<u64>)>,
+}
+
+impl Stormed {
+    /// In so many contexts.
+    pub fn boxed(contexts: u32) -> Result<Box<dyn Operation>> {
+        let mut scene = Scene::bare(MEMORY)?;
+        let processes = (0..contexts).map(|n| Ok((scene.process(CTX + 1 + n)?, None)));
+        let processes = processes.collect::<Result<_>>()?;
+        Ok(Box::new(Self { scene, processes }))
+    }
+}
+
+impl Operation for Stormed {
+    fn run(&mut self, n: u64) -> bool {
+        let count = self.processes.len() as u64;
+        let (index, window) = (n % count, n / count);
+        let Some((process, waiting)) = usize::try_from(index).ok().and_then(|n| self.processes.get_mut(n))
+        else {
+            return false;
+        };
+        let answered = waiting.take().is_none_or(|cookie| {
+            self.scene.control(&wire::answer(process.ctx_id, cookie, &[run_of(window - 1, 1)]))
+        });
+        self.scene.library.raise(*process, window, C + window * WINDOW_BYTES);
+        *waiting = self.scene.take_cookie();
+        answered && waiting.is_some()
+    }
+}
+
+/// A context that is made and destroyed, and the record of its end.
+pub struct Churned(Scene);
+
+impl Churned {
+    const CTX: u32 = CTX + 1;
+
+    /// See the type.
+    pub fn boxed() -> Result<Box<dyn Operation>> {
+        Ok(Box::new(Self(Scene::bare(MEMORY)?)))
+    }
+}
+
+impl Operation for Churned {
+    fn run(&mut self, _: u64) -> bool {
+        let scene = &mut self.0;
+        scene.control(&wire::create_context(Self::CTX))
+            && scene.control(&wire::destroy_context(Self::CTX))
+            && scene.take_record().is_some_and(|(hdr, _)| hdr.num_records.get() == 1)
     }
 }
 

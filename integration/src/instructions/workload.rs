@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::bulk::{GIB_PAGES, PAGES, Script};
 use super::ring::RoundTrip;
-use super::scene::{Answered, Invalidated, Served, WINDOW};
+use super::scene::{Answered, Churned, Invalidated, Served, Stormed, WINDOW};
 use super::sides::{Bind, Find, Lookup, Route};
 
 /// Operations of the shorter run. More than the daemon keeps of recent faults, so that its list is full.
@@ -98,6 +98,9 @@ pub const ALL: &[Workload] = &[
     bulk("unref-1-of-4096", "RESOURCE_UNREF of a blob of 1 mapping, among 4096", 1, BLOBS, || {
         Script::unref(2 * BLOBS)
     }),
+    few("storm-1", "fault, its record, the answer to the one before, 1 context", 1, || Stormed::boxed(1)),
+    few("storm-1024", "the same, a fault waits in each of 1024 contexts", 1, || Stormed::boxed(1024)),
+    many("context-churn", "a context made and destroyed, its record", Churned::boxed),
     many("command-noop", "a request that changes nothing: bytes, dispatch, reply", Script::nothing),
     many("ring-noop", "the same from ring to ring", RoundTrip::boxed),
     bulk(

@@ -113,7 +113,7 @@ impl Context {
         binds: &[Bind],
         after: &mut After,
     ) -> Result<(), Refused> {
-        let limit = self.limits.mappings;
+        let limit = self.quota.limits().mappings;
         let most = usize::try_from(limit).unwrap_or(usize::MAX);
         let refused = |op, error| Refused::at(binds, op, error);
         let vm = state.vms.get_mut(&vm_id).ok_or(refused(0, Error::NoVm(vm_id)))?;

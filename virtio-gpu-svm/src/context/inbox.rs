@@ -190,7 +190,7 @@ impl Context {
             // Under the lock, and before all that is done under it: who is turned away from here on comes again.
             let turned_away = self.inbox.turned_away.swap(false, Ordering::SeqCst);
             self.hear_some(&mut state, &mut after);
-            after.announce |= turned_away && !state.waiting.is_empty();
+            after.announce |= turned_away && state.has_records();
             // The guest may have room for what this context has to ask.
             state.vms.values_mut().for_each(|vm| vm.population.go_on());
             self.let_throttled_in(&mut state, true, &mut after);
@@ -228,11 +228,13 @@ impl Context {
             }
             Report::Flushed(device, asid, ticket) => state.on_flushed(device, asid, Some(ticket), after),
             Report::Retired(device, asid) => {
-                state.retiring.remove(&(device, asid));
+                if let Some(retiring) = state.retiring.get_mut() {
+                    retiring.remove(&(device, asid));
+                }
                 // In the same step: an invalidation that still found it retiring would wait for a flush that has been.
                 state.on_flushed(device, asid, None, after);
                 after.let_go = true;
-                after.gone |= state.life == Life::Destroyed && state.retiring.is_empty();
+                after.gone |= state.life == Life::Destroyed && !state.is_retiring();
             }
         }
         false

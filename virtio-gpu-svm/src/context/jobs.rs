@@ -6,7 +6,7 @@
 //! [`Context::advance`], a slice at a time; of an end that sets very many free an engine does a few slices, and the host's
 //! worker the rest.
 
-use super::{After, Bind, Context, Error, Refused, State};
+use super::{After, Bind, Context, Error, Refused, State, add};
 use crate::addr::GpuAddr;
 use crate::device::{Access, Asid, Job, JobEnd, JobId};
 use crate::event::{DoneJob, Waiting};
@@ -14,9 +14,8 @@ use crate::gpu_vm::State as VmState;
 use crate::protocol::errno::{ECANCELED, EPIPE};
 use crate::protocol::job::Packet;
 use crate::protocol::limit::Limit;
-use crate::quota::Charge;
 use crate::sync::Arc;
-use crate::timeline::{Item, Point, QueueCharges, Timeline, Turn, Weight, Work};
+use crate::timeline::{Item, Point, Timeline, Turn, Weight, Work};
 
 /// What is started under one hold of the context's lock: jobs, and operations of binds.
 const SLICE: usize = 64;
@@ -32,12 +31,6 @@ pub struct Launch {
     pub signal: u64,
     /// Points that it waits for.
     pub waits: Vec<Point>,
-}
-
-/// Charges of a job or bind, until it is accepted.
-struct Held {
-    one: Charge,
-    queue: QueueCharges,
 }
 
 impl Launch {
@@ -71,20 +64,20 @@ impl Context {
         device.check_packets(&packets).map_err(Error::Device)?;
         let work = Work::Job(packets);
         let weight = work.weight(launch.waits.len());
-        let held = self.hold_job(state, launch.timeline, weight)?;
+        let held = state.timelines.hold(&self.quota, launch.timeline, weight)?;
         let (id, timeline) = (state.take_job_id(), launch.timeline);
         let turn = launch.turn(id, false, weight);
         match work {
             Work::Job(packets) if state.timelines.starts_at_once(timeline, &launch.waits) => {
                 let job = Job { id, ring_idx: timeline.ring_idx, packets };
                 device.submit(asid, job).map_err(Error::Device)?;
-                state.timelines.start(timeline, turn, held.queue);
-                self.count_launched(state, timeline, held.one);
+                state.timelines.start(timeline, turn, held);
+                self.count_launched(state, timeline);
             }
             work => {
                 let item = Item { turn, waits: launch.waits, work };
-                state.timelines.queue(timeline, item, held.queue);
-                self.count_launched(state, timeline, held.one);
+                state.timelines.queue(timeline, item, held);
+                self.count_launched(state, timeline);
                 self.advance(state, after);
             }
         }
@@ -111,35 +104,28 @@ impl Context {
         after: &mut After,
     ) -> Result<JobId, Error> {
         self.admit(state, &launch, binds.iter().any(Bind::needs_usable))?;
-        let limit = self.limits.mappings;
+        let limit = self.quota.limits().mappings;
         let operations = state.timelines.queued_operations().saturating_add(binds.len());
         if operations > usize::try_from(limit).unwrap_or(usize::MAX) {
             return Err(Error::TooManyQueued(limit));
         }
         let work = Work::Bind { binds, detached: None };
         let weight = work.weight(launch.waits.len());
-        let held = self.hold_job(state, launch.timeline, weight)?;
+        let held = state.timelines.hold(&self.quota, launch.timeline, weight)?;
         let (id, timeline) = (state.take_job_id(), launch.timeline);
         let item = Item { turn: launch.turn(id, true, weight), waits: launch.waits, work };
-        state.timelines.queue(timeline, item, held.queue);
-        self.count_launched(state, timeline, held.one);
+        state.timelines.queue(timeline, item, held);
+        self.count_launched(state, timeline);
         self.advance(state, after);
         Ok(id)
     }
 
-    /// Charges for a job or bind that is about to be accepted.
-    fn hold_job(&self, state: &State, timeline: Timeline, weight: Weight) -> Result<Held, Error> {
-        let mut one = self.quota.charge(Limit::TotalJobs);
-        one.grow(1)?;
-        Ok(Held { one, queue: state.timelines.hold(timeline, weight)? })
-    }
-    fn count_launched(&self, state: &mut State, timeline: Timeline, one: Charge) {
-        state.jobs_charge.absorb(one);
-        self.quota.note(Limit::Jobs, state.timelines.len().saturating_add(state.undelivered_jobs));
+    fn count_launched(&self, state: &mut State, timeline: Timeline) {
+        self.quota.note(Limit::Jobs, state.timelines.in_flight());
         if let Some(vm) = state.vms.get_mut(&timeline.vm_id) {
             vm.jobs = vm.jobs.saturating_add(1);
         }
-        state.counters.jobs_submitted = state.counters.jobs_submitted.saturating_add(1);
+        add(&mut state.counters.obtain().jobs_submitted, 1);
     }
 
     /// Checks what jobs and asynchronous binds have in common. Returns where they run.
@@ -154,9 +140,9 @@ impl Context {
         if needs_usable && vm.state != VmState::Usable {
             return Err(Error::VmUnusable(vm_id));
         }
-        let in_flight = state.timelines.len().saturating_add(state.undelivered_jobs);
-        if in_flight >= usize::try_from(self.limits.jobs).unwrap_or(usize::MAX) {
-            return Err(Error::TooManyJobs(self.limits.jobs));
+        let limit = self.quota.limits().jobs;
+        if state.timelines.in_flight() >= usize::try_from(limit).unwrap_or(usize::MAX) {
+            return Err(Error::TooManyJobs(limit));
         }
         Ok((vm.device, vm.asid))
     }
@@ -223,14 +209,15 @@ impl Context {
 
     /// A started item has ended.
     pub(super) fn end(&self, state: &mut State, id: JobId, end: JobEnd, after: &mut After) {
-        let State { timelines, vms, counters, waiting, undelivered_jobs, .. } = state;
+        let State { timelines, vms, counters, waiting, faults, .. } = state;
+        let mark = faults.mark();
         timelines.end(id, end, |timeline, turn, end| {
             let Some(vm) = vms.get_mut(&timeline.vm_id) else { return };
             vm.jobs = vm.jobs.saturating_sub(1);
+            let counters = counters.obtain();
             let counter = if end.errno == 0 { &mut counters.jobs_done } else { &mut counters.jobs_failed };
             *counter = counter.saturating_add(1);
-            *undelivered_jobs = undelivered_jobs.saturating_add(1);
-            waiting.push_back(Waiting::Job(done(timeline, turn, vm.dev_id, end)));
+            waiting.push_back((mark, Waiting::Job(done(timeline, turn, vm.dev_id, end))));
             after.announce = true;
         });
     }
@@ -247,8 +234,8 @@ impl State {
     }
     /// What a queued bind had put by for its mappings is its GPU VM's now.
     fn lend_mappings(&mut self, vm_id: u32, weight: Weight) {
-        if let Some(vm) = self.vms.get_mut(&vm_id) {
-            vm.mappings_charge.take_from(&mut self.timelines.charges.mappings, weight.mappings);
+        if let Some((vm, put_by)) = self.vms.get_mut(&vm_id).zip(self.timelines.mappings_charge()) {
+            vm.mappings_charge.take_from(put_by, weight.mappings);
         }
     }
     /// A bind that was refused has not used it.
@@ -261,10 +248,9 @@ impl State {
     pub(super) fn cancel_jobs(&mut self, vm_id: u32, dev_id: u32) {
         self.populating.retain(|bind| bind.vm_id != vm_id);
         for (timeline, turn) in self.timelines.remove_vm(vm_id) {
-            self.counters.jobs_dropped = self.counters.jobs_dropped.saturating_add(1);
-            self.undelivered_jobs = self.undelivered_jobs.saturating_add(1);
+            add(&mut self.counters.obtain().jobs_dropped, 1);
             let end = failed(ECANCELED, 0, 0);
-            self.waiting.push_back(Waiting::Job(done(timeline, turn, dev_id, end)));
+            self.tell(Waiting::Job(done(timeline, turn, dev_id, end)));
         }
     }
 }

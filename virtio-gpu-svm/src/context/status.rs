@@ -31,7 +31,7 @@ impl Context {
             guest: self.label.guest.to_string(),
             ctx_id: self.ctx_id,
             generation: self.generation,
-            name: self.name.clone(),
+            name: self.name.to_string(),
             capset_id: self.capset_id,
             known_pages: state.space.known_pages(),
             inval_seq: state.space.seq(),
@@ -47,7 +47,7 @@ impl Context {
                     ..self.vm_status(*vm_id, vm)
                 })
                 .collect(),
-            counters: state.counters,
+            counters: state.counters(),
         }
     }
     /// The same without mappings.
@@ -59,7 +59,7 @@ impl Context {
             guest: self.label.guest.to_string(),
             ctx_id: self.ctx_id,
             generation: self.generation,
-            name: self.name.clone(),
+            name: self.name.to_string(),
             known_pages: state.space.known_pages(),
             resident_pages: vms.iter().map(|vm| vm.resident_pages).fold(0, u64::saturating_add),
             pending_faults: state.faults.count(),
@@ -67,12 +67,16 @@ impl Context {
             mappings,
             table_bytes,
             vms,
-            counters: state.counters,
+            counters: state.counters(),
         }
     }
     fn holdings(&self) -> Vec<Holding> {
         let held = |limit: Limit| {
-            Some(Holding { name: limit.name(), used: self.held(limit), limit: self.limits.of(limit)? })
+            Some(Holding {
+                name: limit.name(),
+                used: self.held(limit),
+                limit: self.quota.limits().of(limit)?,
+            })
         };
         let shown = [
             Limit::Mappings,
@@ -99,20 +103,18 @@ impl Context {
         let (queued, adding) = if from_objects { state.timelines.weigh() } else { state.timelines.charged() };
         let wishes = |vm: &GpuVm| if from_objects { vm.population.weigh() } else { vm.population.bytes() };
         match limit {
-            Limit::GpuVms => count(state.vms.len().saturating_add(state.retiring.len())),
+            Limit::GpuVms => count(state.vms.len().saturating_add(state.retiring().count())),
             Limit::Mappings => vms().map(|vm| vm.mappings.count()).max().unwrap_or(0),
             Limit::TotalMappings => vms().map(|vm| vm.mappings.count()).fold(adding, u64::saturating_add),
             Limit::TableBytes => {
-                let retiring = state.retiring.keys().copied();
+                let retiring = state.retiring();
                 let all = vms().map(|vm| (vm.device, vm.asid)).chain(retiring);
                 let bytes = all.map(|(device, asid)| self.host.device_of(device).table_bytes(asid));
                 let known = if from_objects { state.space.weigh() } else { state.space.bytes() };
                 bytes.fold(known, u64::saturating_add)
             }
             Limit::PendingFaults | Limit::TotalPendingFaults => count(state.faults.count()),
-            Limit::Jobs | Limit::TotalJobs => {
-                count(state.timelines.len().saturating_add(state.undelivered_jobs))
-            }
+            Limit::Jobs | Limit::TotalJobs => count(state.timelines.in_flight()),
             Limit::QueueBytes => vms().map(wishes).fold(queued, u64::saturating_add),
             Limit::Contexts
             | Limit::Resources

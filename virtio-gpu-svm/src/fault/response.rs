@@ -7,7 +7,7 @@
 use super::{FAULT_AROUND_PAGES, Outcome, Pending};
 use crate::addr::PageRange;
 use crate::address_space::{Install, Page, Run};
-use crate::context::{After, Context, Life, State};
+use crate::context::{After, Context, Life, State, add};
 use crate::device::Verdict;
 use crate::gpu_vm;
 use crate::protocol::control::{PAGE_RESP_FAILURE, PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
@@ -147,11 +147,11 @@ impl Context {
         after: &mut After,
     ) -> Result<Supplied, Error> {
         let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, told(p)?))) else {
-            state.counters.answers_stale = state.counters.answers_stale.saturating_add(1);
+            add(&mut state.counters.obtain().answers_stale, 1);
             return Err(Error::UnknownCookie(cookie));
         };
-        let (vm_id, asid, range, cpu_page) = (pending.vm_id, pending.asid, pending.range(), pending.cpu_page);
-        let prefetch = pending.prefetch;
+        let (vm_id, range, cpu_page) = (pending.vm_id, pending.range(), pending.cpu_page());
+        let prefetch = pending.is_prefetch();
         let writes = u32::from(perm) & PERM_WRITE != 0;
         if code != Code::Success {
             if runs.clone().next().is_some() {
@@ -188,7 +188,7 @@ impl Context {
             };
             let bound = windows
                 .map(|window| window.saturating_mul(FAULT_AROUND_PAGES).max(range.start))
-                .try_for_each(|page| self.bind_around(state, vm_id, asid, page));
+                .try_for_each(|page| self.bind_around(state, vm_id, page));
             let (outcome, verdict) = match bound {
                 Ok(()) => (Outcome::Answered, Verdict::Retry),
                 Err(errno) => (Outcome::Refused, Verdict::Fail(errno)),
@@ -200,8 +200,9 @@ impl Context {
 
     /// A group is refused for its first page: who joined it may want another, and asks for itself.
     fn release_joined(&self, state: &mut State, cookie: u64, after: &mut After) {
-        let Some(group) = state.faults.get_mut(cookie).filter(|p| p.pages > 1 && !p.prefetch) else { return };
-        let (device, joined) = (group.device, group.waiters.take_others());
+        let group = state.faults.get(cookie).filter(|group| group.pages() > 1 && !group.is_prefetch());
+        let Some(vm) = group.and_then(|group| state.vms.get(&group.vm_id)) else { return };
+        let (device, joined) = (vm.device, state.faults.take_joined(cookie));
         state.count(Outcome::Throttled, u64::try_from(joined.len()).unwrap_or(u64::MAX));
         joined.into_iter().for_each(|stop| after.resume(device, stop, Verdict::Retry));
     }
@@ -216,7 +217,7 @@ impl Context {
             let late = state.faults.raised_until(run);
             let any = !late.is_empty();
             for (cookie, vm_id, page) in late {
-                let advice = state.faults.get(cookie).is_some_and(|p| p.prefetch && p.waiters.is_empty());
+                let advice = state.faults.is_advice(cookie);
                 let fatal = !advice || self.lacks_faults(&state, vm_id);
                 let verdict = Verdict::Fail(ETIMEDOUT);
                 self.end_pending(&mut state, cookie, Outcome::Refused, verdict, &mut after);
@@ -258,7 +259,7 @@ impl Context {
         }
         self.give_up_population(state, vm_id);
         self.end_populated(state, after);
-        state.waiting.push_back(crate::event::Waiting::Lost { vm_id, errno });
+        state.tell(crate::event::Waiting::Lost { vm_id, errno });
         after.announce = true;
         after.more = true;
     }
@@ -266,7 +267,7 @@ impl Context {
 
 /// What the guest knows that its answer must grant; none before it knows all.
 fn told(pending: &Pending) -> Option<u16> {
-    pending.told.or_else(|| seeded::on(Bug::AnswerEarly).then_some(pending.perm))
+    pending.told().or_else(|| seeded::on(Bug::AnswerEarly).then_some(pending.perm()))
 }
 
 impl State {
@@ -305,9 +306,9 @@ impl State {
             index = index.saturating_add(count);
             if outcome.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         });
-        let counters = &mut self.counters;
-        counters.runs_installed = counters.runs_installed.saturating_add(supplied.installed.into());
-        counters.runs_refused = counters.runs_refused.saturating_add(supplied.refused.into());
+        let counters = self.counters.obtain();
+        add(&mut counters.runs_installed, supplied.installed.into());
+        add(&mut counters.runs_refused, supplied.refused.into());
         supplied.pending = supplied.refused > 0;
         outcome.map(|()| supplied)
     }
