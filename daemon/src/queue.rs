@@ -15,16 +15,19 @@
 //! time, and `used_event`, which decides nothing but an interrupt. A chain that was put back is read anew as a whole.
 
 mod chain;
+mod reach;
+mod split;
 
 pub use chain::{ChainError, MAX_SPANS};
 
-use crate::ring::{Areas, FrameworkMemory, Ring};
-use chain::{Chain, Span, Table, Walk};
+use crate::ring::{FrameworkMemory, Ring};
+use chain::{Chain, Span, Walk};
+use split::Split;
 use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
 use vhost_user_backend::{VringState, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use virtio_queue::QueueT;
+use vm_memory::{GuestMemory, GuestMemoryMmap};
 
 /// What one turn may cost. What is over it waits until whatever else the thread has to do was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +138,7 @@ pub(crate) struct Spare {
 /// One visit to a ring.
 pub struct Turn<'a, M = GuestMemoryMmap> {
     state: MutexGuard<'a, VringState<FrameworkMemory>>,
-    memory: Arc<M>,
+    split: Split<M>,
     budget: Budget,
     /// Where this visit is counted when it ends.
     ring: &'a Ring,
@@ -158,7 +161,7 @@ pub struct Cost {
     pub bytes: usize,
 }
 
-impl<'a, M: GuestMemory> Turn<'a, M> {
+impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
     /// Begins a visit. `None` while the ring is not to be served: stopped, disabled or failed. `memory` is called under
     /// the ring's lock, so that whoever publishes a view and then takes that lock knows the old one unused.
     ///
@@ -174,14 +177,14 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
             return Ok(None);
         }
         ring.check_setup()?;
+        let split = Split::enter(state.get_queue(), memory()).ok_or(RingError::BadRings)?;
         let (cost, spare) = (Cost::default(), ring.take_spare());
-        let turn = Self { state, memory: memory(), budget, ring, cost, spare, refused: None };
-        if turn.rings_are_sound() { Ok(Some(turn)) } else { Err(RingError::BadRings) }
+        Ok(Some(Self { state, split, budget, ring, cost, spare, refused: None }))
     }
 
     /// Where the driver's index stands: 0 in a ring that has not been used since it was made.
     pub fn next_avail(&self) -> u16 {
-        self.state.get_queue().next_avail()
+        self.split.next_avail()
     }
 
     /// The first malformed chain of this turn, and how many there were.
@@ -247,7 +250,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
             if self.is_spent() {
                 return Ok(Next::Spent);
             }
-            let Some(head) = self.pop()? else { return Ok(Next::Empty) };
+            let Some(head) = self.split.pop()? else { return Ok(Next::Empty) };
             match self.walk(head) {
                 Ok(chain) => {
                     self.copy_in(&chain, command)?;
@@ -278,7 +281,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
                 break;
             }
             let (now, later) = rest.split_at(span.bytes.min(rest.len()));
-            self.memory.write_slice(now, span.addr).map_err(|_| RingError::Inaccessible)?;
+            self.split.reach.write(span.at, now)?;
             written = written.saturating_add(now.len());
             rest = later;
         }
@@ -290,7 +293,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     pub fn put_back(&mut self, mut token: Token) {
         token.settled = true;
         self.spare.writable = std::mem::take(&mut token.writable);
-        self.state.get_queue_mut().go_to_previous_position();
+        self.split.put_back();
     }
 
     /// An empty list for answers, with the room of earlier ones; to be given to [`Turn::return_room`] afterwards.
@@ -310,8 +313,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn rearm(&mut self) -> Result<bool, RingError> {
-        let memory = Arc::clone(&self.memory);
-        self.state.get_queue_mut().enable_notification(&*memory).map_err(|_| RingError::Inaccessible)
+        self.split.rearm()
     }
 
     /// Asks the driver not to notify while this visit lasts.
@@ -319,8 +321,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn disarm(&mut self) -> Result<(), RingError> {
-        let memory = Arc::clone(&self.memory);
-        self.state.get_queue_mut().disable_notification(&*memory).map_err(|_| RingError::Inaccessible)
+        self.split.disarm()
     }
 
     /// Ends the visit: interrupts the driver if chains were given back and it wants to know.
@@ -328,13 +329,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn finish(mut self) -> Result<(), RingError> {
-        if self.cost.chains == 0 {
-            return Ok(());
-        }
-        let memory = Arc::clone(&self.memory);
-        let wanted =
-            self.state.get_queue_mut().needs_notification(&*memory).map_err(|_| RingError::Inaccessible)?;
-        if wanted {
+        if self.split.has_untold() && self.split.wants_interrupt()? {
             // Nothing to be done about a call file that is full (the driver will be interrupted anyway) or broken
             // (the VMM's own loss).
             self.state.signal_used_queue().ok();
@@ -342,46 +337,16 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
         Ok(())
     }
 
-    fn size(&self) -> u16 {
-        self.state.get_queue().size()
-    }
-
-    /// Whether the three areas of the ring lie in guest memory and apart from each other.
-    fn rings_are_sound(&self) -> bool {
-        let queue = self.state.get_queue();
-        let areas = Areas::new(queue.desc_table(), queue.avail_ring(), queue.used_ring(), queue.size());
-        let inside = |area: &std::ops::Range<u64>, access| {
-            let bytes = usize::try_from(area.end.saturating_sub(area.start));
-            bytes.is_ok_and(|bytes| self.memory.check_range(GuestAddress(area.start), bytes, access))
-        };
-        // The crate takes an available ring at 0 for one that was never set.
-        queue.avail_ring() != 0
-            && inside(&areas.desc, Permissions::Read)
-            && inside(&areas.avail, Permissions::Read)
-            && inside(&areas.used, Permissions::Write)
-            && areas.are_apart()
-    }
-
-    fn pop(&mut self) -> Result<Option<u16>, RingError> {
-        let size = self.size();
-        let memory = Arc::clone(&self.memory);
-        let mut available = self.state.get_queue_mut().iter(&*memory).map_err(|_| RingError::AvailIndex)?;
-        let Some(head) = available.next().map(|chain| chain.head_index()) else { return Ok(None) };
-        if head < size { Ok(Some(head)) } else { Err(RingError::HeadOutOfRange(head)) }
-    }
-
     fn give_back(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        let memory = Arc::clone(&self.memory);
         self.cost.chains = self.cost.chains.saturating_add(1);
-        self.state.get_queue_mut().add_used(&*memory, head, written).map_err(|_| RingError::Inaccessible)
+        self.split.give_back(head, written)
     }
 
     fn walk(&mut self, head: u16) -> Result<Chain, ChainError> {
-        let queue = self.state.get_queue();
-        let table = Table { start: queue.desc_table(), entries: queue.size() };
+        let table = self.split.table();
         let Spare { readable, writable, .. } = &mut self.spare;
         let room = (std::mem::take(readable), std::mem::take(writable));
-        let mut walk = Walk::new(&*self.memory, self.budget.chain, room);
+        let mut walk = Walk::new(&mut self.split.reach, self.budget.chain, room);
         let chain = walk.run(table, head);
         self.cost.descriptors = self.cost.descriptors.saturating_add(walk.copied());
         chain
@@ -392,8 +357,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
         command.clear();
         command.reserve(chain.command_bytes);
         for span in &chain.readable {
-            let copied = self.memory.write_all_volatile_to(span.addr, command, span.bytes);
-            copied.map_err(|_| RingError::Inaccessible)?;
+            self.split.reach.append(span.at, span.bytes, command)?;
         }
         Ok(())
     }
@@ -401,6 +365,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
 
 impl<M> Drop for Turn<'_, M> {
     fn drop(&mut self) {
+        self.split.leave(self.state.get_queue_mut());
         self.ring.counts().add(self.cost);
         let mut spare = std::mem::take(&mut self.spare);
         for bytes in [&mut spare.command, &mut spare.answer] {
