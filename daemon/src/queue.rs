@@ -20,6 +20,7 @@ mod split;
 
 pub use chain::{ChainError, MAX_SPANS};
 
+use crate::busy_poll::{BusyPoll, Cpu};
 use crate::ring::{FrameworkMemory, Ring};
 use chain::{Chain, Span, Walk};
 use split::Split;
@@ -199,35 +200,35 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
     }
 
     /// Has command after command carried out by `act`, which is given the command and the room for its answer, and gives each
-    /// chain back with what it has written. The driver need not notify meanwhile.
+    /// chain back with what it has written. When there is none, `poll` says how long it is looked for another. The driver
+    /// need not notify meanwhile.
     ///
     /// # Errors
     /// [`RingError`]; the ring must be latched.
-    pub fn serve(
+    pub fn serve<C: Cpu>(
         &mut self,
+        poll: &mut BusyPoll<C>,
         act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
         let mut command = std::mem::take(&mut self.spare.command);
         let mut answer = std::mem::take(&mut self.spare.answer);
-        let served = self.serve_with(&mut command, &mut answer, act);
+        poll.begin_visit();
+        let served = self.serve_with((&mut command, &mut answer), poll, act);
         (self.spare.command, self.spare.answer) = (command, answer);
         served
     }
 
-    fn serve_with(
+    fn serve_with<C: Cpu>(
         &mut self,
-        command: &mut Vec<u8>,
-        answer: &mut Vec<u8>,
+        (command, answer): (&mut Vec<u8>, &mut Vec<u8>),
+        poll: &mut BusyPoll<C>,
         mut act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
         self.disarm()?;
         loop {
             let token = match self.next(command)? {
                 Next::Chain(token) => token,
-                Next::Empty if self.rearm()? => {
-                    self.disarm()?;
-                    continue;
-                }
+                Next::Empty if self.await_more(poll)? => continue,
                 Next::Empty => return Ok(Served::Empty),
                 Next::Spent => return Ok(Served::Spent),
             };
@@ -238,6 +239,20 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
             }
             self.complete(token, answer)?;
         }
+    }
+
+    /// Looks for another chain while that is worth it, and then asks the driver to notify. `false`: there is none.
+    fn await_more<C: Cpu>(&mut self, poll: &mut BusyPoll<C>) -> Result<bool, RingError> {
+        // Whoever waits for an answer may send the next command for it.
+        self.interrupt()?;
+        if poll.wait(|| self.split.has_more())? {
+            return Ok(true);
+        }
+        let more = self.rearm()?;
+        if more {
+            self.disarm()?;
+        }
+        Ok(more)
     }
 
     /// Takes the next well-formed chain and copies its readable part, at most one byte more than a command may have,
@@ -329,6 +344,10 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn finish(mut self) -> Result<(), RingError> {
+        self.interrupt()
+    }
+
+    fn interrupt(&mut self) -> Result<(), RingError> {
         if self.split.has_untold() && self.split.wants_interrupt()? {
             // Nothing to be done about a call file that is full (the driver will be interrupted anyway) or broken
             // (the VMM's own loss).

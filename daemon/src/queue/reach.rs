@@ -53,12 +53,14 @@ impl Piece {
     }
 
     /// Where these bytes are, if all of them are in here.
+    #[inline]
     fn host(&self, at: u64, bytes: usize) -> Option<*mut u8> {
         let offset = usize::try_from(at.checked_sub(self.start)?).ok()?;
         (self.bytes.checked_sub(offset)? >= bytes).then(|| self.host.wrapping_add(offset))
     }
 
     /// The same of one value, if it is aligned there.
+    #[inline]
     fn host_of<T>(&self, at: u64) -> Option<*mut T> {
         self.host(at, size_of::<T>()).map(<*mut u8>::cast::<T>).filter(|place| place.is_aligned())
     }
@@ -85,6 +87,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     }
 
     /// An index or flag of the ring.
+    #[inline]
     pub(super) fn load(&self, at: u64, order: Ordering) -> Result<u16, Missing> {
         let word = match self.ring.host_of::<u16>(at) {
             Some(place) => {
@@ -99,6 +102,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     }
 
     /// Sets an index or flag of the ring.
+    #[inline]
     pub(super) fn store(&self, at: u64, value: u16, order: Ordering) -> Result<(), Missing> {
         match self.ring.host_of::<u16>(at) {
             Some(place) => {
@@ -112,6 +116,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     }
 
     /// The two words of a descriptor of the ring's own table, as they lie there.
+    #[inline]
     pub(super) fn load_descriptor(&self, at: u64) -> Result<[u64; 2], Missing> {
         match self.ring.host_of::<[u64; 2]>(at) {
             // SAFETY: aligned and whole in a piece of memory that is held; any bytes are a value of two words.
@@ -125,6 +130,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     }
 
     /// Writes an element of the used ring; nobody looks at it before the used index says so.
+    #[inline]
     pub(super) fn store_element(&self, at: u64, element: [u32; 2]) -> Result<(), Missing> {
         let element = element.map(u32::to_le);
         match self.ring.host_of::<[u32; 2]>(at) {
@@ -138,6 +144,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     }
 
     /// Whether a buffer is in guest memory.
+    #[inline]
     pub(super) fn holds(&mut self, at: u64, bytes: usize, access: Permissions) -> bool {
         self.buffer(at, bytes).is_some() || self.memory.check_range(GuestAddress(at), bytes, access)
     }
@@ -173,6 +180,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
         Ok(())
     }
 
+    #[inline]
     fn buffer(&mut self, at: u64, bytes: usize) -> Option<*mut u8> {
         if let Some(host) = self.buffers.host(at, bytes) {
             return Some(host);

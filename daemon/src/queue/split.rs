@@ -69,12 +69,14 @@ impl<M> Split<M> {
     }
 
     /// Where an entry of an area is.
+    #[inline]
     fn entry(&self, area: u64, position: u16, bytes: u64) -> u64 {
         let slot = u64::from(position & self.size.wrapping_sub(1));
         area.saturating_add(ENTRIES).saturating_add(slot.saturating_mul(bytes))
     }
 
     /// Where the word behind an area's entries is: the event index of the other side.
+    #[inline]
     fn event(&self, area: u64, bytes: u64) -> u64 {
         area.saturating_add(ENTRIES).saturating_add(u64::from(self.size).saturating_mul(bytes))
     }
@@ -112,6 +114,7 @@ impl<M: GuestMemory<Bitmap = ()>> Split<M> {
     }
 
     /// The head of the next chain.
+    #[inline]
     pub(super) fn pop(&mut self) -> Result<Option<u16>, RingError> {
         if self.next_avail == self.available {
             // What the driver wrote before it moved its index is seen behind it.
@@ -130,7 +133,14 @@ impl<M: GuestMemory<Bitmap = ()>> Split<M> {
         if head < self.size { Ok(Some(head)) } else { Err(RingError::HeadOutOfRange(head)) }
     }
 
+    /// Whether the driver's index has moved on. What it says then is checked by [`Self::pop`].
+    #[inline]
+    pub(super) fn has_more(&self) -> Result<bool, RingError> {
+        Ok(self.load_available(Ordering::Relaxed)? != self.next_avail)
+    }
+
     /// Gives a chain back, with so many bytes written to it.
+    #[inline]
     pub(super) fn give_back(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         let element = self.entry(self.used, self.next_used, ELEMENT_BYTES);
         self.reach.store_element(element, [head.into(), written])?;
@@ -149,7 +159,7 @@ impl<M: GuestMemory<Bitmap = ()>> Split<M> {
         }
         // Either the driver sees this when it has moved its index, or its index is seen moved here.
         fence(Ordering::SeqCst);
-        Ok(self.load_available(Ordering::Relaxed)? != self.next_avail)
+        self.has_more()
     }
 
     /// Asks the driver not to notify. With event indices it does not anyway until it is asked anew.

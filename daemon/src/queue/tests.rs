@@ -1,6 +1,8 @@
 //! Rings written by hand, legal and hostile, against [`Turn`].
 
 use super::*;
+use crate::busy_poll::Thread;
+use std::time::Duration;
 use virtio_gpu_svm::protocol::MAX_COMMAND_BYTES;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
@@ -22,6 +24,11 @@ fn chain(turn: &mut Turn<'_>, command: &mut Vec<u8>) -> Token {
         Next::Chain(token) => token,
         other => panic!("{other:?}"),
     }
+}
+
+/// Sleeps as soon as a ring is empty.
+fn at_once() -> BusyPoll {
+    BusyPoll::new(Thread::default(), Duration::ZERO)
 }
 
 struct Driver {
@@ -137,7 +144,7 @@ fn rings_and_buffers_across_regions_are_served_like_others() {
             driver.offer(0);
             let mut turn = driver.turn();
             let mut commands = Vec::new();
-            let served = turn.serve(|command, answer, _| {
+            let served = turn.serve(&mut at_once(), |command, answer, _| {
                 commands.push(command.to_vec());
                 answer.extend(b"wxyz");
                 ControlFlow::Continue(())
@@ -181,7 +188,7 @@ fn positions_are_the_frameworks_after_each_visit() {
     assert_eq!(positions(&driver), (8, 10));
 
     let mut turn = driver.turn();
-    assert_eq!(turn.serve(|_, _, _| ControlFlow::Continue(())), Ok(Served::Empty));
+    assert_eq!(turn.serve(&mut at_once(), |_, _, _| ControlFlow::Continue(())), Ok(Served::Empty));
     turn.finish().unwrap();
     assert_eq!(positions(&driver), (10, 12));
 }
@@ -193,7 +200,7 @@ fn visit_leaves_room_to_the_next_and_not_too_much() {
         driver.descriptor(0, DATA, bytes, 0, 0);
         driver.offer(0);
         let mut turn = driver.turn();
-        let served = turn.serve(|_, answer, _| {
+        let served = turn.serve(&mut at_once(), |_, answer, _| {
             answer.resize(usize::try_from(bytes).unwrap(), 0);
             ControlFlow::Continue(())
         });
@@ -706,6 +713,60 @@ fn driver_is_interrupted_where_it_asked() {
     rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     serve(&mut driver);
     assert_eq!(driver.used().len(), 3);
+}
+
+/// A driver that does something whenever the CPU is given to it; each time a microsecond passes.
+struct Beside<F>(Duration, F);
+
+impl<F: FnMut()> Cpu for Beside<F> {
+    fn now(&mut self) -> Duration {
+        self.0
+    }
+    fn give_way(&mut self) {
+        self.0 += Duration::from_micros(1);
+        (self.1)();
+    }
+}
+
+/// The driver waits for each answer with the next command: it is interrupted before the ring is looked at again, and need
+/// not notify.
+#[test]
+fn commands_that_come_while_the_ring_is_looked_at_are_served_in_the_same_visit() {
+    use rustix::event::{EventfdFlags, eventfd};
+    let mut driver = Driver::new();
+    let call = std::fs::File::from(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+    driver.ring.set_queue_event_idx(true);
+    driver.ring.set_call(Some(call.try_clone().unwrap()));
+    driver.descriptor(0, DATA, 4, 0, 0);
+    driver.offer(0);
+    let memory = Arc::clone(&driver.memory);
+    let avail_event = GuestAddress(USED + 4 + 8 * u64::from(SIZE));
+    memory.write_obj(0xffff_u16, avail_event).unwrap();
+    let mut interrupts = 0;
+    let beside = Beside(Duration::ZERO, || {
+        let used: u16 = memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        if interrupts < 3 {
+            rustix::io::read(&call, &mut [0; 8]).unwrap();
+            interrupts += 1;
+            assert_eq!(used, interrupts);
+            assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 0xffff);
+            memory.write_obj(used, GuestAddress(AVAIL + 4 + 2 * u64::from(SIZE))).unwrap();
+            memory.write_obj(0_u16, GuestAddress(AVAIL + 4 + 2 * u64::from(used))).unwrap();
+            memory.write_obj(used + 1, GuestAddress(AVAIL + 2)).unwrap();
+        }
+    });
+    let mut poll = BusyPoll::new(beside, Duration::from_micros(10));
+    let mut commands = 0;
+    let mut turn = driver.turn();
+    let served = turn.serve(&mut poll, |_, _, _| {
+        commands += 1;
+        ControlFlow::Continue(())
+    });
+    assert_eq!((served, commands), (Ok(Served::Empty), 4));
+    turn.finish().unwrap();
+    drop(poll);
+    assert_eq!(interrupts, 3);
+    assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 4);
 }
 
 /// What the dearest visits cost. Nothing is asserted:
