@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn each_look_in_vain_doubles_the_rest_and_a_find_ends_that() {
         let mut poll = poll(MOST);
-        let mut rest = |poll: &mut BusyPoll<Fake>| {
+        let rest = |poll: &mut BusyPoll<Fake>| {
             poll.begin_visit();
             poll.cpu.now = poll.rests_until;
             assert!(in_vain(poll) > 0);

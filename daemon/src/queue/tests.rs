@@ -764,7 +764,6 @@ fn commands_that_come_while_the_ring_is_looked_at_are_served_in_the_same_visit()
     });
     assert_eq!((served, commands), (Ok(Served::Empty), 4));
     turn.finish().unwrap();
-    drop(poll);
     assert_eq!(interrupts, 3);
     assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 4);
 }
