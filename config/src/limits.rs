@@ -44,6 +44,8 @@ pub struct Limits {
     pub log_lines: u32,
     /// Times that a guest's VMM may connect in a minute without a wait.
     pub sessions: u32,
+    /// Microseconds that a guest's queue thread looks for the next command before it sleeps; 0: it does not look.
+    pub busy_poll_us: u32,
 }
 
 impl Limits {
@@ -64,6 +66,7 @@ impl Limits {
         fault_deadline_ms: 60_000,
         log_lines: 60,
         sessions: 600,
+        busy_poll_us: 50,
     };
 }
 
@@ -84,7 +87,7 @@ type Refused = (String, String);
 
 impl Limits {
     /// Every limit: its name, the least and the most that it may be.
-    pub const BOUNDS: [(&'static str, u64, u64); 15] = [
+    pub const BOUNDS: [(&'static str, u64, u64); 16] = [
         ("contexts", 1, MANY),
         ("resources", 1, MANY),
         ("resource_bytes", 4096, BYTES),
@@ -100,6 +103,7 @@ impl Limits {
         ("fault_deadline_ms", 0, u32::MAX as u64),
         ("log_lines", 1, 1 << 20),
         ("sessions", 1, 1 << 20),
+        ("busy_poll_us", 0, 1000),
     ];
 
     fn number(&mut self, name: &str) -> Option<Number<'_>> {
@@ -119,6 +123,7 @@ impl Limits {
             "fault_deadline_ms" => Number::Count(&mut self.fault_deadline_ms),
             "log_lines" => Number::Count(&mut self.log_lines),
             "sessions" => Number::Count(&mut self.sessions),
+            "busy_poll_us" => Number::Count(&mut self.busy_poll_us),
             _ => return None,
         })
     }

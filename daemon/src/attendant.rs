@@ -34,6 +34,8 @@ pub(crate) struct Seat {
     pub overrides: Overrides,
     /// What it may use.
     pub limits: Limits,
+    /// How long its queue thread looks for the next command.
+    pub busy_poll_us: u32,
     /// Lines of the log that it may cause.
     pub log: Arc<LogBudget>,
     /// How often its VMM may come. To begin and to end a session costs more than anything else that a VMM can ask for, and

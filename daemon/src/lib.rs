@@ -2,7 +2,7 @@
 //!
 //! [`registry`] owns the guests, whose [`socket`]s it makes; on a thread for each, `attendant` waits for a VMM and
 //! [`session`] serves it. Within a session
-//! [`ring`] and [`queue`] turn virtqueues into commands, [`eventq`] turns records into used buffers, [`guest_memory`]
+//! [`ring`] and [`queue`] turn virtqueues into commands, [`busy_poll`] waits for the next of them, [`eventq`] turns records into used buffers, [`guest_memory`]
 //! decides which memory is accepted, [`sigbus`] what happens when it goes away all the same, and [`fuse`] ends the session
 //! when something in it cannot go on; [`limits`] and [`log_budget`] say how much of all this one guest may cause, and
 //! [`panic_log`] what is told of panics.
@@ -10,6 +10,7 @@
 //! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
 mod attendant;
+pub mod busy_poll;
 pub mod control;
 pub mod devices;
 pub mod eventq;

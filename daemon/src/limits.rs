@@ -22,6 +22,7 @@ pub fn of(limits: &Limits) -> CoreLimits {
         fault_deadline_ms,
         log_lines: _,
         sessions: _,
+        busy_poll_us: _,
     } = *limits;
     CoreLimits {
         contexts,

@@ -15,16 +15,20 @@
 //! time, and `used_event`, which decides nothing but an interrupt. A chain that was put back is read anew as a whole.
 
 mod chain;
+mod reach;
+mod split;
 
 pub use chain::{ChainError, MAX_SPANS};
 
-use crate::ring::{Areas, FrameworkMemory, Ring};
-use chain::{Chain, Span, Table, Walk};
+use crate::busy_poll::{BusyPoll, Cpu};
+use crate::ring::{FrameworkMemory, Ring};
+use chain::{Chain, Span, Walk};
+use split::Split;
 use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
 use vhost_user_backend::{VringState, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use virtio_queue::QueueT;
+use vm_memory::{GuestMemory, GuestMemoryMmap};
 
 /// What one turn may cost. What is over it waits until whatever else the thread has to do was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +139,7 @@ pub(crate) struct Spare {
 /// One visit to a ring.
 pub struct Turn<'a, M = GuestMemoryMmap> {
     state: MutexGuard<'a, VringState<FrameworkMemory>>,
-    memory: Arc<M>,
+    split: Split<M>,
     budget: Budget,
     /// Where this visit is counted when it ends.
     ring: &'a Ring,
@@ -158,7 +162,7 @@ pub struct Cost {
     pub bytes: usize,
 }
 
-impl<'a, M: GuestMemory> Turn<'a, M> {
+impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
     /// Begins a visit. `None` while the ring is not to be served: stopped, disabled or failed. `memory` is called under
     /// the ring's lock, so that whoever publishes a view and then takes that lock knows the old one unused.
     ///
@@ -174,14 +178,14 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
             return Ok(None);
         }
         ring.check_setup()?;
+        let split = Split::enter(state.get_queue(), memory()).ok_or(RingError::BadRings)?;
         let (cost, spare) = (Cost::default(), ring.take_spare());
-        let turn = Self { state, memory: memory(), budget, ring, cost, spare, refused: None };
-        if turn.rings_are_sound() { Ok(Some(turn)) } else { Err(RingError::BadRings) }
+        Ok(Some(Self { state, split, budget, ring, cost, spare, refused: None }))
     }
 
     /// Where the driver's index stands: 0 in a ring that has not been used since it was made.
     pub fn next_avail(&self) -> u16 {
-        self.state.get_queue().next_avail()
+        self.split.next_avail()
     }
 
     /// The first malformed chain of this turn, and how many there were.
@@ -196,35 +200,35 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     }
 
     /// Has command after command carried out by `act`, which is given the command and the room for its answer, and gives each
-    /// chain back with what it has written. The driver need not notify meanwhile.
+    /// chain back with what it has written. When there is none, `poll` says how long it is looked for another. The driver
+    /// need not notify meanwhile.
     ///
     /// # Errors
     /// [`RingError`]; the ring must be latched.
-    pub fn serve(
+    pub fn serve<C: Cpu>(
         &mut self,
+        poll: &mut BusyPoll<C>,
         act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
         let mut command = std::mem::take(&mut self.spare.command);
         let mut answer = std::mem::take(&mut self.spare.answer);
-        let served = self.serve_with(&mut command, &mut answer, act);
+        poll.begin_visit();
+        let served = self.serve_with((&mut command, &mut answer), poll, act);
         (self.spare.command, self.spare.answer) = (command, answer);
         served
     }
 
-    fn serve_with(
+    fn serve_with<C: Cpu>(
         &mut self,
-        command: &mut Vec<u8>,
-        answer: &mut Vec<u8>,
+        (command, answer): (&mut Vec<u8>, &mut Vec<u8>),
+        poll: &mut BusyPoll<C>,
         mut act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
         self.disarm()?;
         loop {
             let token = match self.next(command)? {
                 Next::Chain(token) => token,
-                Next::Empty if self.rearm()? => {
-                    self.disarm()?;
-                    continue;
-                }
+                Next::Empty if self.await_more(poll)? => continue,
                 Next::Empty => return Ok(Served::Empty),
                 Next::Spent => return Ok(Served::Spent),
             };
@@ -237,6 +241,20 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
         }
     }
 
+    /// Looks for another chain while that is worth it, and then asks the driver to notify. `false`: there is none.
+    fn await_more<C: Cpu>(&mut self, poll: &mut BusyPoll<C>) -> Result<bool, RingError> {
+        // Whoever waits for an answer may send the next command for it.
+        self.interrupt()?;
+        if poll.wait(|| self.split.has_more())? {
+            return Ok(true);
+        }
+        let more = self.rearm()?;
+        if more {
+            self.disarm()?;
+        }
+        Ok(more)
+    }
+
     /// Takes the next well-formed chain and copies its readable part, at most one byte more than a command may have,
     /// into `command`. Malformed chains before it are given back.
     ///
@@ -247,7 +265,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
             if self.is_spent() {
                 return Ok(Next::Spent);
             }
-            let Some(head) = self.pop()? else { return Ok(Next::Empty) };
+            let Some(head) = self.split.pop()? else { return Ok(Next::Empty) };
             match self.walk(head) {
                 Ok(chain) => {
                     self.copy_in(&chain, command)?;
@@ -278,7 +296,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
                 break;
             }
             let (now, later) = rest.split_at(span.bytes.min(rest.len()));
-            self.memory.write_slice(now, span.addr).map_err(|_| RingError::Inaccessible)?;
+            self.split.reach.write(span.at, now)?;
             written = written.saturating_add(now.len());
             rest = later;
         }
@@ -290,7 +308,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     pub fn put_back(&mut self, mut token: Token) {
         token.settled = true;
         self.spare.writable = std::mem::take(&mut token.writable);
-        self.state.get_queue_mut().go_to_previous_position();
+        self.split.put_back();
     }
 
     /// An empty list for answers, with the room of earlier ones; to be given to [`Turn::return_room`] afterwards.
@@ -310,8 +328,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn rearm(&mut self) -> Result<bool, RingError> {
-        let memory = Arc::clone(&self.memory);
-        self.state.get_queue_mut().enable_notification(&*memory).map_err(|_| RingError::Inaccessible)
+        self.split.rearm()
     }
 
     /// Asks the driver not to notify while this visit lasts.
@@ -319,8 +336,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn disarm(&mut self) -> Result<(), RingError> {
-        let memory = Arc::clone(&self.memory);
-        self.state.get_queue_mut().disable_notification(&*memory).map_err(|_| RingError::Inaccessible)
+        self.split.disarm()
     }
 
     /// Ends the visit: interrupts the driver if chains were given back and it wants to know.
@@ -328,13 +344,11 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn finish(mut self) -> Result<(), RingError> {
-        if self.cost.chains == 0 {
-            return Ok(());
-        }
-        let memory = Arc::clone(&self.memory);
-        let wanted =
-            self.state.get_queue_mut().needs_notification(&*memory).map_err(|_| RingError::Inaccessible)?;
-        if wanted {
+        self.interrupt()
+    }
+
+    fn interrupt(&mut self) -> Result<(), RingError> {
+        if self.split.has_untold() && self.split.wants_interrupt()? {
             // Nothing to be done about a call file that is full (the driver will be interrupted anyway) or broken
             // (the VMM's own loss).
             self.state.signal_used_queue().ok();
@@ -342,46 +356,16 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
         Ok(())
     }
 
-    fn size(&self) -> u16 {
-        self.state.get_queue().size()
-    }
-
-    /// Whether the three areas of the ring lie in guest memory and apart from each other.
-    fn rings_are_sound(&self) -> bool {
-        let queue = self.state.get_queue();
-        let areas = Areas::new(queue.desc_table(), queue.avail_ring(), queue.used_ring(), queue.size());
-        let inside = |area: &std::ops::Range<u64>, access| {
-            let bytes = usize::try_from(area.end.saturating_sub(area.start));
-            bytes.is_ok_and(|bytes| self.memory.check_range(GuestAddress(area.start), bytes, access))
-        };
-        // The crate takes an available ring at 0 for one that was never set.
-        queue.avail_ring() != 0
-            && inside(&areas.desc, Permissions::Read)
-            && inside(&areas.avail, Permissions::Read)
-            && inside(&areas.used, Permissions::Write)
-            && areas.are_apart()
-    }
-
-    fn pop(&mut self) -> Result<Option<u16>, RingError> {
-        let size = self.size();
-        let memory = Arc::clone(&self.memory);
-        let mut available = self.state.get_queue_mut().iter(&*memory).map_err(|_| RingError::AvailIndex)?;
-        let Some(head) = available.next().map(|chain| chain.head_index()) else { return Ok(None) };
-        if head < size { Ok(Some(head)) } else { Err(RingError::HeadOutOfRange(head)) }
-    }
-
     fn give_back(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        let memory = Arc::clone(&self.memory);
         self.cost.chains = self.cost.chains.saturating_add(1);
-        self.state.get_queue_mut().add_used(&*memory, head, written).map_err(|_| RingError::Inaccessible)
+        self.split.give_back(head, written)
     }
 
     fn walk(&mut self, head: u16) -> Result<Chain, ChainError> {
-        let queue = self.state.get_queue();
-        let table = Table { start: queue.desc_table(), entries: queue.size() };
+        let table = self.split.table();
         let Spare { readable, writable, .. } = &mut self.spare;
         let room = (std::mem::take(readable), std::mem::take(writable));
-        let mut walk = Walk::new(&*self.memory, self.budget.chain, room);
+        let mut walk = Walk::new(&mut self.split.reach, self.budget.chain, room);
         let chain = walk.run(table, head);
         self.cost.descriptors = self.cost.descriptors.saturating_add(walk.copied());
         chain
@@ -392,8 +376,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
         command.clear();
         command.reserve(chain.command_bytes);
         for span in &chain.readable {
-            let copied = self.memory.write_all_volatile_to(span.addr, command, span.bytes);
-            copied.map_err(|_| RingError::Inaccessible)?;
+            self.split.reach.append(span.at, span.bytes, command)?;
         }
         Ok(())
     }
@@ -401,6 +384,7 @@ impl<'a, M: GuestMemory> Turn<'a, M> {
 
 impl<M> Drop for Turn<'_, M> {
     fn drop(&mut self) {
+        self.split.leave(self.state.get_queue_mut());
         self.ring.counts().add(self.cost);
         let mut spare = std::mem::take(&mut self.spare);
         for bytes in [&mut spare.command, &mut spare.answer] {

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::Host;
 use virtio_gpu_svm::info::GuestStatus;
@@ -134,6 +134,8 @@ pub struct GuestEntry {
     pub limits: Vec<LimitStatus>,
     /// Milliseconds in which it must answer a fault; 0: any time will do.
     pub fault_deadline_ms: u32,
+    /// Microseconds that its queue thread looks for the next command; 0: it does not.
+    pub busy_poll_us: u32,
     /// Lines of the log that it may cause, and has caused in all its sessions.
     pub log_lines: LimitStatus,
     /// Sessions that have begun in the last minute; "refused" are those that had to wait.
@@ -330,6 +332,7 @@ impl Registry {
             devices: wanted.devices.clone(),
             overrides: wanted.overrides.clone(),
             limits: core_limits,
+            busy_poll_us: limits.busy_poll_us,
             log: Arc::clone(&log),
             pace: Mutex::new(Rate::new(limits.sessions, Instant::now())),
             stop,
@@ -342,6 +345,7 @@ impl Registry {
             limits: core_limits,
             devices: wanted.devices.clone(),
             allow_unsealed: self.options.allow_unsealed,
+            busy_poll: Duration::from_micros(limits.busy_poll_us.into()),
             log,
         };
         Attendant { seat: Arc::new(seat), setup, subscribers: Arc::clone(&self.subscribers) }
@@ -448,6 +452,7 @@ impl Registry {
             queues: session.as_ref().map(|session| session.rings()).unwrap_or_default(),
             limits,
             fault_deadline_ms: seat.limits.fault_deadline_ms,
+            busy_poll_us: seat.busy_poll_us,
             log_lines: seat.log.status(),
             session_rate: lock(&seat.pace).status("sessions", Instant::now()),
             status,

@@ -20,6 +20,7 @@
 //! contexts, as after a restart of the daemon. Until it is decided no event record is delivered: it could be meant for
 //! the driver that is gone.
 
+use crate::busy_poll::{BusyPoll, Thread};
 use crate::eventq::{EventQueue, Waker};
 use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
@@ -33,6 +34,7 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as FrameworkError, VhostUserBackend, VhostUserDaemon, VringT};
@@ -78,6 +80,8 @@ pub struct Setup {
     pub devices: Vec<usize>,
     /// Accept memory that its VMM could shrink.
     pub allow_unsealed: bool,
+    /// How long its queue thread looks for the next command before it sleeps.
+    pub busy_poll: Duration,
     /// Lines of the log that it may cause.
     pub log: Arc<LogBudget>,
 }
@@ -105,6 +109,8 @@ pub struct Session {
     rings: OnceLock<Vec<Ring>>,
     /// Guards the state, which the message thread and the queue thread change; a section is one assignment or look.
     driver: Mutex<Driver>,
+    /// The queue thread's, which takes it for a visit of the control queue.
+    busy_poll: Mutex<BusyPoll>,
     allow_unsealed: bool,
 }
 
@@ -155,6 +161,7 @@ impl Session {
             exit,
             rings: OnceLock::new(),
             driver: Mutex::new(Driver::Known),
+            busy_poll: Mutex::new(BusyPoll::new(Thread::default(), setup.busy_poll)),
             allow_unsealed: setup.allow_unsealed,
         }))
     }
@@ -311,7 +318,11 @@ impl Session {
     }
 
     fn drain(&self, queue: u16, turn: &mut Turn<'_>) -> Result<(), RingError> {
-        let served = turn.serve(|command, answer, room| {
+        // Nobody else asks for it. The cursor queue has nothing that anybody waits for.
+        let mut own = self.busy_poll.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut none = BusyPoll::new(Thread::default(), Duration::ZERO);
+        let poll = if queue == CONTROLQ { &mut *own } else { &mut none };
+        let served = turn.serve(poll, |command, answer, room| {
             // The ring's lock must not be poisoned by a fault of the core.
             match catch_unwind(AssertUnwindSafe(|| self.carry_out(queue, command, answer, room))) {
                 Ok(()) => ControlFlow::Continue(()),

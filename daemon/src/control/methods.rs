@@ -200,10 +200,10 @@ pub const METHODS: &[Method] = &[
         summary: "One guest.",
         params: &[Param::required("name", GUEST_NAME, "its name")],
         result: "{name, socket, devices, connected, sessions, last_error, limits: [{name, scope, used, peak, \
-                 limit, refused}], fault_deadline_ms, log_lines, session_rate: {as a limit}, status: null or {name, epoch, \
-                 incarnation, devices, contexts, retiring, resources, memory_bytes, memory_regions, \
-                 pending_faults, frozen}, queues: [{failed, failures, turns, chains, refused, descriptors, \
-                 most_chains, most_descriptors}]}; used, peak and refused are of the session and 0 without one, \
+                 limit, refused}], fault_deadline_ms, busy_poll_us, log_lines, session_rate: {as a limit}, \
+                 status: null or {name, epoch, incarnation, devices, contexts, retiring, resources, \
+                 memory_bytes, memory_regions, pending_faults, frozen}, queues: [{failed, failures, turns, \
+                 chains, refused, descriptors, most_chains, most_descriptors}]}; used, peak and refused are of the session and 0 without one, \
                  those of log_lines and session_rate of all sessions",
         errors: &[Kind::GuestNotFound],
         run: handlers::guest_get,

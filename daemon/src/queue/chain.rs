@@ -6,8 +6,9 @@
 //!
 //! The chain is walked here and not by the crate's iterator, which cannot tell the end of a chain from a bad one.
 
+use super::reach::{Missing, Reach};
 use virtio_gpu_svm::protocol::{MAX_COMMAND_BYTES, MAX_QUEUE_SIZE, MAX_RESPONSE_BYTES};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestMemory, Permissions};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -76,7 +77,7 @@ impl Descriptor {
 /// A piece of guest memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Span {
-    pub(super) addr: GuestAddress,
+    pub(super) at: u64,
     pub(super) bytes: usize,
 }
 
@@ -100,7 +101,7 @@ pub(super) struct Table {
 
 /// The way through one chain.
 pub(super) struct Walk<'m, M> {
-    memory: &'m M,
+    reach: &'m mut Reach<M>,
     /// Most descriptors.
     most: u32,
     chain: Chain,
@@ -109,14 +110,14 @@ pub(super) struct Walk<'m, M> {
     copied: u32,
 }
 
-impl<'m, M: GuestMemory> Walk<'m, M> {
+impl<'m, M: GuestMemory<Bitmap = ()>> Walk<'m, M> {
     /// Fills these two lists, of readable and of writable spans, whatever they held.
-    pub(super) fn new(memory: &'m M, most: u32, lists: (Vec<Span>, Vec<Span>)) -> Self {
+    pub(super) fn new(reach: &'m mut Reach<M>, most: u32, lists: (Vec<Span>, Vec<Span>)) -> Self {
         let (mut readable, mut writable) = lists;
         readable.clear();
         writable.clear();
         let chain = Chain { readable, writable, ..Chain::default() };
-        Self { memory, most, chain, descriptors: 0, bytes: 0, copied: 0 }
+        Self { reach, most, chain, descriptors: 0, bytes: 0, copied: 0 }
     }
 
     /// Descriptors copied so far.
@@ -135,9 +136,7 @@ impl<'m, M: GuestMemory> Walk<'m, M> {
             if !seen.insert(index) {
                 return Err(ChainError::Cycle);
             }
-            let mut descriptor = Descriptor::default();
-            let offset = u64::from(index).saturating_mul(u64::from(DESCRIPTOR_BYTES));
-            self.copy(table.start.saturating_add(offset), std::slice::from_mut(&mut descriptor), 1)?;
+            let descriptor = self.look_at(table, index)?;
             if descriptor.has(F_INDIRECT) {
                 self.run_indirect(&descriptor)?;
                 break;
@@ -181,10 +180,17 @@ impl<'m, M: GuestMemory> Walk<'m, M> {
         Err(if beyond { ChainError::NextOutOfRange(index.into()) } else { ChainError::Cycle })
     }
 
+    fn look_at(&mut self, table: Table, index: u16) -> Result<Descriptor, ChainError> {
+        let offset = u64::from(index).saturating_mul(u64::from(DESCRIPTOR_BYTES));
+        let at = table.start.saturating_add(offset);
+        self.copied = self.copied.saturating_add(1);
+        let words = self.reach.load_descriptor(at).map_err(|Missing| ChainError::OutsideMemory(at))?;
+        Ok(zerocopy::transmute!(words))
+    }
+
     fn copy(&mut self, at: u64, into: &mut [Descriptor], count: u32) -> Result<(), ChainError> {
         self.copied = self.copied.saturating_add(count);
-        let outside = |_| ChainError::OutsideMemory(at);
-        self.memory.read_slice(into.as_mut_bytes(), GuestAddress(at)).map_err(outside)
+        self.reach.read(at, into.as_mut_bytes()).map_err(|Missing| ChainError::OutsideMemory(at))
     }
 
     /// Keeps what is needed of a buffer: a command's bytes up to one too many, an answer's room up to its most. What is
@@ -196,8 +202,8 @@ impl<'m, M: GuestMemory> Walk<'m, M> {
         }
         let len = descriptor.len.get();
         self.bytes = self.bytes.checked_add(len).ok_or(ChainError::TooManyBytes)?;
-        let addr = GuestAddress(descriptor.addr.get());
-        let outside = ChainError::OutsideMemory(addr.0);
+        let at = descriptor.addr.get();
+        let outside = ChainError::OutsideMemory(at);
         let bytes = usize::try_from(len).map_err(|_| outside)?;
         let kept = self.chain.readable.len().saturating_add(self.chain.writable.len());
         let (spans, total, most, access) = if descriptor.has(F_WRITE) {
@@ -214,10 +220,10 @@ impl<'m, M: GuestMemory> Walk<'m, M> {
             if kept >= MAX_SPANS {
                 return Err(ChainError::TooManySpans);
             }
-            if bytes > 0 && !self.memory.check_range(addr, bytes, access) {
+            if bytes > 0 && !self.reach.holds(at, bytes, access) {
                 return Err(outside);
             }
-            spans.push(Span { addr, bytes: wanted });
+            spans.push(Span { at, bytes: wanted });
             *total = total.saturating_add(wanted);
         }
         Ok(descriptor.has(F_NEXT).then_some(descriptor.next.get()))

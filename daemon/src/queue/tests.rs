@@ -1,9 +1,11 @@
 //! Rings written by hand, legal and hostile, against [`Turn`].
 
 use super::*;
+use crate::busy_poll::Thread;
+use std::time::Duration;
 use virtio_gpu_svm::protocol::MAX_COMMAND_BYTES;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::GuestMemoryAtomic;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
 
 const SIZE: u16 = 16;
 const DESC: u64 = 0x1000;
@@ -11,7 +13,6 @@ const AVAIL: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const DATA: u64 = 0x1_0000;
 const MEMORY_END: u64 = 0x40_0000;
-const MEMORY_BYTES: usize = 0x40_0000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -25,6 +26,11 @@ fn chain(turn: &mut Turn<'_>, command: &mut Vec<u8>) -> Token {
     }
 }
 
+/// Sleeps as soon as a ring is empty.
+fn at_once() -> BusyPoll {
+    BusyPoll::new(Thread::default(), Duration::ZERO)
+}
+
 struct Driver {
     memory: Arc<GuestMemoryMmap>,
     ring: Ring,
@@ -34,8 +40,16 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
-        let memory = Arc::new(memory);
+        Self::cut_at(&[])
+    }
+    /// In memory of several regions, which begin at 0 and at these addresses.
+    fn cut_at(cuts: &[u64]) -> Self {
+        let starts = [&[0], cuts].concat();
+        let ends = [cuts, &[MEMORY_END]].concat();
+        let region =
+            |(start, end): (&u64, &u64)| (GuestAddress(*start), usize::try_from(end - start).unwrap());
+        let regions: Vec<_> = starts.iter().zip(&ends).map(region).collect();
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
         let ring = Ring::new(GuestMemoryAtomic::from(Arc::clone(&memory)), 1024).unwrap();
         ring.set_queue_size(SIZE);
         ring.set_queue_info(DESC, AVAIL, USED).unwrap();
@@ -116,6 +130,69 @@ fn command_and_answer_pass_through_scattered_buffers() {
     assert_eq!(&written, b"cde");
 }
 
+/// Where regions end shows in nothing that a driver sees.
+#[test]
+fn rings_and_buffers_across_regions_are_served_like_others() {
+    let parts = [DESC + 16, AVAIL, AVAIL + 4 + 6, AVAIL + 6 + 2 * u64::from(SIZE), USED, USED + 4 + 8 + 4];
+    for cut in parts.into_iter().chain([DATA, DATA + 3, DATA + 0x1000, DATA + 0x1002, MEMORY_END / 2]) {
+        let mut driver = Driver::cut_at(&[cut]);
+        driver.ring.set_queue_event_idx(true);
+        driver.memory.write_slice(b"abcdef", GuestAddress(DATA)).unwrap();
+        driver.descriptor(0, DATA, 6, NEXT, 3);
+        driver.descriptor(3, DATA + 0x1000, 4, WRITE, 0);
+        for round in 1..=2 * SIZE + 1 {
+            driver.offer(0);
+            let mut turn = driver.turn();
+            let mut commands = Vec::new();
+            let served = turn.serve(&mut at_once(), |command, answer, _| {
+                commands.push(command.to_vec());
+                answer.extend(b"wxyz");
+                ControlFlow::Continue(())
+            });
+            assert_eq!(served, Ok(Served::Empty), "{cut:#x}");
+            turn.finish().unwrap();
+            assert_eq!(commands, [b"abcdef"], "{cut:#x}");
+            let mut answer = [0; 4];
+            driver.memory.read_slice(&mut answer, GuestAddress(DATA + 0x1000)).unwrap();
+            assert_eq!(&answer, b"wxyz", "{cut:#x}");
+            let index: u16 = driver.memory.read_obj(GuestAddress(USED + 2)).unwrap();
+            let event: u16 = driver.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE))).unwrap();
+            let element = USED + 4 + 8 * u64::from((round - 1) % SIZE);
+            let element: [u32; 2] = driver.memory.read_obj(GuestAddress(element)).unwrap();
+            assert_eq!((index, event, element), (round, round, [0, 4]), "{cut:#x}");
+        }
+    }
+}
+
+/// GET_VRING_BASE answers with what the framework's queue says.
+#[test]
+fn positions_are_the_frameworks_after_each_visit() {
+    let mut driver = Driver::new();
+    driver.ring.set_queue_next_avail(7);
+    driver.ring.set_queue_next_used(9);
+    driver.avail = 7;
+    driver.descriptor(0, DATA, 4, 0, 0);
+    let positions = |driver: &Driver| {
+        let state = driver.ring.get_ref();
+        (state.get_queue().next_avail(), state.get_queue().next_used())
+    };
+    for _ in 0..3 {
+        driver.offer(0);
+    }
+    let mut turn = driver.turn();
+    let first = chain(&mut turn, &mut Vec::new());
+    turn.complete(first, b"").unwrap();
+    let second = chain(&mut turn, &mut Vec::new());
+    turn.put_back(second);
+    drop(turn);
+    assert_eq!(positions(&driver), (8, 10));
+
+    let mut turn = driver.turn();
+    assert_eq!(turn.serve(&mut at_once(), |_, _, _| ControlFlow::Continue(())), Ok(Served::Empty));
+    turn.finish().unwrap();
+    assert_eq!(positions(&driver), (10, 12));
+}
+
 #[test]
 fn visit_leaves_room_to_the_next_and_not_too_much() {
     let mut driver = Driver::new();
@@ -123,7 +200,7 @@ fn visit_leaves_room_to_the_next_and_not_too_much() {
         driver.descriptor(0, DATA, bytes, 0, 0);
         driver.offer(0);
         let mut turn = driver.turn();
-        let served = turn.serve(|_, answer, _| {
+        let served = turn.serve(&mut at_once(), |_, answer, _| {
             answer.resize(usize::try_from(bytes).unwrap(), 0);
             ControlFlow::Continue(())
         });
@@ -636,6 +713,59 @@ fn driver_is_interrupted_where_it_asked() {
     rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     serve(&mut driver);
     assert_eq!(driver.used().len(), 3);
+}
+
+/// A driver that does something whenever the CPU is given to it; each time a microsecond passes.
+struct Beside<F>(Duration, F);
+
+impl<F: FnMut()> Cpu for Beside<F> {
+    fn now(&mut self) -> Duration {
+        self.0
+    }
+    fn give_way(&mut self) {
+        self.0 += Duration::from_micros(1);
+        (self.1)();
+    }
+}
+
+/// The driver waits for each answer with the next command: it is interrupted before the ring is looked at again, and need
+/// not notify.
+#[test]
+fn commands_that_come_while_the_ring_is_looked_at_are_served_in_the_same_visit() {
+    use rustix::event::{EventfdFlags, eventfd};
+    let mut driver = Driver::new();
+    let call = std::fs::File::from(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap());
+    driver.ring.set_queue_event_idx(true);
+    driver.ring.set_call(Some(call.try_clone().unwrap()));
+    driver.descriptor(0, DATA, 4, 0, 0);
+    driver.offer(0);
+    let memory = Arc::clone(&driver.memory);
+    let avail_event = GuestAddress(USED + 4 + 8 * u64::from(SIZE));
+    memory.write_obj(0xffff_u16, avail_event).unwrap();
+    let mut interrupts = 0;
+    let beside = Beside(Duration::ZERO, || {
+        let used: u16 = memory.read_obj(GuestAddress(USED + 2)).unwrap();
+        if interrupts < 3 {
+            rustix::io::read(&call, &mut [0; 8]).unwrap();
+            interrupts += 1;
+            assert_eq!(used, interrupts);
+            assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 0xffff);
+            memory.write_obj(used, GuestAddress(AVAIL + 4 + 2 * u64::from(SIZE))).unwrap();
+            memory.write_obj(0_u16, GuestAddress(AVAIL + 4 + 2 * u64::from(used))).unwrap();
+            memory.write_obj(used + 1, GuestAddress(AVAIL + 2)).unwrap();
+        }
+    });
+    let mut poll = BusyPoll::new(beside, Duration::from_micros(10));
+    let mut commands = 0;
+    let mut turn = driver.turn();
+    let served = turn.serve(&mut poll, |_, _, _| {
+        commands += 1;
+        ControlFlow::Continue(())
+    });
+    assert_eq!((served, commands), (Ok(Served::Empty), 4));
+    turn.finish().unwrap();
+    assert_eq!(interrupts, 3);
+    assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 4);
 }
 
 /// What the dearest visits cost. Nothing is asserted:

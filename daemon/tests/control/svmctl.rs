@@ -79,6 +79,7 @@ fn limits_of_a_guest_without_a_vmm_are_shown() {
     let server = Server::start();
     let socket = server.guest_socket("vm0.sock");
     let add = ["guest", "add", "vm0", &socket, "--limit", "contexts=2", "--limit", "table_bytes=2097152"];
+    let add = [&add[..], &["--limit", "busy_poll_us=0"]].concat();
     stdout(&svmctl(&server.socket(), &add));
     let shown = stdout(&svmctl(&server.socket(), &["guest", "show", "vm0"]));
     let row = |name: &str| -> Vec<String> {
@@ -92,11 +93,12 @@ fn limits_of_a_guest_without_a_vmm_are_shown() {
     assert_eq!(row("contexts "), ["contexts", "guest", "0", "0", "2", "0"]);
     assert_eq!(row("table_bytes"), ["table_bytes", "guest", "0", "B", "0", "B", "2", "MiB", "0"]);
     assert_eq!(row("fault_deadline_ms"), ["fault_deadline_ms", "fault", "-", "-", "0", "-"]);
+    assert_eq!(row("busy_poll_us"), ["busy_poll_us", "empty", "ring", "-", "-", "0", "-"]);
     let entry = json_of(&server, &["guest", "show", "vm0"]);
     let contexts =
         json!({"name": "contexts", "scope": "guest", "used": 0, "peak": 0, "limit": 2, "refused": 0});
     assert_eq!((&entry["limits"][0], &entry["status"]), (&contexts, &Value::Null));
-    assert_eq!(entry["limits"].as_array().unwrap().len() + 3, Limits::BOUNDS.len());
+    assert_eq!(entry["limits"].as_array().unwrap().len() + 4, Limits::BOUNDS.len());
 }
 
 #[test]

@@ -146,7 +146,11 @@ impl Driver {
     }
 
     /// One visit of the device, which answers everything.
-    pub fn serve<M: GuestMemory>(&self, memory: &Arc<M>, carry_out: impl Fn(&[u8], &mut Vec<u8>, usize)) {
+    pub fn serve<M: GuestMemory<Bitmap = ()>>(
+        &self,
+        memory: &Arc<M>,
+        carry_out: impl Fn(&[u8], &mut Vec<u8>, usize),
+    ) {
         let (mut command, mut answer) = (Vec::new(), Vec::new());
         let mut turn = Turn::begin(&self.ring, Budget::COMMANDS, || Arc::clone(memory)).unwrap().unwrap();
         turn.disarm().unwrap();
@@ -166,7 +170,7 @@ impl Driver {
     }
 
     /// One visit of the device, which finds nothing but a malformed chain.
-    pub fn refuse<M: GuestMemory>(&self, memory: &Arc<M>) -> ChainError {
+    pub fn refuse<M: GuestMemory<Bitmap = ()>>(&self, memory: &Arc<M>) -> ChainError {
         let mut turn = Turn::begin(&self.ring, Budget::COMMANDS, || Arc::clone(memory)).unwrap().unwrap();
         assert!(matches!(turn.next(&mut Vec::new()), Ok(Next::Empty)));
         let (error, count) = turn.refused().unwrap();
@@ -175,7 +179,7 @@ impl Driver {
     }
 
     /// One delivery of records.
-    pub fn deliver<M: GuestMemory>(&self, memory: &Arc<M>, guest: &Guest) {
+    pub fn deliver<M: GuestMemory<Bitmap = ()>>(&self, memory: &Arc<M>, guest: &Guest) {
         let mut turn = Turn::begin(&self.ring, Budget::EVENTS, || Arc::clone(memory)).unwrap().unwrap();
         let mut records = Vec::new();
         while guest.has_events() {

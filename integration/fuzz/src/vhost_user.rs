@@ -114,6 +114,7 @@ pub fn run(bytes: &[u8]) {
             name: "fuzz".into(),
             limits: daemon::limits::of(&LIMITS),
             devices: DEVICES.to_vec(),
+            busy_poll: std::time::Duration::ZERO,
             allow_unsealed: false,
             log: Arc::new(LogBudget::new("a fuzzed guest".to_owned(), 1)),
         };

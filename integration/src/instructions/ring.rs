@@ -4,9 +4,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use daemon::busy_poll::{BusyPoll, Thread};
 use daemon::queue::{Budget, Served, Turn};
 use daemon::ring::Ring;
 use std::ops::ControlFlow;
+use std::time::Duration;
 use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -63,7 +65,8 @@ impl RoundTrip {
         let mut turn =
             Turn::begin(&self.ring, Budget::COMMANDS, memory)?.context("the ring is not served")?;
         let scene = &self.scene;
-        let served = turn.serve(|command, answer, room| {
+        let mut poll = BusyPoll::new(Thread::default(), Duration::ZERO);
+        let served = turn.serve(&mut poll, |command, answer, room| {
             scene.answer(command, answer, room);
             ControlFlow::Continue(())
         })?;

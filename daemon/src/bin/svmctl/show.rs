@@ -207,7 +207,9 @@ fn guest(guest: &Value) -> String {
     }
     let deadline =
         json!({ "name": "fault_deadline_ms", "scope": "fault", "limit": guest["fault_deadline_ms"] });
-    let rows = items(&guest["limits"]).chain([&deadline, &guest["log_lines"], &guest["session_rate"]]);
+    let poll = json!({ "name": "busy_poll_us", "scope": "empty ring", "limit": guest["busy_poll_us"] });
+    let others = [&deadline, &guest["log_lines"], &guest["session_rate"], &poll];
+    let rows = items(&guest["limits"]).chain(others);
     format!("{}{}", facts(&lines), limits(rows))
 }
 
