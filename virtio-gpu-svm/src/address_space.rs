@@ -9,7 +9,8 @@ use crate::addr::PageRange;
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
 use crate::quota::Charge;
 use crate::seeded::{self, Bug};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
+use std::iter::Peekable;
 use std::ops::ControlFlow;
 
 /// log2 of the pages of a leaf.
@@ -137,7 +138,7 @@ impl AddressSpace {
     }
     /// Begins to read pages one after the other.
     pub fn walk(&self) -> Walk<'_> {
-        Walk { space: self, hot: None }
+        Walk { space: self, hot: None, behind: None }
     }
     /// What a page is, if it is known.
     pub fn lookup(&self, page: u64) -> Option<Page> {
@@ -171,14 +172,31 @@ impl AddressSpace {
         let mut next = runs.next();
         while let Some(run) = next {
             let index = run.va.start >> LEAF_PAGES_SHIFT;
-            let Self { leaves, known, charge, .. } = self;
-            let leaf = leaves.get_mut(&index).filter(|_| run.lies_in(index) && !seeded::on(Bug::WrongLeaf));
-            let Some(leaf) = leaf else {
+            if !run.lies_in(index) || seeded::on(Bug::WrongLeaf) {
                 if tell(self.install(&run), 1).is_break() {
                     return;
                 }
                 next = runs.next();
                 continue;
+            }
+            let Self { leaves, known, charge, absent_invalidated, .. } = self;
+            let full = leaves.len() >= MAX_LEAVES;
+            let leaf = match leaves.entry(index) {
+                btree_map::Entry::Occupied(leaf) => leaf.into_mut(),
+                btree_map::Entry::Vacant(place) => {
+                    let became = room_for_leaf(*absent_invalidated, &run, full, charge);
+                    if became == Install::Done {
+                        let empty = Leaf { invalidated: *absent_invalidated, known: 0, pages: Pages::Empty };
+                        let leaf = place.insert(empty);
+                        leaf.fill(part_of(run.va, index).1, run.first);
+                        *known = known.wrapping_add(leaf.known);
+                    }
+                    if tell(became, 1).is_break() {
+                        return;
+                    }
+                    next = runs.next();
+                    continue;
+                }
             };
             let known_before = leaf.known;
             let rest = leaf.install_all(index, run, &mut runs, charge, &mut tell);
@@ -192,27 +210,30 @@ impl AddressSpace {
     /// Installs a run, all of it or nothing.
     pub fn install(&mut self, run: &Run) -> Install {
         let leaves = leaves_of(run.va);
-        let (mut missing, mut bytes) = (0_usize, 0_u64);
-        for index in leaves.clone() {
-            let compared = if seeded::on(Bug::WrongLeaf) { index ^ 1 } else { index };
-            let invalidated = match self.leaves.get(&compared) {
-                Some(leaf) => leaf.invalidated,
-                None => self.absent_invalidated,
+        let existing = self.leaves.range(leaves.clone());
+        let (mut present, mut bytes, mut contradicts) = (0_u64, 0_u64, false);
+        for (index, leaf) in existing {
+            let neighbour = seeded::on(Bug::WrongLeaf).then(|| self.leaves.get(&(index ^ 1)));
+            let invalidated = match neighbour {
+                None => leaf.invalidated,
+                Some(wrong) => wrong.map_or(self.absent_invalidated, |leaf| leaf.invalidated),
             };
             if is_stale(invalidated, run) {
                 return Install::Raced;
             }
+            contradicts |= leaf.contradicts(run, *index);
+            present = present.saturating_add(1);
+            bytes = bytes.saturating_add(leaf.bytes_to_fill());
         }
-        for index in leaves.clone() {
-            match self.leaves.get(&index) {
-                Some(leaf) if leaf.contradicts(run, index) => return Install::Conflict,
-                Some(leaf) => bytes = bytes.saturating_add(leaf.bytes_to_fill()),
-                None => {
-                    missing = missing.saturating_add(1);
-                    bytes = bytes.saturating_add(LEAF_BYTES + PAGES_BYTES);
-                }
-            }
+        let missing = leaves.end.saturating_sub(leaves.start).saturating_sub(present);
+        if missing > 0 && is_stale(self.absent_invalidated, run) {
+            return Install::Raced;
         }
+        if contradicts {
+            return Install::Conflict;
+        }
+        bytes = bytes.saturating_add(missing.saturating_mul(LEAF_BYTES + PAGES_BYTES));
+        let missing = usize::try_from(missing).unwrap_or(usize::MAX);
         if self.leaves.len().saturating_add(missing) > MAX_LEAVES {
             return Install::Full;
         }
@@ -235,24 +256,21 @@ impl AddressSpace {
         self.seq = self.seq.saturating_add(1);
         let (seq, leaves) = (self.seq, leaves_of(range));
         let wanted = leaves.end.wrapping_sub(leaves.start);
-        let (mut emptied, mut freed) = (Vec::new(), 0_u64);
-        let mut existing = 0_u64;
-        for (index, leaf) in self.leaves.range_mut(leaves) {
+        let (mut existing, mut emptied, mut freed) = (0_u64, 0_u64, 0_u64);
+        let known = &mut self.known;
+        let gone = self.leaves.extract_if(leaves, |index, leaf| {
             existing = existing.saturating_add(1);
             let (before, bytes) = (leaf.known, leaf.bytes());
             leaf.clear(part_of(range, *index).1);
             leaf.invalidated = seq;
-            self.known = self.known.wrapping_sub(before.wrapping_sub(leaf.known));
-            if leaf.known == 0 {
-                emptied.push(*index);
-                freed = freed.saturating_add(bytes);
-            }
-        }
-        if existing < wanted || !emptied.is_empty() {
+            *known = known.wrapping_sub(before.wrapping_sub(leaf.known));
+            let empty = leaf.known == 0;
+            freed = freed.saturating_add(if empty { bytes } else { 0 });
+            empty
+        });
+        gone.for_each(|_| emptied = emptied.saturating_add(1));
+        if existing < wanted || emptied > 0 {
             self.absent_invalidated = seq;
-        }
-        for index in emptied {
-            self.leaves.remove(&index);
         }
         self.charge.shrink(freed);
         seq
@@ -441,6 +459,8 @@ impl Leaf {
 pub struct Walk<'a> {
     space: &'a AddressSpace,
     hot: Option<(u64, Option<&'a Leaf>)>,
+    /// The leaves behind the hot one, once a leaf was followed by the next.
+    behind: Option<Peekable<btree_map::Range<'a, u64, Leaf>>>,
 }
 
 impl<'a> Walk<'a> {
@@ -473,12 +493,20 @@ impl<'a> Walk<'a> {
         let index = page >> LEAF_PAGES_SHIFT;
         match self.hot {
             Some((hot, leaf)) if hot == index => leaf,
+            Some((hot, _)) if hot.checked_add(1) == Some(index) => self.next_leaf(index),
             _ => {
                 let leaf = self.space.leaves.get(&index);
-                self.hot = Some((index, leaf));
+                (self.hot, self.behind) = (Some((index, leaf)), None);
                 leaf
             }
         }
+    }
+    fn next_leaf(&mut self, index: u64) -> Option<&'a Leaf> {
+        let leaves = &self.space.leaves;
+        let behind = self.behind.get_or_insert_with(|| leaves.range(index..).peekable());
+        let leaf = behind.next_if(|(at, _)| **at == index).map(|(_, leaf)| leaf);
+        self.hot = Some((index, leaf));
+        leaf
     }
     /// What a page is, and how many of `most` pages from it on follow in guest memory too, as far as its leaf goes; at
     /// least 1. None if it is not known.
@@ -498,6 +526,19 @@ impl<'a> Walk<'a> {
                 Some((page, u64::try_from(run).unwrap_or(1)))
             }
         }
+    }
+}
+
+/// Whether a run may make the leaf that it lies in; then that is charged.
+fn room_for_leaf(invalidated: u64, run: &Run, full: bool, charge: &mut Charge) -> Install {
+    if is_stale(invalidated, run) {
+        Install::Raced
+    } else if full {
+        Install::Full
+    } else if charge.grow(LEAF_BYTES + PAGES_BYTES).is_err() {
+        Install::OverQuota
+    } else {
+        Install::Done
     }
 }
 

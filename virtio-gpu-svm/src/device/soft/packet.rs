@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// Work of one slice, in bytes moved: about 30 us.
 const SLICE: u64 = 256 << 10;
 /// What a node of a list costs, and what each packet costs at least: a cache miss or two.
-const STEP: u64 = 512;
+const STEP: u64 = 1 << 10;
 
 /// A job and how far it is.
 #[derive(Debug)]
