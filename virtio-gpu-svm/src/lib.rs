@@ -61,4 +61,5 @@ mod seldom;
 mod sync;
 #[cfg(feature = "device")]
 pub mod timeline;
+#[cfg(feature = "device")]
 mod turns;

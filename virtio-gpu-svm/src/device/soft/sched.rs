@@ -322,6 +322,12 @@ impl Sched {
         self.retire_if_idle(asid);
     }
 
+    /// Whether somebody waits for engines to leave a VM's memory.
+    #[cfg(test)]
+    pub fn is_barred(&self, asid: Asid) -> bool {
+        self.vms.get(&asid).is_some_and(|state| state.barred > 0)
+    }
+
     /// Begins a flush of what was zapped before this call.
     pub fn flush(&mut self, asid: Asid) -> Flush {
         match self.vms.get_mut(&asid) {

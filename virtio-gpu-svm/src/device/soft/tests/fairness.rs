@@ -107,8 +107,9 @@ fn engine_does_not_come_to_a_vm_whose_region_is_dropped() {
     let (device, region) = (Arc::clone(&rig.device), memory.0.id());
     // Not scoped: a test that fails leaves it behind.
     let dropping = std::thread::spawn(move || device.drop_region(asid, region));
-    for _ in 0..1000 {
-        assert!(!dropping.is_finished(), "dropped under a slice that uses it");
+    let deadline = Instant::now() + PATIENCE;
+    while !rig.device.sched().is_barred(asid) {
+        assert!(Instant::now() < deadline, "engines are not kept out");
         std::thread::yield_now();
     }
     let behind = rig.submit(asid, 1, &[Packet::default()]);
@@ -116,6 +117,7 @@ fn engine_does_not_come_to_a_vm_whose_region_is_dropped() {
         assert_eq!(rig.end_of(job).errno, 0);
     }
     assert!(!done(&rig.log()).contains(&behind), "it ran while its memory was changed");
+    assert!(!dropping.is_finished(), "dropped under a slice that uses it");
     rig.let_go(&memory);
     dropping.join().unwrap();
     assert_eq!((rig.end_of(held).errno, rig.end_of(behind).errno), (0, 0));
