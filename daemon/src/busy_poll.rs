@@ -4,7 +4,7 @@
 //! whether the next command comes, and the driver need not notify meanwhile. Nobody is to pay for that:
 //! * between looks the thread gives way to whoever else is runnable on its CPU. If that took time and brought nothing, the
 //!   CPU is wanted, and the thread sleeps and does not look for a while;
-//! * each look in vain doubles the time until the next one, up to [`LONGEST_REST`]: a guest that asks seldom costs less
+//! * each look in vain doubles the time until the next one, up to 10 ms: a guest that asks seldom costs less
 //!   than a hundredth of a CPU more, and one that asks nothing costs nothing, since only a visit begins to look;
 //! * a visit looks for no more than a few times the limit, because it holds the ring's lock.
 //!
