@@ -2,57 +2,55 @@
 //!
 //! To be woken costs tens of microseconds, to look again well below one. So a thread that has answered looks for a while
 //! whether the next command comes, and the driver need not notify meanwhile. Nobody is to pay for that:
-//! * between looks the thread gives way to whoever else is runnable on its CPU. If that took time and brought nothing, the
-//!   CPU is wanted, and the thread sleeps and does not look for a while;
-//! * each look in vain doubles the time until the next one, up to 10 ms: a guest that asks seldom costs less
-//!   than a hundredth of a CPU more, and one that asks nothing costs nothing, since only a visit begins to look;
+//! * each look in vain doubles the time until the next one, up to 10 ms: a guest that asks seldom costs less than a
+//!   hundredth of a CPU more, and one that asks nothing costs nothing, since only a visit begins to look;
+//! * a thread that lost its CPU while it looked shares it with somebody, and would lose it again: whoever never sleeps is
+//!   made to wait for whole slices, where one that was asleep is let in at once. It looks no more for a while, up to 1 s;
 //! * a visit looks for no more than a few times the limit, because it holds the ring's lock.
 //!
 //! Owned by the thread of one guest, so nobody shares it.
 
 use std::time::{Duration, Instant};
 
-/// Looks between two times that the CPU is offered: a microsecond or two.
+/// Looks between two at the clock: a microsecond or two.
 const LOOKS: u32 = 32;
-/// A CPU that comes back later than this was used by somebody.
-const TAKEN: Duration = Duration::from_micros(5);
-/// After the first look in vain.
-const FIRST_REST: Duration = Duration::from_micros(50);
-/// And at most.
-const LONGEST_REST: Duration = Duration::from_millis(10);
+/// A clock that goes on by more than this between them was somebody else's: no interrupt takes so long, and no scheduler
+/// gives anybody less.
+const TAKEN: Duration = Duration::from_micros(200);
+/// After the first look in vain, and at most.
+const REST: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(10)];
+/// The same after the CPU was taken.
+const RETREAT: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
+/// A CPU that was taken so long ago is nobody else's any more.
+const FORGOTTEN: Duration = Duration::from_secs(10);
 /// The most that a visit looks, in limits.
 const VISIT: u32 = 4;
 
-/// The clock, and the CPU that is given away.
-pub trait Cpu {
-    /// Time since some moment.
+/// Time since some moment.
+pub trait Clock {
+    /// Now.
     fn now(&mut self) -> Duration;
-    /// Lets others run that are ready to.
-    fn give_way(&mut self);
 }
 
-/// The calling thread's.
-pub struct Thread(Instant);
+/// The system's.
+pub struct Monotonic(Instant);
 
-impl Default for Thread {
+impl Default for Monotonic {
     fn default() -> Self {
         Self(Instant::now())
     }
 }
 
-impl Cpu for Thread {
+impl Clock for Monotonic {
     fn now(&mut self) -> Duration {
         self.0.elapsed()
-    }
-    fn give_way(&mut self) {
-        std::thread::yield_now();
     }
 }
 
 /// See the module.
 #[derive(Debug)]
-pub struct BusyPoll<C = Thread> {
-    cpu: C,
+pub struct BusyPoll<C = Monotonic> {
+    clock: C,
     most: Duration,
     /// What is left of this visit's time.
     left: Duration,
@@ -60,12 +58,16 @@ pub struct BusyPoll<C = Thread> {
     rests_until: Duration,
     /// How long the next rest is.
     rest: Duration,
+    /// How long the last retreat was, and when.
+    retreat: Duration,
+    taken_at: Duration,
 }
 
-impl<C: Cpu> BusyPoll<C> {
+impl<C: Clock> BusyPoll<C> {
     /// Looks for at most so long; never, if that is nothing.
-    pub fn new(cpu: C, most: Duration) -> Self {
-        Self { cpu, most, left: Duration::ZERO, rests_until: Duration::ZERO, rest: FIRST_REST }
+    pub fn new(clock: C, most: Duration) -> Self {
+        let zero = Duration::ZERO;
+        Self { clock, most, left: zero, rests_until: zero, rest: REST[0], retreat: zero, taken_at: zero }
     }
 
     /// A visit begins.
@@ -82,32 +84,39 @@ impl<C: Cpu> BusyPoll<C> {
         if most.is_zero() {
             return Ok(false);
         }
-        let begin = self.cpu.now();
+        let begin = self.clock.now();
         if begin < self.rests_until {
             return Ok(false);
         }
         let mut now = begin;
-        let found = loop {
-            if look_often(&mut look)? {
-                break true;
-            }
-            let before = self.cpu.now();
-            self.cpu.give_way();
-            now = self.cpu.now();
+        loop {
+            let found = look_often(&mut look)?;
+            let before = std::mem::replace(&mut now, self.clock.now());
+            let looked = now.saturating_sub(begin);
             let taken = now.saturating_sub(before) > TAKEN;
-            if taken || now.saturating_sub(begin) >= most {
-                // Whoever ran may have brought something.
-                break look()?;
+            if !found && !taken && looked < most {
+                continue;
             }
-        };
-        self.left = self.left.saturating_sub(now.saturating_sub(begin));
-        if found {
-            self.rest = FIRST_REST;
-        } else {
-            self.rests_until = now.saturating_add(self.rest);
-            self.rest = self.rest.saturating_mul(2).min(LONGEST_REST);
+            self.left = self.left.saturating_sub(looked);
+            if taken {
+                self.retreat(now);
+            } else if found {
+                self.rest = REST[0];
+            } else {
+                self.rests_until = now.saturating_add(self.rest);
+                self.rest = self.rest.saturating_mul(2).min(REST[1]);
+            }
+            return Ok(found);
         }
-        Ok(found)
+    }
+
+    /// The CPU was taken.
+    fn retreat(&mut self, now: Duration) {
+        let again = now.saturating_sub(self.taken_at) < FORGOTTEN;
+        let longer = if again { self.retreat.saturating_mul(2) } else { Duration::ZERO };
+        self.retreat = longer.clamp(RETREAT[0], RETREAT[1]);
+        self.taken_at = now;
+        self.rests_until = now.saturating_add(self.retreat);
     }
 }
 
@@ -127,22 +136,17 @@ mod tests {
 
     const MOST: Duration = Duration::from_micros(50);
 
-    /// A microsecond passes with each look at the clock, and more when the CPU is given away.
+    /// A microsecond passes with each look at the clock, and more when the CPU is somebody else's.
     #[derive(Default)]
     struct Fake {
         now: Duration,
         away: Duration,
-        given: u32,
     }
 
-    impl Cpu for Fake {
+    impl Clock for Fake {
         fn now(&mut self) -> Duration {
-            self.now += Duration::from_micros(1);
+            self.now += Duration::from_micros(1) + self.away;
             self.now
-        }
-        fn give_way(&mut self) {
-            self.given += 1;
-            self.now += self.away;
         }
     }
 
@@ -163,15 +167,22 @@ mod tests {
         looks
     }
 
+    /// A visit that begins after the rest, and looks in vain; how long it rests then.
+    fn rest_after(poll: &mut BusyPoll<Fake>) -> Duration {
+        poll.begin_visit();
+        poll.clock.now = poll.clock.now.max(poll.rests_until);
+        assert!(in_vain(poll) > 0);
+        poll.rests_until - poll.clock.now
+    }
+
     #[test]
     fn what_comes_meanwhile_is_found() {
-        let mut poll = poll(MOST);
         let mut looks = 0;
-        let found = poll.wait(|| {
+        let found = poll(MOST).wait(|| {
             looks += 1;
             Ok::<_, ()>(looks == 3 * LOOKS)
         });
-        assert_eq!((found, poll.cpu.given), (Ok(true), 2));
+        assert_eq!(found, Ok(true));
     }
 
     #[test]
@@ -199,39 +210,34 @@ mod tests {
     }
 
     #[test]
-    fn cpu_that_others_want_is_left_to_them() {
+    fn cpu_that_was_taken_is_left_to_others_longer_each_time() {
         let mut poll = poll(MOST);
-        poll.cpu.away = TAKEN;
-        assert_eq!(in_vain(&mut poll), LOOKS + 1);
+        poll.clock.away = TAKEN;
+        let retreats: Vec<_> = (0..9).map(|_| rest_after(&mut poll)).collect();
+        assert_eq!(retreats[..3], [RETREAT[0], 2 * RETREAT[0], 4 * RETREAT[0]]);
+        assert_eq!(retreats[8], RETREAT[1]);
         assert_eq!(in_vain(&mut poll), 0);
+        poll.clock.now += FORGOTTEN;
+        assert_eq!(rest_after(&mut poll), RETREAT[0]);
     }
 
+    /// Whoever sends command after command is found each time, also when a slice was lost before.
     #[test]
-    fn what_others_have_brought_is_found() {
+    fn cpu_that_was_taken_before_a_find_counts_too() {
         let mut poll = poll(MOST);
-        poll.cpu.away = TAKEN;
-        let mut looks = 0;
-        let found = poll.wait(|| {
-            looks += 1;
-            Ok::<_, ()>(looks > LOOKS)
-        });
-        assert_eq!((found, poll.rests_until), (Ok(true), Duration::ZERO));
+        poll.clock.away = TAKEN;
+        assert_eq!(poll.wait(|| Ok::<_, ()>(true)), Ok(true));
+        assert_eq!(poll.rests_until, poll.clock.now + RETREAT[0]);
     }
 
     #[test]
     fn each_look_in_vain_doubles_the_rest_and_a_find_ends_that() {
         let mut poll = poll(MOST);
-        let rest = |poll: &mut BusyPoll<Fake>| {
-            poll.begin_visit();
-            poll.cpu.now = poll.rests_until;
-            assert!(in_vain(poll) > 0);
-            poll.rests_until - poll.cpu.now
-        };
-        let rests: Vec<_> = (0..10).map(|_| rest(&mut poll)).collect();
-        assert_eq!(rests[..3], [FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST]);
-        assert_eq!(rests[9], LONGEST_REST);
-        poll.cpu.now = poll.rests_until;
+        let rests: Vec<_> = (0..10).map(|_| rest_after(&mut poll)).collect();
+        assert_eq!(rests[..3], [REST[0], 2 * REST[0], 4 * REST[0]]);
+        assert_eq!(rests[9], REST[1]);
+        poll.clock.now = poll.rests_until;
         assert_eq!(poll.wait(|| Ok::<_, ()>(true)), Ok(true));
-        assert_eq!(rest(&mut poll), FIRST_REST);
+        assert_eq!(rest_after(&mut poll), REST[0]);
     }
 }

@@ -20,7 +20,7 @@ mod split;
 
 pub use chain::{ChainError, MAX_SPANS};
 
-use crate::busy_poll::{BusyPoll, Cpu};
+use crate::busy_poll::{BusyPoll, Clock};
 use crate::ring::{FrameworkMemory, Ring};
 use chain::{Chain, Span, Walk};
 use split::Split;
@@ -205,7 +205,7 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
     ///
     /// # Errors
     /// [`RingError`]; the ring must be latched.
-    pub fn serve<C: Cpu>(
+    pub fn serve<C: Clock>(
         &mut self,
         poll: &mut BusyPoll<C>,
         act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
@@ -218,7 +218,7 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
         served
     }
 
-    fn serve_with<C: Cpu>(
+    fn serve_with<C: Clock>(
         &mut self,
         (command, answer): (&mut Vec<u8>, &mut Vec<u8>),
         poll: &mut BusyPoll<C>,
@@ -242,7 +242,7 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
     }
 
     /// Looks for another chain while that is worth it, and then asks the driver to notify. `false`: there is none.
-    fn await_more<C: Cpu>(&mut self, poll: &mut BusyPoll<C>) -> Result<bool, RingError> {
+    fn await_more<C: Clock>(&mut self, poll: &mut BusyPoll<C>) -> Result<bool, RingError> {
         // Whoever waits for an answer may send the next command for it.
         self.interrupt()?;
         if poll.wait(|| self.split.has_more())? {

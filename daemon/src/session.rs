@@ -20,7 +20,7 @@
 //! contexts, as after a restart of the daemon. Until it is decided no event record is delivered: it could be meant for
 //! the driver that is gone.
 
-use crate::busy_poll::{BusyPoll, Thread};
+use crate::busy_poll::{BusyPoll, Monotonic};
 use crate::eventq::{EventQueue, Waker};
 use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
@@ -161,7 +161,7 @@ impl Session {
             exit,
             rings: OnceLock::new(),
             driver: Mutex::new(Driver::Known),
-            busy_poll: Mutex::new(BusyPoll::new(Thread::default(), setup.busy_poll)),
+            busy_poll: Mutex::new(BusyPoll::new(Monotonic::default(), setup.busy_poll)),
             allow_unsealed: setup.allow_unsealed,
         }))
     }
@@ -320,7 +320,7 @@ impl Session {
     fn drain(&self, queue: u16, turn: &mut Turn<'_>) -> Result<(), RingError> {
         // Nobody else asks for it. The cursor queue has nothing that anybody waits for.
         let mut own = self.busy_poll.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut none = BusyPoll::new(Thread::default(), Duration::ZERO);
+        let mut none = BusyPoll::new(Monotonic::default(), Duration::ZERO);
         let poll = if queue == CONTROLQ { &mut *own } else { &mut none };
         let served = turn.serve(poll, |command, answer, room| {
             // The ring's lock must not be poisoned by a fault of the core.

@@ -1,7 +1,7 @@
 //! Rings written by hand, legal and hostile, against [`Turn`].
 
 use super::*;
-use crate::busy_poll::Thread;
+use crate::busy_poll::Monotonic;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::MAX_COMMAND_BYTES;
 use virtio_queue::desc::split::Descriptor;
@@ -28,7 +28,7 @@ fn chain(turn: &mut Turn<'_>, command: &mut Vec<u8>) -> Token {
 
 /// Sleeps as soon as a ring is empty.
 fn at_once() -> BusyPoll {
-    BusyPoll::new(Thread::default(), Duration::ZERO)
+    BusyPoll::new(Monotonic::default(), Duration::ZERO)
 }
 
 struct Driver {
@@ -715,16 +715,14 @@ fn driver_is_interrupted_where_it_asked() {
     assert_eq!(driver.used().len(), 3);
 }
 
-/// A driver that does something whenever the CPU is given to it; each time a microsecond passes.
+/// A driver that does something whenever the clock is looked at; each time a microsecond passes.
 struct Beside<F>(Duration, F);
 
-impl<F: FnMut()> Cpu for Beside<F> {
+impl<F: FnMut()> Clock for Beside<F> {
     fn now(&mut self) -> Duration {
-        self.0
-    }
-    fn give_way(&mut self) {
         self.0 += Duration::from_micros(1);
         (self.1)();
+        self.0
     }
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use daemon::busy_poll::{BusyPoll, Thread};
+use daemon::busy_poll::{BusyPoll, Monotonic};
 use daemon::queue::{Budget, Served, Turn};
 use daemon::ring::Ring;
 use std::ops::ControlFlow;
@@ -65,7 +65,7 @@ impl RoundTrip {
         let mut turn =
             Turn::begin(&self.ring, Budget::COMMANDS, memory)?.context("the ring is not served")?;
         let scene = &self.scene;
-        let mut poll = BusyPoll::new(Thread::default(), Duration::ZERO);
+        let mut poll = BusyPoll::new(Monotonic::default(), Duration::ZERO);
         let served = turn.serve(&mut poll, |command, answer, room| {
             scene.answer(command, answer, room);
             ControlFlow::Continue(())
