@@ -2,8 +2,8 @@
 //!
 //! To be woken costs tens of microseconds, to look again well below one. So a thread that has answered looks for a while
 //! whether the next command comes, and the driver need not notify meanwhile. Nobody is to pay for that:
-//! * each look in vain doubles the time until the next one, up to 10 ms: a guest that asks seldom costs less than a
-//!   hundredth of a CPU more, and one that asks nothing costs nothing, since only a visit begins to look;
+//! * each look in vain doubles the time until the next one, up to two hundred times the limit: a guest that asks seldom costs
+//!   less than a hundredth of a CPU more, and one that asks nothing costs nothing, since only a visit begins to look;
 //! * a thread that lost its CPU while it looked shares it with somebody, and would lose it again: whoever never sleeps is
 //!   made to wait for whole slices, where one that was asleep is let in at once. It looks no more for a while, up to 1 s;
 //! * a visit looks for no more than a few times the limit, because it holds the ring's lock.
@@ -17,10 +17,13 @@ const LOOKS: u32 = 32;
 /// A clock that goes on by more than this between them was somebody else's: no interrupt takes so long, and no scheduler
 /// gives anybody less.
 const TAKEN: Duration = Duration::from_micros(200);
-/// After the first look in vain, and at most.
-const REST: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(10)];
-/// The same after the CPU was taken.
-const RETREAT: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
+/// After the first look in vain.
+const FIRST_REST: Duration = Duration::from_micros(50);
+/// And at most, in limits.
+const LONGEST_REST: u32 = 200;
+/// After the CPU was taken, and at most.
+const FIRST_RETREAT: Duration = Duration::from_millis(10);
+const LONGEST_RETREAT: Duration = Duration::from_secs(1);
 /// A CPU that was taken so long ago is nobody else's any more.
 const FORGOTTEN: Duration = Duration::from_secs(10);
 /// The most that a visit looks, in limits.
@@ -67,7 +70,7 @@ impl<C: Clock> BusyPoll<C> {
     /// Looks for at most so long; never, if that is nothing.
     pub fn new(clock: C, most: Duration) -> Self {
         let zero = Duration::ZERO;
-        Self { clock, most, left: zero, rests_until: zero, rest: REST[0], retreat: zero, taken_at: zero }
+        Self { clock, most, left: zero, rests_until: zero, rest: FIRST_REST, retreat: zero, taken_at: zero }
     }
 
     /// A visit begins.
@@ -101,10 +104,10 @@ impl<C: Clock> BusyPoll<C> {
             if taken {
                 self.retreat(now);
             } else if found {
-                self.rest = REST[0];
-            } else {
+                self.rest = FIRST_REST;
+            } else if looked >= self.most {
                 self.rests_until = now.saturating_add(self.rest);
-                self.rest = self.rest.saturating_mul(2).min(REST[1]);
+                self.rest = self.rest.saturating_mul(2).min(self.most.saturating_mul(LONGEST_REST));
             }
             return Ok(found);
         }
@@ -114,7 +117,7 @@ impl<C: Clock> BusyPoll<C> {
     fn retreat(&mut self, now: Duration) {
         let again = now.saturating_sub(self.taken_at) < FORGOTTEN;
         let longer = if again { self.retreat.saturating_mul(2) } else { Duration::ZERO };
-        self.retreat = longer.clamp(RETREAT[0], RETREAT[1]);
+        self.retreat = longer.clamp(FIRST_RETREAT, LONGEST_RETREAT);
         self.taken_at = now;
         self.rests_until = now.saturating_add(self.retreat);
     }
@@ -214,11 +217,11 @@ mod tests {
         let mut poll = poll(MOST);
         poll.clock.away = TAKEN;
         let retreats: Vec<_> = (0..9).map(|_| rest_after(&mut poll)).collect();
-        assert_eq!(retreats[..3], [RETREAT[0], 2 * RETREAT[0], 4 * RETREAT[0]]);
-        assert_eq!(retreats[8], RETREAT[1]);
+        assert_eq!(retreats[..3], [FIRST_RETREAT, 2 * FIRST_RETREAT, 4 * FIRST_RETREAT]);
+        assert_eq!(retreats[8], LONGEST_RETREAT);
         assert_eq!(in_vain(&mut poll), 0);
         poll.clock.now += FORGOTTEN;
-        assert_eq!(rest_after(&mut poll), RETREAT[0]);
+        assert_eq!(rest_after(&mut poll), FIRST_RETREAT);
     }
 
     /// Whoever sends command after command is found each time, also when a slice was lost before.
@@ -227,17 +230,17 @@ mod tests {
         let mut poll = poll(MOST);
         poll.clock.away = TAKEN;
         assert_eq!(poll.wait(|| Ok::<_, ()>(true)), Ok(true));
-        assert_eq!(poll.rests_until, poll.clock.now + RETREAT[0]);
+        assert_eq!(poll.rests_until, poll.clock.now + FIRST_RETREAT);
     }
 
     #[test]
     fn each_look_in_vain_doubles_the_rest_and_a_find_ends_that() {
         let mut poll = poll(MOST);
         let rests: Vec<_> = (0..10).map(|_| rest_after(&mut poll)).collect();
-        assert_eq!(rests[..3], [REST[0], 2 * REST[0], 4 * REST[0]]);
-        assert_eq!(rests[9], REST[1]);
+        assert_eq!(rests[..3], [FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST]);
+        assert_eq!(rests[9], LONGEST_REST * MOST);
         poll.clock.now = poll.rests_until;
         assert_eq!(poll.wait(|| Ok::<_, ()>(true)), Ok(true));
-        assert_eq!(rest_after(&mut poll), REST[0]);
+        assert_eq!(rest_after(&mut poll), FIRST_REST);
     }
 }

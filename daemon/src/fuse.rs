@@ -26,7 +26,7 @@ pub enum Failure {
     #[error("its queue thread ended (a kick file could not be read)")]
     QueueThread,
     /// A file of a ring could block us, so the ring would have to do without it: silent for ever.
-    #[error("the {file} file of its {queue} queue cannot be made non-blocking")]
+    #[error("the {file} file of its {queue} queue cannot be used without waiting")]
     RingFile {
         /// Which: kick or call.
         file: &'static str,

@@ -13,6 +13,7 @@ mod attendant;
 pub mod busy_poll;
 pub mod control;
 pub mod devices;
+pub mod event_file;
 pub mod eventq;
 pub mod exit;
 pub mod fuse;

@@ -138,8 +138,9 @@ pub(crate) struct Spare {
 
 /// One visit to a ring.
 pub struct Turn<'a, M = GuestMemoryMmap> {
-    state: MutexGuard<'a, VringState<FrameworkMemory>>,
+    /// Before the lock, so that an old map is let go while only this ring waits.
     split: Split<M>,
+    state: MutexGuard<'a, VringState<FrameworkMemory>>,
     budget: Budget,
     /// Where this visit is counted when it ends.
     ring: &'a Ring,
@@ -349,9 +350,7 @@ impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
 
     fn interrupt(&mut self) -> Result<(), RingError> {
         if self.split.has_untold() && self.split.wants_interrupt()? {
-            // Nothing to be done about a call file that is full (the driver will be interrupted anyway) or broken
-            // (the VMM's own loss).
-            self.state.signal_used_queue().ok();
+            self.ring.interrupt();
         }
         Ok(())
     }

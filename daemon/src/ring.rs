@@ -5,8 +5,9 @@
 //! taken a ring out of service, nothing of it is in flight.
 //!
 //! What this adds to the framework's vring:
-//! * kick and call files become non-blocking, so that a full or stolen one cannot stop a thread (an engine thread
-//!   signals too, and serves other guests); one that cannot ends the session, since the ring would be silent for ever;
+//! * kick and call files are used by way of [`crate::event_file`], so that a full or stolen one cannot stop a thread (an
+//!   engine thread signals too, and serves other guests); one that cannot ends the session, since the ring would be
+//!   silent for ever;
 //! * a queue size that the framework would silently ignore is remembered and fails the ring;
 //! * a kick file that is replaced while the ring runs fails it too: the framework would close the old one and still
 //!   watch it, for ever if the VMM keeps it readable, and never watch the new one;
@@ -14,16 +15,17 @@
 //!   available in the other, and they could keep each other busy without the driver. (Where it only reads they may.)
 //! * a ring whose driver broke the queue's rules is latched as failed until it is stopped.
 
+use crate::event_file;
 use crate::fuse::{Failure, Fuse};
 use crate::queue::{Cost, RingError, Spare};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use crate::registry::lock;
 use serde::Serialize;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error as QueueError;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -56,6 +58,9 @@ struct Shared {
     /// Guards who is told of a file that cannot be used, and what nobody could be told yet; a section is a few moves.
     unusable: Mutex<Unusable>,
     counts: Counts,
+    /// Our own descriptors of the files that the framework has too. A section is one call that does not wait.
+    kick: Mutex<Option<File>>,
+    call: Mutex<Option<File>>,
     /// What visits leave to the next one. Changed under the ring's lock too.
     spare: Mutex<Spare>,
 }
@@ -78,7 +83,7 @@ impl Shared {
     }
     /// Ends the session for a file that cannot be used, as soon as both are known.
     fn tell(&self, learn: impl FnOnce(&mut Unusable)) {
-        let mut unusable = self.unusable.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unusable = lock(&self.unusable);
         learn(&mut unusable);
         let Some((fuse, queue)) = unusable.told.clone() else { return };
         let found = unusable.found.take();
@@ -189,10 +194,26 @@ impl Ring {
     pub fn set_fuse(&self, fuse: &Arc<Fuse>, queue: &'static str) {
         self.shared.tell(|unusable| unusable.told = Some((Arc::clone(fuse), queue)));
     }
-    /// The file, if it cannot block us.
-    fn usable(&self, name: &'static str, file: File) -> Option<File> {
-        let set_up = nonblocking(file);
-        set_up.map_err(|error| self.shared.tell(|unusable| unusable.found = Some((name, error)))).ok()
+    /// The file, if it cannot block us; and kept as our own.
+    fn usable(&self, name: &'static str, file: Option<File>, own: &Mutex<Option<File>>) -> Option<File> {
+        let accepted = file.map(|file| {
+            let file = event_file::accept(file)?;
+            Ok((file.try_clone()?, file))
+        });
+        let accepted = accepted.transpose();
+        let (ours, file) = accepted
+            .map_err(|error: io::Error| self.shared.tell(|unusable| unusable.found = Some((name, error))))
+            .ok()
+            .flatten()
+            .unzip();
+        *lock(own) = ours;
+        file
+    }
+    /// Interrupts the driver. Nothing is to be done about a call file that is broken: it is the VMM's own loss.
+    pub(crate) fn interrupt(&self) {
+        if let Some(call) = &*lock(&self.shared.call) {
+            event_file::raise(call.as_fd()).ok();
+        }
     }
     /// How it fares.
     pub fn status(&self) -> RingStatus {
@@ -210,11 +231,11 @@ impl Ring {
     }
     /// What the visit before has left.
     pub(crate) fn take_spare(&self) -> Spare {
-        std::mem::take(&mut *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *lock(&self.shared.spare))
     }
     /// Leaves it to the next visit.
     pub(crate) fn return_spare(&self, spare: Spare) {
-        *self.shared.spare.lock().unwrap_or_else(PoisonError::into_inner) = spare;
+        *lock(&self.shared.spare) = spare;
     }
     pub(crate) fn counts(&self) -> &Counts {
         &self.shared.counts
@@ -235,13 +256,6 @@ impl Ring {
         }
         Ok(())
     }
-}
-
-/// Sets O_NONBLOCK. The flag belongs to the open file, which the VMM shares; event files of VMMs have it already.
-fn nonblocking(file: File) -> io::Result<File> {
-    let flags = fcntl_getfl(file.as_fd())?;
-    fcntl_setfl(file.as_fd(), flags | OFlags::NONBLOCK)?;
-    Ok(file)
 }
 
 impl<'a> VringStateGuard<'a, FrameworkMemory> for Ring {
@@ -267,7 +281,8 @@ impl VringT<FrameworkMemory> for Ring {
         self.vring.add_used(desc_index, len)
     }
     fn signal_used_queue(&self) -> io::Result<()> {
-        self.vring.signal_used_queue()
+        self.interrupt();
+        Ok(())
     }
     fn enable_notification(&self) -> Result<bool, QueueError> {
         self.vring.enable_notification()
@@ -319,17 +334,16 @@ impl VringT<FrameworkMemory> for Ring {
         if running {
             return;
         }
-        self.vring.set_kick(file.and_then(|file| self.usable("kick", file)));
+        self.vring.set_kick(self.usable("kick", file, &self.shared.kick));
     }
     /// An empty kick file is no error: it was read by someone else, or a notification was taken back.
     fn read_kick(&self) -> io::Result<bool> {
-        match self.vring.read_kick() {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            other => other,
-        }
+        let signalled =
+            lock(&self.shared.kick).as_ref().map_or(Ok(true), |kick| event_file::take(kick.as_fd()))?;
+        Ok(signalled && self.shared.enabled.load(Ordering::Relaxed))
     }
     fn set_call(&self, file: Option<File>) {
-        self.vring.set_call(file.and_then(|file| self.usable("call", file)));
+        self.vring.set_call(self.usable("call", file, &self.shared.call));
     }
     fn set_err(&self, file: Option<File>) {
         self.vring.set_err(file);

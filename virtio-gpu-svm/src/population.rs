@@ -450,7 +450,9 @@ impl State {
             let end = slice.start.saturating_add(count as u64);
             return Step::BindPages(PageRange { start: slice.start, end }, region);
         }
-        let at = pages.collect(slice, will_do, LONG_RUN, found.extents);
+        // Pages of a process that are not in one piece were found above, next time again; those of a blob are only found here.
+        let least = if matches!(va.behind(slice.start), Behind::Cpu(_)) { LONG_RUN } else { 1 };
+        let at = pages.collect(slice, will_do, least, found.extents);
         if at > slice.start {
             return Step::Bind(PageRange { start: slice.start, end: at });
         }

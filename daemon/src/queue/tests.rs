@@ -743,8 +743,7 @@ fn commands_that_come_while_the_ring_is_looked_at_are_served_in_the_same_visit()
     let mut interrupts = 0;
     let beside = Beside(Duration::ZERO, || {
         let used: u16 = memory.read_obj(GuestAddress(USED + 2)).unwrap();
-        if interrupts < 3 {
-            rustix::io::read(&call, &mut [0; 8]).unwrap();
+        if interrupts < 3 && rustix::io::read(&call, &mut [0; 8]).is_ok() {
             interrupts += 1;
             assert_eq!(used, interrupts);
             assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 0xffff);

@@ -29,6 +29,11 @@ const ALLOWED: &[i64] = &[
     libc::SYS_fchmod,
     libc::SYS_fstat,
     libc::SYS_eventfd2,
+    // Event files that may be a VMM's trap.
+    libc::SYS_preadv2,
+    libc::SYS_io_setup,
+    libc::SYS_io_submit,
+    libc::SYS_io_getevents,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_pwait,

@@ -1,7 +1,9 @@
 //! Which memory is accepted.
 
-use crate::Daemon;
 use crate::vmm::{MEMORY, SIZE, Vmm, connect, memfd, region};
+use crate::{Daemon, spec};
+use daemon::limits::Overrides;
+use daemon::registry::GuestSpec;
 use rustix::fs::{
     FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
 };
@@ -167,9 +169,16 @@ fn memory_truncated_before_its_first_use_ends_the_session_too() {
 #[test]
 fn truncation_that_nobody_touches_is_not_noticed() {
     let daemon = Daemon::start_with(true);
-    let mut vmm = Vmm::start_with(connect(&daemon.add("vm0")), memfd(MEMORY, false));
+    let socket = daemon.path("vm0.sock");
+    // Nobody looks at a ring that was left.
+    let limits = Overrides::new([("busy_poll_us".to_owned(), 0)]).unwrap();
+    assert!(daemon.registry.add(GuestSpec { limits, ..spec("vm0", &socket) }).unwrap());
+    let mut vmm = Vmm::start_with(connect(&socket), memfd(MEMORY, false));
     vmm.file.set_len(MEMORY - 0x1000).unwrap();
     assert!(!vmm.command(&[0; 24]).is_empty());
+    while daemon.registry.get("vm0").unwrap().queues[0].turns == 0 {
+        std::thread::yield_now();
+    }
     // All there again, and empty: the ring's index jumps.
     vmm.file.set_len(0).unwrap();
     vmm.file.set_len(MEMORY).unwrap();

@@ -1,9 +1,11 @@
 //! A VMM with one guest: the `vhost` crate's frontend over a real socket, memory in a memfd, and a driver that writes
 //! its own rings.
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, OFlags, SealFlags, fcntl_add_seals, fcntl_getfl, fcntl_setfl, ftruncate, memfd_create,
+};
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -23,6 +25,9 @@ pub const SIZE: u16 = 16;
 
 const F_PROTOCOL_FEATURES: u64 = 1 << 30;
 const WRITE: u16 = 2;
+/// Where commands and their answers lie.
+const REQUEST: u64 = 0x10_0000;
+const ANSWER: u64 = 0x20_0000;
 const NEXT: u16 = 1;
 
 /// A memfd of so many bytes.
@@ -62,6 +67,12 @@ pub fn negotiate(mut frontend: Frontend) -> Frontend {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     }
     frontend
+}
+
+#[expect(unsafe_code, reason = "the crate's type lends no descriptor")]
+fn borrowed(file: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as it is borrowed.
+    unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) }
 }
 
 struct Queue {
@@ -174,6 +185,18 @@ impl Vmm {
         self.queues[queue].kick.write(1).unwrap();
     }
 
+    /// Makes whoever writes a call file wait for ever, or reads a kick file.
+    pub fn jam(&self) {
+        for queue in &self.queues {
+            queue.call.read().ok();
+            queue.call.write(u64::MAX - 1).unwrap();
+            for file in [&queue.kick, &queue.call] {
+                let file = borrowed(file);
+                fcntl_setfl(file, fcntl_getfl(file).unwrap() - OFlags::NONBLOCK).unwrap();
+            }
+        }
+    }
+
     /// Stops all rings, as a VMM does that pauses or resets its guest.
     pub fn stop_rings(&mut self) -> Vec<u32> {
         (0..self.queues.len()).map(|index| self.frontend.get_vring_base(index).unwrap()).collect()
@@ -265,15 +288,18 @@ impl Vmm {
     }
 
     pub fn command_on(&mut self, queue: usize, request: &[u8]) -> Vec<u8> {
-        const REQUEST: u64 = 0x10_0000;
-        const ANSWER: u64 = 0x20_0000;
+        self.send_on(queue, request);
+        let (id, len) = self.wait_used(queue);
+        assert_eq!(id, 0);
+        self.read(ANSWER, len as usize)
+    }
+
+    /// One command, without waiting.
+    pub fn send_on(&mut self, queue: usize, request: &[u8]) {
         self.write(REQUEST, request);
         self.write(ANSWER, &[0xee; 4096]);
         self.descriptor(queue, 0, REQUEST, request.len() as u32, NEXT, 1);
         self.descriptor(queue, 1, ANSWER, 4096, WRITE, 0);
         self.offer(queue, 0, true);
-        let (id, len) = self.wait_used(queue);
-        assert_eq!(id, 0);
-        self.read(ANSWER, len as usize)
     }
 }

@@ -518,7 +518,7 @@ fn files_that_cannot_be_made_non_blocking_end_the_session() {
             raw.send_memory();
             raw.send(request, &queue.to_le_bytes(), &[path.as_fd()]);
             let reason = scene.wait_disconnected("vm0");
-            let expected = format!("the {file} file of its {name} queue cannot be made non-blocking");
+            let expected = format!("the {file} file of its {name} queue cannot be used without waiting");
             assert!(reason.contains(&expected), "{reason}");
             let entry = scene.registry.get("vm0").unwrap();
             assert_eq!(entry.last_error, Some(reason));

@@ -71,7 +71,6 @@ pub struct Hostile {
     stream: UnixStream,
     file: File,
     queues: Vec<Queue>,
-    kept: Vec<OwnedFd>,
 }
 
 pub type Outcome = Result<(), Error>;
@@ -85,7 +84,7 @@ impl Hostile {
         let queues = (0..NUM_QUEUES).map(queue).collect();
         let stream = UnixStream::connect(socket).unwrap();
         let frontend = negotiate(Frontend::from_stream(stream.try_clone().unwrap(), NUM_QUEUES as u64));
-        let hostile = Self { frontend, stream, file, queues, kept: Vec::new() };
+        let hostile = Self { frontend, stream, file, queues };
         hostile.frontend.set_mem_table(&hostile.regions()).unwrap();
         hostile
     }
@@ -110,11 +109,6 @@ impl Hostile {
     /// Index of the next chain.
     pub fn avail(&self, queue: usize) -> u16 {
         self.queues[queue].avail
-    }
-
-    /// Keeps a file open as long as the VMM lives.
-    pub fn keep(&mut self, file: OwnedFd) {
-        self.kept.push(file);
     }
 
     /// SET_VRING_NUM, SET_VRING_BASE and SET_VRING_ADDR: the ring goes on at the driver's index.
