@@ -67,16 +67,25 @@ pub fn take(file: BorrowedFd<'_>) -> io::Result<bool> {
 /// # Errors
 /// It cannot be signalled.
 pub fn raise(file: BorrowedFd<'_>) -> io::Result<()> {
+    match signals() {
+        Some(signals) => signals.raise(file),
+        None => Ok(write(file, &1_u64.to_ne_bytes()).map(drop)?),
+    }
+}
+
+/// Makes what interrupts need, once, so that no session is the first to need it.
+pub fn prepare() {
+    signals();
+}
+
+fn signals() -> Option<&'static Signals> {
     static SIGNALS: OnceLock<Option<Signals>> = OnceLock::new();
-    let signals = SIGNALS.get_or_init(|| {
+    let made = SIGNALS.get_or_init(|| {
         Signals::new()
             .inspect_err(|error| tracing::warn!(%error, "no asynchronous I/O: a VMM can hold up engines"))
             .ok()
     });
-    match signals {
-        Some(signals) => signals.raise(file),
-        None => Ok(write(file, &1_u64.to_ne_bytes()).map(drop)?),
-    }
+    made.as_ref()
 }
 
 /// An operation, as the kernel takes it (linux/aio_abi.h).

@@ -5,6 +5,7 @@
 //! idempotent, and refused before anything is changed.
 
 use crate::attendant::{Attendant, Door, Seat};
+use crate::event_file;
 use crate::eventq::Waker;
 use crate::housekeeper::Housekeeper;
 use crate::limits::{self, Limits, Overrides};
@@ -239,6 +240,7 @@ impl Registry {
         let (guests, subscribers) = (Mutex::default(), Arc::default());
         let log = LogBudget::new("guests added and removed".to_owned(), options.limits.log_lines);
         let housekeeper = Housekeeper::start(Arc::clone(&host))?;
+        event_file::prepare();
         Ok(Arc::new(Self {
             host,
             options,
