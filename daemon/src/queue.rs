@@ -19,6 +19,7 @@ mod reach;
 mod split;
 
 pub use chain::{ChainError, MAX_SPANS};
+pub use reach::RingMemory;
 
 use crate::busy_poll::{BusyPoll, Clock};
 use crate::ring::{FrameworkMemory, Ring};
@@ -28,7 +29,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
 use vhost_user_backend::{VringState, VringT};
 use virtio_queue::QueueT;
-use vm_memory::{GuestMemory, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 
 /// What one turn may cost. What is over it waits until whatever else the thread has to do was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,7 +164,7 @@ pub struct Cost {
     pub bytes: usize,
 }
 
-impl<'a, M: GuestMemory<Bitmap = ()>> Turn<'a, M> {
+impl<'a, M: RingMemory> Turn<'a, M> {
     /// Begins a visit. `None` while the ring is not to be served: stopped, disabled or failed. `memory` is called under
     /// the ring's lock, so that whoever publishes a view and then takes that lock knows the old one unused.
     ///

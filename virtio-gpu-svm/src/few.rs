@@ -1,4 +1,4 @@
-//! A list that has one element nearly always, and then allocates nothing: who waits for a fault, whom a change lets go on.
+//! A list that has one element nearly always, and then allocates nothing: whom a change lets go on.
 
 /// Elements in the order in which they came.
 #[derive(Debug)]

@@ -6,9 +6,9 @@
 //!
 //! The chain is walked here and not by the crate's iterator, which cannot tell the end of a chain from a bad one.
 
-use super::reach::{Missing, Reach};
+use super::reach::{Missing, Reach, RingMemory};
 use virtio_gpu_svm::protocol::{MAX_COMMAND_BYTES, MAX_QUEUE_SIZE, MAX_RESPONSE_BYTES};
-use vm_memory::{GuestMemory, Permissions};
+use vm_memory::Permissions;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -110,7 +110,7 @@ pub(super) struct Walk<'m, M> {
     copied: u32,
 }
 
-impl<'m, M: GuestMemory<Bitmap = ()>> Walk<'m, M> {
+impl<'m, M: RingMemory> Walk<'m, M> {
     /// Fills these two lists, of readable and of writable spans, whatever they held.
     pub(super) fn new(reach: &'m mut Reach<M>, most: u32, lists: (Vec<Span>, Vec<Span>)) -> Self {
         let (mut readable, mut writable) = lists;

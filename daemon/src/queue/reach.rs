@@ -18,9 +18,20 @@ use super::RingError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress, Permissions,
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    MemoryRegionAddress, Permissions,
 };
 use zerocopy::IntoBytes;
+
+/// Guest memory that a ring may lie in.
+pub trait RingMemory: GuestMemory<Bitmap = ()> {
+    /// These bytes are about to be read or written where they lie, and not by way of [`GuestMemory::get_slices`]: for
+    /// memory that keeps count of what is done to it.
+    #[inline]
+    fn touch(&self, _at: u64, _bytes: usize, _access: Permissions) {}
+}
+
+impl RingMemory for GuestMemoryMmap {}
 
 /// What was asked for is not in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +85,7 @@ pub(super) struct Reach<M> {
 }
 
 // Nothing here tells a bitmap what was written, so there must be none.
-impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
+impl<M: RingMemory> Reach<M> {
     /// For a ring that lies about here.
     pub(super) fn new(memory: Arc<M>, ring: u64) -> Self {
         let ring = Piece::find(&*memory, ring).unwrap_or(Piece::NONE);
@@ -91,6 +102,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     pub(super) fn load(&self, at: u64, order: Ordering) -> Result<u16, Missing> {
         let word = match self.ring.host_of::<u16>(at) {
             Some(place) => {
+                self.memory.touch(at, size_of::<u16>(), Permissions::Read);
                 // SAFETY: aligned, as `host_of` found, and in a piece of `self.memory`, which is held: valid for both.
                 // Whoever else in this process comes to rings uses atomics too; the guest is no thread of this process.
                 let word = unsafe { AtomicU16::from_ptr(place) };
@@ -106,6 +118,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     pub(super) fn store(&self, at: u64, value: u16, order: Ordering) -> Result<(), Missing> {
         match self.ring.host_of::<u16>(at) {
             Some(place) => {
+                self.memory.touch(at, size_of::<u16>(), Permissions::Write);
                 // SAFETY: as in `load`: aligned, in a piece of memory that is held, mapped for writing as all of it is.
                 let word = unsafe { AtomicU16::from_ptr(place) };
                 word.store(value.to_le(), order);
@@ -119,8 +132,11 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
     #[inline]
     pub(super) fn load_descriptor(&self, at: u64) -> Result<[u64; 2], Missing> {
         match self.ring.host_of::<[u64; 2]>(at) {
-            // SAFETY: aligned and whole in a piece of memory that is held; any bytes are a value of two words.
-            Some(place) => Ok(unsafe { place.read_volatile() }),
+            Some(place) => {
+                self.memory.touch(at, size_of::<[u64; 2]>(), Permissions::Read);
+                // SAFETY: aligned and whole in a piece of memory that is held; any bytes are a value of two words.
+                Ok(unsafe { place.read_volatile() })
+            }
             None => {
                 let mut words = [0; 2];
                 let read = self.memory.read_slice(words.as_mut_bytes(), GuestAddress(at));
@@ -135,6 +151,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
         let element = element.map(u32::to_le);
         match self.ring.host_of::<[u32; 2]>(at) {
             Some(place) => {
+                self.memory.touch(at, size_of::<[u32; 2]>(), Permissions::Write);
                 // SAFETY: aligned and whole in a piece of memory that is held, mapped for writing as all of it is.
                 unsafe { place.write_volatile(element) };
                 Ok(())
@@ -160,6 +177,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
             let copied = self.memory.write_all_volatile_to(GuestAddress(at), into, bytes);
             return copied.map_err(|_| Missing);
         };
+        self.memory.touch(at, bytes, Permissions::Read);
         into.reserve(bytes);
         let room = into.spare_capacity_mut().as_mut_ptr().cast::<u8>();
         // SAFETY: `from` is whole in a piece of memory that is held, `room` was reserved, and no list lies in guest memory.
@@ -175,6 +193,7 @@ impl<M: GuestMemory<Bitmap = ()>> Reach<M> {
         let Some(into) = self.buffer(at, from.len()) else {
             return self.memory.write_slice(from, GuestAddress(at)).map_err(|_| Missing);
         };
+        self.memory.touch(at, from.len(), Permissions::Write);
         // SAFETY: `into` is whole in a piece of memory that is held and mapped for writing, in which nothing of Rust's lies.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
         Ok(())

@@ -7,13 +7,13 @@
 
 use super::RingError;
 use super::chain::Table;
-use super::reach::{Missing, Reach};
+use super::reach::{Missing, Reach, RingMemory};
 use crate::ring::Areas;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestMemory, Permissions};
+use vm_memory::Permissions;
 
 /// Flag of the used ring without event indices: the driver need not notify.
 const NO_NOTIFY: u16 = 1;
@@ -82,7 +82,7 @@ impl<M> Split<M> {
     }
 }
 
-impl<M: GuestMemory<Bitmap = ()>> Split<M> {
+impl<M: RingMemory> Split<M> {
     /// `None` if the three areas of the ring do not lie in guest memory and apart from each other.
     pub(super) fn enter(queue: &Queue, memory: Arc<M>) -> Option<Self> {
         let (desc, avail, used, size) =

@@ -1,7 +1,7 @@
 //! Limits that an operator gives, from his command to the refusal; and how many lines of the log others may cause.
 
 use crate::device::{BROKEN, Idle};
-use crate::harness::{Client, LIMITS, Server};
+use crate::harness::{Client, LIMITS, PATIENCE, Server};
 use crate::process::Svmd;
 use crate::vmm::Vmm;
 use daemon::control::Options;
@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 use virtio_gpu_svm::protocol::CAPSET_SVM;
 use virtio_gpu_svm::protocol::control::SvmResp;
 use virtio_gpu_svm::protocol::errno::ENOSPC;
@@ -94,6 +95,13 @@ fn log_of_a_noisy_guest_is_cut_and_says_so_and_its_neighbours_is_not() {
         noise(&svmd.path("other.sock"));
     }
     let mut client = Client::connect(&svmd.path("control.sock"));
+    // A session that is still ending when the daemon does has nothing to tell.
+    let deadline = Instant::now() + PATIENCE;
+    for name in ["loud", "other"] {
+        while client.result("guest.get", json!({"name": name}))["connected"] == true {
+            assert!(Instant::now() < deadline, "{name} does not end");
+        }
+    }
     let loud = client.result("guest.get", json!({"name": "loud"}))["log_lines"].take();
     assert_eq!(loud["limit"], 1);
     assert!(loud["refused"].as_u64().unwrap() > 0, "{loud}");

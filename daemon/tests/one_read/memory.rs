@@ -1,6 +1,7 @@
 //! Guest memory whose driver is as quick as can be: what was handed out for reading has changed as soon as anything else
 //! is asked for. It remembers what was handed out.
 
+use daemon::queue::RingMemory;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 use vm_memory::bitmap::WithBitmapSlice;
@@ -10,6 +11,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRe
 /// See the module.
 pub struct Changing {
     memory: GuestMemoryMmap,
+    /// Whether it can be reached where it lies, as a session's is.
+    in_place: bool,
     /// May be read again, and is left alone: the available index.
     index: Range<u64>,
     /// Guards the log; a section is a few lines.
@@ -29,8 +32,11 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
 }
 
 impl Changing {
-    pub fn new(memory: GuestMemoryMmap, index: Range<u64>) -> Self {
-        Self { memory, index, log: Mutex::default() }
+    /// Both ways to reach it.
+    pub const IN_PLACE: [bool; 2] = [false, true];
+
+    pub fn new(memory: GuestMemoryMmap, index: Range<u64>, in_place: bool) -> Self {
+        Self { memory, in_place, index, log: Mutex::default() }
     }
 
     /// Ranges that were handed out twice for reading, or once for reading and once for writing.
@@ -88,5 +94,15 @@ impl GuestMemory for Changing {
     ) -> GuestMemoryResult<impl GuestMemorySliceIterator<'a, <() as WithBitmapSlice<'a>>::S>> {
         self.hand_out(addr.0..addr.0 + count as u64, access);
         GuestMemory::get_slices(&self.memory, addr, count, access)
+    }
+    fn physical_memory(&self) -> Option<&GuestMemoryMmap> {
+        self.in_place.then_some(&self.memory)
+    }
+}
+
+impl RingMemory for Changing {
+    fn touch(&self, at: u64, bytes: usize, access: Permissions) {
+        assert!(self.in_place);
+        self.hand_out(at..at + bytes as u64, access);
     }
 }

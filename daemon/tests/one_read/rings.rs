@@ -1,13 +1,13 @@
 //! A driver's ring, and the device's side of it as a session serves it.
 
-use daemon::queue::{Budget, ChainError, Next, Turn};
+use daemon::queue::{Budget, ChainError, Next, RingMemory, Turn};
 use daemon::ring::Ring;
 use std::ops::Range;
 use std::sync::Arc;
 use vhost_user_backend::VringT;
 use virtio_gpu_svm::guest::Guest;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 const QUEUE_SIZE: u16 = 128;
 const DESC: u64 = 0x1000;
@@ -146,11 +146,7 @@ impl Driver {
     }
 
     /// One visit of the device, which answers everything.
-    pub fn serve<M: GuestMemory<Bitmap = ()>>(
-        &self,
-        memory: &Arc<M>,
-        carry_out: impl Fn(&[u8], &mut Vec<u8>, usize),
-    ) {
+    pub fn serve<M: RingMemory>(&self, memory: &Arc<M>, carry_out: impl Fn(&[u8], &mut Vec<u8>, usize)) {
         let (mut command, mut answer) = (Vec::new(), Vec::new());
         let mut turn = Turn::begin(&self.ring, Budget::COMMANDS, || Arc::clone(memory)).unwrap().unwrap();
         turn.disarm().unwrap();
@@ -170,7 +166,7 @@ impl Driver {
     }
 
     /// One visit of the device, which finds nothing but a malformed chain.
-    pub fn refuse<M: GuestMemory<Bitmap = ()>>(&self, memory: &Arc<M>) -> ChainError {
+    pub fn refuse<M: RingMemory>(&self, memory: &Arc<M>) -> ChainError {
         let mut turn = Turn::begin(&self.ring, Budget::COMMANDS, || Arc::clone(memory)).unwrap().unwrap();
         assert!(matches!(turn.next(&mut Vec::new()), Ok(Next::Empty)));
         let (error, count) = turn.refused().unwrap();
@@ -179,7 +175,7 @@ impl Driver {
     }
 
     /// One delivery of records.
-    pub fn deliver<M: GuestMemory<Bitmap = ()>>(&self, memory: &Arc<M>, guest: &Guest) {
+    pub fn deliver<M: RingMemory>(&self, memory: &Arc<M>, guest: &Guest) {
         let mut turn = Turn::begin(&self.ring, Budget::EVENTS, || Arc::clone(memory)).unwrap().unwrap();
         let mut records = Vec::new();
         while guest.has_events() {
