@@ -235,7 +235,7 @@ impl Rig {
         let busy = self.below(2) == 0;
         if busy {
             // The queue thread is at it when the memory goes.
-            guest.control_ring().publish_command(&[0; 24], 64).unwrap();
+            guest.control_ring().publish_command(&[0; 24], 64, 0).unwrap();
             guest.vmm().notify(CONTROLQ).unwrap();
         }
         let pause = self.below(LONGEST_PAUSE_US);

@@ -82,6 +82,8 @@ struct Door {
 }
 
 static DOOR: LazyLock<Mutex<Arc<Door>>> = LazyLock::new(|| {
+    // As a registry does; it stays open.
+    daemon::event_file::prepare();
     let dir = must(tempfile::tempdir());
     let socket = dir.path().join("guest.sock");
     let listener = Mutex::new(Listener::from(must(UnixListener::bind(&socket))));

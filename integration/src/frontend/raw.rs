@@ -153,18 +153,18 @@ impl RawRing {
         Ok(Some((self.ram.load(entry)?, self.ram.load(entry + 4)?)))
     }
 
-    /// Prepares one command as descriptors 0 and 1 (only 0 when there is nothing to read or to write) and makes it
-    /// available.
+    /// Prepares one command as descriptors 0 and 1 (only 0 when there is nothing to read or to write), fills the room for
+    /// its answer, and makes it available: from then on the device may find it, kicked or not.
     ///
     /// # Errors
     /// It does not fit into the buffers.
-    pub fn publish_command(&mut self, request: &[u8], room: u32) -> Result<()> {
+    pub fn publish_command(&mut self, request: &[u8], room: u32, fill: u8) -> Result<()> {
         ensure!(
             request.len() as u64 <= REQUEST_BYTES && u64::from(room) <= RESPONSE_BYTES,
             "command too large"
         );
         self.ram.write(self.request, request)?;
-        self.ram.write(self.response, &vec![0xee; room as usize])?;
+        self.ram.write(self.response, &vec![fill; room as usize])?;
         let read =
             Descriptor { addr: self.request, len: u32::try_from(request.len())?, ..Descriptor::default() };
         let write = Descriptor { addr: self.response, len: room, flags: DESC_F_WRITE, next: 0 };

@@ -30,8 +30,8 @@ fn exchange(scene: &mut Scene, command: &[u8], room: usize, fill: u8) -> Vec<u8>
     let ram = scene.guest.vmm().ram().clone();
     let ring = scene.guest.control_ring();
     let at = ring.response();
-    ring.publish_command(command, u32::try_from(room).unwrap()).unwrap();
-    ram.write(at, &vec![fill; room + BEYOND]).unwrap();
+    ram.write(at + room as u64, &[fill; BEYOND]).unwrap();
+    ring.publish_command(command, u32::try_from(room).unwrap(), fill).unwrap();
     let written = scene.guest.kick_and_wait(0).unwrap() as usize;
     assert!(written <= room, "{written} bytes in {room}");
     let mut bytes = vec![0; room + BEYOND];

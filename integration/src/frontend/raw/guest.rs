@@ -339,7 +339,7 @@ impl RawGuest {
 }
 
 fn exchange(vmm: &Vmm, ring: &mut RawRing, queue: u16, request: &[u8], room: u32) -> Result<Vec<u8>> {
-    ring.publish_command(request, room)?;
+    ring.publish_command(request, room, 0xee)?;
     vmm.notify(queue)?;
     let len = wait_used(vmm, ring, 0)?;
     ensure!(len <= room, "the device wrote {len} bytes where there was room for {room}");
