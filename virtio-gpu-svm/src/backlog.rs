@@ -5,6 +5,7 @@
 use crate::context::Context;
 use crate::guest::Guest;
 use crate::host::on_behalf;
+use crate::sleepers::Sleepers;
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use crate::turns::Turns;
@@ -47,6 +48,7 @@ struct Queue {
     turns: Turns<Chore>,
     /// Whether a wait is to end, also one that has not begun.
     woken: bool,
+    sleepers: Sleepers,
 }
 
 /// The queue of it.
@@ -72,14 +74,20 @@ impl Backlog {
     pub fn wait(&self, timeout: Duration) {
         let mut queue = self.lock();
         if queue.turns.is_empty() && !queue.woken {
+            queue.sleepers.lie_down();
             (queue, _) = self.news.wait_timeout(queue, timeout).unwrap_or_else(PoisonError::into_inner);
+            queue.sleepers.get_up();
         }
         queue.woken = false;
     }
     /// Ends a [`Backlog::wait`], or the next one.
     pub fn wake(&self) {
-        self.lock().woken = true;
-        self.news.notify_all();
+        let mut queue = self.lock();
+        queue.woken = true;
+        if queue.sleepers.call_all() {
+            drop(queue);
+            self.news.notify_all();
+        }
     }
     /// Does the slice whose turn it is. Returns whether there was one.
     pub fn work(&self) -> bool {
@@ -90,8 +98,12 @@ impl Backlog {
         true
     }
     fn push(&self, guest: &Arc<str>, chore: Chore) {
-        self.lock().turns.push(guest, chore);
-        self.news.notify_one();
+        let mut queue = self.lock();
+        queue.turns.push(guest, chore);
+        if queue.sleepers.call(1) {
+            drop(queue);
+            self.news.notify_one();
+        }
     }
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)

@@ -264,6 +264,32 @@ pub fn control(guest: &Arc<Guest>, request: &[u8], response: &mut Vec<u8>, room:
     }
 }
 
+/// Bytes of a command that may be brief, and pages that it may name.
+const BRIEF_BYTES: usize = 256;
+const BRIEF_PAGES: u64 = 64;
+
+/// See [`Guest::is_brief`]. What changes mappings or ends something is not: it takes as long as what was there is large.
+pub fn is_brief(request: &[u8]) -> bool {
+    let Ok((hdr, _)) = CtrlHdr::read_from_prefix(request) else { return true };
+    if request.len() > BRIEF_BYTES {
+        return false;
+    }
+    match hdr.kind.get() {
+        VIRTIO_GPU_CMD_GET_DISPLAY_INFO
+        | VIRTIO_GPU_CMD_GET_CAPSET_INFO
+        | VIRTIO_GPU_CMD_GET_CAPSET
+        | VIRTIO_GPU_CMD_SVM_GET_DEVICE => true,
+        VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE => {
+            let parts = with_list::<PageResponse, PageRun>(request, |cmd| cmd.num_runs.get(), MAX_RUNS);
+            parts.is_ok_and(|(_, runs)| runs.iter().all(|run| u64::from(run.pages.get()) <= BRIEF_PAGES))
+        }
+        VIRTIO_GPU_CMD_SUBMIT_3D => {
+            CmdSubmit::read_from_prefix(request).is_ok_and(|(_, payload)| submit::is_brief(payload))
+        }
+        _ => false,
+    }
+}
+
 /// Carries out one command of the cursor queue: there is no display, and so no cursor. PROTOCOL 2.3.
 pub fn cursor(guest: &Arc<Guest>, request: &[u8], response: &mut Vec<u8>, room: usize) {
     response.clear();

@@ -124,8 +124,8 @@ pub struct Guest {
     clock: RunClock,
     /// Whether its deadlines are being looked at.
     expiring: AtomicBool,
-    /// Counts what engines have let go of, for those who wait for it.
-    passed: Mutex<u64>,
+    /// What engines have let go of, and who waits for that; nothing is locked under it.
+    passed: Mutex<engines::Passed>,
     waiters: Condvar,
     /// A panic may have left its state half changed: what is waited for may never come.
     broken: AtomicBool,
@@ -156,7 +156,7 @@ impl Guest {
             sequence: AtomicU64::new(0),
             clock,
             expiring: AtomicBool::new(false),
-            passed: Mutex::new(0),
+            passed: Mutex::default(),
             waiters: Condvar::new(),
             broken: AtomicBool::new(false),
         })
@@ -194,6 +194,10 @@ impl Guest {
     /// The same for the cursor queue.
     pub fn cursor(self: &Arc<Self>, request: &[u8], response: &mut Vec<u8>, room: usize) {
         crate::command::cursor(self, request, response, room);
+    }
+    /// Whether a command is done within microseconds whatever it holds, so that answers before it may wait for its own.
+    pub fn is_brief(request: &[u8]) -> bool {
+        crate::command::is_brief(request)
     }
     /// The protocol's part of config space and the contents of the capset.
     pub(crate) fn capset(&self) -> SvmConfig {

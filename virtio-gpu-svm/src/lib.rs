@@ -58,6 +58,8 @@ mod seeded;
 #[cfg(feature = "device")]
 mod seldom;
 #[cfg(feature = "device")]
+mod sleepers;
+#[cfg(feature = "device")]
 mod sync;
 #[cfg(feature = "device")]
 pub mod timeline;

@@ -29,6 +29,7 @@ pub mod resource;
 #[path = "../model/seeded.rs"]
 pub mod seeded;
 mod seldom;
+mod sleepers;
 #[path = "../model/sync.rs"]
 mod sync;
 pub mod timeline;

@@ -16,6 +16,9 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
 mod cells;
+mod spares;
+
+pub use spares::Spares;
 
 use crate::addr::PageRange;
 use crate::device::ScatteredPage;
@@ -23,7 +26,7 @@ use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use crate::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use cells::{clear_entries, entries_of, follow, for_each_unrolled, present_in};
 use zerocopy::FromZeros;
 
@@ -129,17 +132,18 @@ pub struct PageTable {
     resident: AtomicU64,
     emptied: AtomicUsize,
     books: Mutex<Books>,
+    spares: Arc<Spares>,
 }
 
 impl PageTable {
     /// An empty table for addresses below `1 << va_bits` (22 to 57), whose tables never take more bytes than this, and are
     /// charged to nobody.
     pub fn new(va_bits: u32, max_table_bytes: usize) -> Self {
-        Self::charged(va_bits, max_table_bytes, Charge::default())
+        Self::charged(va_bits, max_table_bytes, Charge::default(), Arc::default())
     }
 
-    /// The same, charged for.
-    pub fn charged(va_bits: u32, max_table_bytes: usize, charge: Charge) -> Self {
+    /// The same, charged for, and with tables from and for others.
+    pub fn charged(va_bits: u32, max_table_bytes: usize, charge: Charge, spares: Arc<Spares>) -> Self {
         assert!((22..=57).contains(&va_bits), "a GPU VM of {va_bits} address bits");
         let page_bits = va_bits.saturating_sub(PAGE_SHIFT);
         Self {
@@ -150,6 +154,7 @@ impl PageTable {
             resident: AtomicU64::new(0),
             emptied: AtomicUsize::new(0),
             books: Mutex::new(Books { charge, emptied: Vec::new() }),
+            spares,
         }
     }
 
@@ -189,7 +194,7 @@ impl PageTable {
         let mut emptied = books.emptied.split_off(books.emptied.len().saturating_sub(most));
         emptied.sort_unstable();
         emptied.dedup();
-        let freed = prune(&mut self.root, self.top, &emptied);
+        let freed = prune(&mut self.root, self.top, &emptied, &self.spares);
         books.charge.shrink(u64::try_from(freed).unwrap_or(u64::MAX));
         *self.emptied.get_mut() = books.emptied.len();
     }
@@ -288,6 +293,11 @@ impl Block {
         let (writable, null) = (word & WRITABLE != 0, word & NULL != 0);
         let pages = if most > 1 && !null { follow(leaf, page, word, most) } else { 1 };
         Ok(Translation { host: word & PAYLOAD, pages, writable, null, level: 0 })
+    }
+
+    /// Whether there is nothing to it: no pages, no leaf. One that is noted will be looked at for the note.
+    fn is_empty(&self) -> bool {
+        self.word.load(Ordering::Relaxed) == 0 && self.leaf.get().is_none()
     }
 
     fn is_large(&self) -> bool {
@@ -537,7 +547,8 @@ impl<'a> Edit<'a> {
         let block = self.obtain_block(part.start >> FANOUT_BITS)?;
         if (scattered || part.pages() < BLOCK_PAGES) && block.leaf.get().is_none() {
             // Zeroed as a whole: most leaves are made to be filled at once.
-            let leaf = self.allocate(LEAF_BYTES, || Leaf::new_box_zeroed().ok())?;
+            let spare = || self.table.spares.take_leaf();
+            let leaf = self.allocate(LEAF_BYTES, || spare().or_else(|| Leaf::new_box_zeroed().ok()))?;
             block.leaf.get_or_init(|| leaf);
         }
         self.prepared = block.leaf.get().map(|_| (part.start >> FANOUT_BITS, block));
@@ -575,10 +586,13 @@ impl<'a> Edit<'a> {
     }
 
     fn allocate_node(&mut self, level: u32) -> Result<Node, NoTable> {
+        let spares = &self.table.spares;
         Ok(if level <= 1 {
-            Node::Blocks(self.allocate(BLOCKS_BYTES, || empty_entries(Block::default))?)
+            let make = || spares.take_blocks().or_else(|| empty_entries(Block::default));
+            Node::Blocks(self.allocate(BLOCKS_BYTES, make)?)
         } else {
-            Node::Directory(self.allocate(DIRECTORY_BYTES, || empty_entries(OnceLock::new))?)
+            let make = || spares.take_directory().or_else(|| empty_entries(OnceLock::new));
+            Node::Directory(self.allocate(DIRECTORY_BYTES, make)?)
         })
     }
 
@@ -756,7 +770,7 @@ fn visit_blocks<'a>(
 }
 
 /// Frees what is empty on the paths to these blocks (sorted), and returns the bytes.
-fn prune(cell: &mut OnceLock<Node>, level: u32, blocks: &[u64]) -> usize {
+fn prune(cell: &mut OnceLock<Node>, level: u32, blocks: &[u64], spares: &Spares) -> usize {
     let Some(node) = cell.get_mut() else { return 0 };
     let below = level.saturating_sub(1);
     let mut freed = 0usize;
@@ -766,7 +780,7 @@ fn prune(cell: &mut OnceLock<Node>, level: u32, blocks: &[u64]) -> usize {
                 let Some(child) = group.first().and_then(|b| children.get_mut(index(*b, below))) else {
                     continue;
                 };
-                freed = freed.saturating_add(prune(child, below, group));
+                freed = freed.saturating_add(prune(child, below, group, spares));
             }
             (children.iter().all(|child| child.get().is_none()), DIRECTORY_BYTES)
         }
@@ -775,14 +789,18 @@ fn prune(cell: &mut OnceLock<Node>, level: u32, blocks: &[u64]) -> usize {
                 let Some(block) = table.get_mut(index(*number, 0)) else { continue };
                 *block.word.get_mut() &= !NOTED;
                 // Under a large leaf the table of small ones is empty.
-                if (block.is_large() || block.present() == 0) && block.leaf.take().is_some() {
+                if (block.is_large() || block.present() == 0)
+                    && let Some(leaf) = block.leaf.take()
+                {
+                    spares.keep_leaf(leaf);
                     freed = freed.saturating_add(LEAF_BYTES);
                 }
             }
-            (table.iter().all(|b| b.present() == 0 && b.leaf.get().is_none()), BLOCKS_BYTES)
+            (table.iter().all(Block::is_empty), BLOCKS_BYTES)
         }
     };
-    if empty && cell.take().is_some() {
+    if empty && let Some(node) = cell.take() {
+        spares.keep_node(node);
         freed = freed.saturating_add(bytes);
     }
     freed

@@ -34,6 +34,10 @@ impl<T> Turns<T> {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
 
     /// Queues an item behind those of its guest.
     pub fn push(&mut self, guest: &Arc<str>, item: T) -> Place {

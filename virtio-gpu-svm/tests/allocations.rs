@@ -282,16 +282,20 @@ fn job_allocates_what_it_owns_and_its_place_on_a_ring() {
     let exec = Exec { vm_id: 1.into(), num_packets: 1.into(), ..Exec::default() };
     let packet = Packet { opcode: OP_NOP.into(), ..Packet::default() };
     let command = submission(SVM_REQ_EXEC, &[body(&exec), packet.as_bytes()].concat());
-    let allocated = steady(|_| {
-        scene.send(&command);
-        // The next one finds everything as this one did.
-        while scene.record().is_empty() {
-            std::thread::yield_now();
-        }
-    });
+    let mut allocated = || {
+        steady(|_| {
+            scene.send(&command);
+            while scene.record().is_empty() {
+                std::thread::yield_now();
+            }
+        })
+    };
+    // A record is out before its engine has left the ring: now and then the next job finds the ring still there, and waits in
+    // a list that is made for it.
+    let tries: Vec<_> = (0..16).map(|_| allocated()).take_while(|count| *count != JOB * COUNTED).collect();
     scene.device.shutdown();
     engine.join().unwrap();
-    assert_eq!(allocated, JOB * COUNTED);
+    assert!(tries.len() < 16 && tries.iter().all(|count| *count > JOB * COUNTED), "{tries:?}");
 }
 
 fn supply(runs: &[PageRun]) -> Vec<u8> {

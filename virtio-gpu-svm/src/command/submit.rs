@@ -185,6 +185,12 @@ fn split(payload: &[u8]) -> Result<impl Iterator<Item = (ReqHdr, &[u8])>> {
     if count == 0 { Err(Error::Length) } else { Ok(Requests(payload).map_while(Result::ok)) }
 }
 
+/// Whether all requests of a payload are done within microseconds: they launch jobs, or ask.
+pub fn is_brief(payload: &[u8]) -> bool {
+    let brief = |hdr: &ReqHdr| matches!(hdr.cmd.get(), SVM_REQ_EXEC | SVM_REQ_VM_GET_PROPERTY);
+    Requests(payload).all(|request| request.is_ok_and(|(hdr, _)| brief(&hdr)))
+}
+
 /// The rest of a payload. Its end is the end, or the first thing that is no request.
 struct Requests<'a>(&'a [u8]);
 

@@ -33,11 +33,11 @@ use super::{
 };
 use crate::addr::{GpuAddr, PageRange};
 use crate::memory::Region;
-use crate::page_table::NoTable;
+use crate::page_table::{NoTable, Spares};
 use crate::protocol::job::{OPCODES, Packet};
 use crate::quota::Charge;
 use crate::seeded::{self, Bug};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, preempt};
 use mem::VmMemory;
 use packet::{ActiveJob, SliceEnd};
@@ -91,6 +91,8 @@ pub struct SoftDevice {
     info: DeviceInfo,
     events: OnceLock<Weak<dyn Events>>,
     sched: Mutex<Sched>,
+    /// Of all its GPU VMs.
+    spares: Arc<Spares>,
     /// Sleeping engines.
     idle: Condvar,
     /// Kept apart from the scheduler, because a snapshot copies all of it.
@@ -130,6 +132,7 @@ impl SoftDevice {
             info,
             events: OnceLock::new(),
             sched: Mutex::new(Sched::new(engines, parks)),
+            spares: Arc::default(),
             idle: Condvar::new(),
             ledger: ledger.map(|capacity| Mutex::new(Ledger::new(capacity))),
             job_limit,
@@ -144,8 +147,9 @@ impl SoftDevice {
     /// If it was started before.
     pub fn start(&self, events: Weak<dyn Events>) {
         assert!(self.events.set(events).is_ok(), "device {} was started twice", self.index);
-        self.sched().start();
-        self.idle.notify_all();
+        if self.sched().start() {
+            self.idle.notify_all();
+        }
     }
 
     /// Is an engine until [`SoftDevice::shutdown`]. The calling thread is lent for it.
@@ -168,8 +172,9 @@ impl SoftDevice {
 
     /// Makes every engine return after its slice. Jobs stay where they are; nothing is reported any more.
     pub fn shutdown(&self) {
-        self.sched().stop();
-        self.idle.notify_all();
+        if self.sched().stop() {
+            self.idle.notify_all();
+        }
     }
 
     /// Faults raised so far.
@@ -221,7 +226,7 @@ impl SoftDevice {
     fn run_slice(&self, turn: &mut Turn) -> SliceEnd {
         let Turn { vm, job, .. } = turn;
         let (begin, end) = (Instant::now(), 1u64.wrapping_shl(self.info.va_bits));
-        let slice = catch_unwind(AssertUnwindSafe(|| job.run(vm.memory.view().memory(), end)));
+        let slice = catch_unwind(AssertUnwindSafe(|| job.run(vm.memory.view().memory(), end, &vm.hurry)));
         vm.memory.reclaim();
         let mut slice = slice.unwrap_or_else(|_| {
             self.panics.fetch_add(1, Ordering::Relaxed);
@@ -288,8 +293,8 @@ impl SoftDevice {
         result
     }
 
-    fn release(&self, sched: MutexGuard<'_, Sched>) {
-        let wake = sched.wants_engine();
+    fn release(&self, mut sched: MutexGuard<'_, Sched>) {
+        let wake = sched.calls_engine();
         drop(sched);
         if wake {
             self.idle.notify_one();
@@ -312,8 +317,8 @@ impl Device for SoftDevice {
             AddressModel::Any => 1,
             AddressModel::Identity => MAX_GROUP_PAGES,
         };
-        let memory = VmMemory::new(self.info.va_bits, max_group, tables);
-        let vm = Arc::new(Vm { asid, label, memory });
+        let memory = VmMemory::new(self.info.va_bits, max_group, tables, Arc::clone(&self.spares));
+        let vm = Arc::new(Vm { asid, label, memory, hurry: AtomicBool::new(false) });
         self.sched().vm_create(vm)
     }
 

@@ -6,13 +6,22 @@ use super::Guest;
 use crate::context::Context;
 use crate::device::{Asid, Ticket};
 use crate::memory::{MemoryTable, Region};
-use crate::sync::{Arc, PoisonError};
+use crate::sleepers::Sleepers;
+use crate::sync::{Arc, MutexGuard, PoisonError};
 use std::collections::HashSet;
 use std::time::Duration;
 
 /// Longest wait for an engine to pass a checkpoint before it is looked at again; a guard against a lost wake-up, not a
 /// deadline.
 const RECHECK: Duration = Duration::from_millis(10);
+
+/// What engines have let go of.
+#[derive(Default)]
+pub(super) struct Passed {
+    /// How often they did.
+    count: u64,
+    waiters: Sleepers,
+}
 
 impl Guest {
     /// Publishes a new memory table: what stood on removed regions is invalidated; waits for at most one slice of each
@@ -45,9 +54,12 @@ impl Guest {
 
     /// Wakes who waits for engines.
     pub(crate) fn wake_waiters(&self) {
-        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-        *passed = passed.wrapping_add(1);
-        self.waiters.notify_all();
+        let mut passed = self.passed();
+        passed.count = passed.count.wrapping_add(1);
+        if passed.waiters.call_all() {
+            drop(passed);
+            self.waiters.notify_all();
+        }
     }
     /// Waits until engines have passed tickets of GPU VMs: at most one slice each.
     pub(super) fn wait_flushed(&self, flushes: Vec<(usize, Asid, Ticket)>) {
@@ -83,15 +95,20 @@ impl Guest {
     }
     pub(super) fn wait_while(&self, waits: impl Fn() -> bool) {
         loop {
-            let before = *self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = self.passed().count;
             if !waits() {
                 return;
             }
-            let passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-            if *passed == before {
+            let mut passed = self.passed();
+            if passed.count == before {
+                passed.waiters.lie_down();
                 // Both ends of the wait lead to another look at what is waited for.
-                drop(self.waiters.wait_timeout(passed, RECHECK).unwrap_or_else(PoisonError::into_inner));
+                let woken = self.waiters.wait_timeout(passed, RECHECK);
+                woken.unwrap_or_else(PoisonError::into_inner).0.waiters.get_up();
             }
         }
+    }
+    fn passed(&self) -> MutexGuard<'_, Passed> {
+        self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -425,3 +425,46 @@ fn readers_beside_an_editor_see_whole_translations() {
         reader.join().unwrap();
     });
 }
+
+/// Tables that one GPU VM has emptied serve another, with nothing in them.
+#[test]
+fn emptied_tables_are_used_again_and_are_empty() {
+    let spares = Arc::new(Spares::default());
+    let table = || PageTable::charged(48, UNBOUNDED, Charge::default(), Arc::clone(&spares));
+    let (mut first, second) = (table(), table());
+    let page = 0x12_3456;
+    let run = Run { host: 0x7000_0000, pages: 3, writable: true };
+    let mut edit = first.edit();
+    edit.prepare(page, 3).unwrap();
+    edit.commit(page, [run]);
+    let leaf =
+        std::ptr::from_ref(first.lookup_block(page >> FANOUT_BITS).unwrap().leaf.get().unwrap().as_ref());
+    edit.clear(PageRange { start: page, end: page + 3 });
+    drop(edit);
+    first.reclaim(usize::MAX);
+    assert_eq!(first.table_bytes(), 0);
+
+    let mut edit = second.edit();
+    edit.prepare(page, 1).unwrap();
+    drop(edit);
+    let again = second.lookup_block(page >> FANOUT_BITS).unwrap().leaf.get().unwrap();
+    assert_eq!(std::ptr::from_ref(again.as_ref()), leaf);
+    assert!((0..BLOCK_PAGES).all(|slot| second.walk().lookup((page & !(BLOCK_PAGES - 1)) + slot).is_err()));
+    assert!(second.table_bytes() > 0);
+}
+
+/// However many are emptied, few are kept.
+#[test]
+fn few_emptied_tables_are_kept() {
+    let spares = Arc::new(Spares::default());
+    let mut table = PageTable::charged(48, UNBOUNDED, Charge::default(), Arc::clone(&spares));
+    let mut edit = table.edit();
+    for block in 0..100 {
+        edit.prepare(block << FANOUT_BITS, 1).unwrap();
+    }
+    edit.abandon(PageRange { start: 0, end: 100 << FANOUT_BITS });
+    drop(edit);
+    table.reclaim(usize::MAX);
+    let kept = std::iter::from_fn(|| spares.take_leaf()).count();
+    assert!((1..=16).contains(&kept), "{kept}");
+}

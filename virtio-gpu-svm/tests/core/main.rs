@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a failed step is a failed test")]
 
 mod backlog;
+mod brief;
 mod deadlines;
 mod ends;
 mod faults;

@@ -22,7 +22,7 @@ use crate::device::operands::WORD;
 use crate::device::{Access, Extent, ScatteredPage};
 use crate::memory::Region;
 use crate::numbered::Numbered;
-use crate::page_table::{NoTable, PageTable, Run, Translation, Walk};
+use crate::page_table::{NoTable, PageTable, Run, Spares, Translation, Walk};
 use crate::protocol::{PAGE_SHIFT, PAGE_SIZE};
 use crate::quota::Charge;
 use crate::seeded;
@@ -69,9 +69,9 @@ pub struct VmMemory {
 }
 
 impl VmMemory {
-    /// Nothing is mapped; the charge is for tables.
-    pub fn new(va_bits: u32, max_group: u8, tables: Charge) -> Self {
-        let table = PageTable::charged(va_bits, MAX_TABLE_BYTES, tables);
+    /// Nothing is mapped; the charge is for tables, of which the empty ones are shared with others.
+    pub fn new(va_bits: u32, max_group: u8, tables: Charge, spares: Arc<Spares>) -> Self {
+        let table = PageTable::charged(va_bits, MAX_TABLE_BYTES, tables, spares);
         let inner = Inner { table, regions: Mutex::default() };
         Self { inner: RwLock::new(inner), emptied: AtomicUsize::new(0), max_group }
     }
@@ -418,8 +418,10 @@ impl<'v> Memory<'v> {
     fn translate(&mut self, addr: u64, len: u64, access: Access) -> Result<Translation, Missing> {
         let missing = |level, denied| Missing { addr, len, access, level, denied };
         let page = addr >> PAGE_SHIFT;
+        // No further than the access goes: most have one page.
+        let most = (addr & (PAGE_SIZE - 1)).saturating_add(len).div_ceil(PAGE_SIZE).min(MAX_RUN);
         let walk = if access == Access::Read { &mut self.sources } else { &mut self.targets };
-        let found = seeded::kept(page, || walk.lookup_run(page, MAX_RUN));
+        let found = seeded::kept(page, || walk.lookup_run(page, most));
         preempt();
         match found {
             Ok(found) if allows(&found, access) => Ok(found),

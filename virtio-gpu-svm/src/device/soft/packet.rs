@@ -20,10 +20,13 @@ use crate::protocol::job::{
     OP_ATOMIC_ADD, OP_AXPY, OP_CHASE, OP_COPY, OP_FILL, OP_NOP, OP_REDUCE, OP_SEM_SIGNAL, OP_SEM_WAIT, Packet,
 };
 use crate::seeded;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Work of one slice, in bytes moved: about 30 us.
 const SLICE: u64 = 256 << 10;
+/// Of that, what is done of a slice at least when somebody waits for its end.
+const LEAST: u64 = SLICE / 16;
 /// What a node of a list costs, and what each packet costs at least: a cache miss or two.
 const STEP: u64 = 1 << 10;
 
@@ -128,9 +131,10 @@ impl ActiveJob {
         self.end(&Failure { errno, addr: missing.addr, access: missing.access })
     }
 
-    /// Runs the job until its slice is over or it must stop. `end` is the first address beyond the VM's space.
-    pub fn run(&mut self, memory: Memory<'_>, end: u64) -> SliceEnd {
-        let mut slice = Slice { memory, end, budget: SLICE, signalled: None };
+    /// Runs the job until its slice is over or it must stop. `end` is the first address beyond the VM's space. While `hurry`
+    /// is set the slice is over after a part.
+    pub fn run(&mut self, memory: Memory<'_>, end: u64, hurry: &AtomicBool) -> SliceEnd {
+        let mut slice = Slice { memory, end, hurry, budget: SLICE, signalled: None };
         let halt = match self.doom {
             Some(errno) => {
                 let (addr, access) = self.fault.map_or((0, Access::Read), |f| (f.addr, f.access));
@@ -204,6 +208,7 @@ impl From<Missing> for Stop {
 struct Slice<'v> {
     memory: Memory<'v>,
     end: u64,
+    hurry: &'v AtomicBool,
     budget: u64,
     signalled: Option<u64>,
 }
@@ -336,7 +341,9 @@ impl Slice<'_> {
     }
 
     fn check_budget(&self) -> Result<(), Stop> {
-        if self.budget == 0 { Err(Stop::Yield) } else { Ok(()) }
+        let over = self.budget == 0
+            || (self.budget <= SLICE.saturating_sub(LEAST) && self.hurry.load(Ordering::Relaxed));
+        if over { Err(Stop::Yield) } else { Ok(()) }
     }
 
     /// How many of these bytes the slice may move; they are spent. Whole words unless the packet ends.

@@ -22,7 +22,9 @@ use super::packet::{ActiveJob, Halt, SliceEnd};
 use crate::addr::GpuAddr;
 use crate::device::{Asid, Error, Fault, Flush, JobEnd, JobId, StopId, Ticket, Verdict, VmLabel};
 use crate::numbered::Numbered;
+use crate::sleepers::Sleepers;
 use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::turns::{Place, Turns};
 use std::collections::{BTreeMap, HashMap, VecDeque, btree_map, hash_map};
 use std::time::{Duration, Instant};
@@ -42,6 +44,8 @@ pub struct Vm {
     pub label: VmLabel,
     /// Its memory.
     pub memory: VmMemory,
+    /// Somebody waits for the engines in slices of it. A hint: a turn that another engine begins takes it back.
+    pub hurry: AtomicBool,
 }
 
 /// A job's turn on an engine.
@@ -171,7 +175,7 @@ pub struct Sched {
     signals: HashMap<Arc<str>, Signals>,
     epoch: u64,
     engines: Vec<Engine>,
-    sleeping: usize,
+    sleepers: Sleepers,
     /// Whether one of the sleeping engines wakes for the next poll.
     poller: bool,
     started: bool,
@@ -192,21 +196,23 @@ impl Sched {
             signals: HashMap::new(),
             epoch: 0,
             engines: vec![Engine::default(); usize::from(engines)],
-            sleeping: 0,
+            sleepers: Sleepers::default(),
             poller: false,
             started: false,
             stopping: false,
         }
     }
 
-    /// Lets engines work.
-    pub fn start(&mut self) {
+    /// Lets engines work. Whether any sleep, who are to be woken.
+    pub fn start(&mut self) -> bool {
         self.started = true;
+        self.sleepers.call_all()
     }
 
-    /// Makes engines return at their next checkpoint.
-    pub fn stop(&mut self) {
+    /// Makes engines return at their next checkpoint. Whether any sleep, who are to be woken.
+    pub fn stop(&mut self) -> bool {
         self.stopping = true;
+        self.sleepers.call_all()
     }
 
     /// A thread becomes this engine.
@@ -221,9 +227,9 @@ impl Sched {
         self.engine_mut(engine).attached = false;
     }
 
-    /// Whether a sleeping engine should look for work.
-    pub fn wants_engine(&self) -> bool {
-        self.sleeping > 0 && self.started && !self.turns.is_empty()
+    /// Whether a sleeping engine is to be woken for what there is to do.
+    pub fn calls_engine(&mut self) -> bool {
+        self.started && self.sleepers.call(self.turns.len())
     }
 
     /// Adds a VM.
@@ -254,6 +260,7 @@ impl Sched {
     pub fn vm_destroy(&mut self, asid: Asid) -> impl Sized + use<> {
         let state = self.vms.get_mut(&asid).filter(|state| !state.dying)?;
         state.dying = true;
+        state.hurry();
         state.ready.clear();
         state.leave(&mut self.turns);
         let rings = std::mem::take(&mut state.rings);
@@ -314,6 +321,7 @@ impl Sched {
         let Some(state) = self.vms.get_mut(&asid) else { return };
         if barred {
             state.barred = state.barred.saturating_add(1);
+            state.hurry();
             state.leave(&mut self.turns);
         } else {
             state.barred = state.barred.saturating_sub(1);
@@ -334,6 +342,7 @@ impl Sched {
             Some(state) if state.running > 0 => {
                 self.epoch = self.epoch.saturating_add(1);
                 state.tickets.push_back(self.epoch);
+                state.hurry();
                 Flush::Pending(Ticket(self.epoch))
             }
             _ => Flush::Done,
@@ -374,7 +383,7 @@ impl Sched {
 
     /// An engine woke up.
     pub fn end_sleep(&mut self, nap: Nap) {
-        self.sleeping = self.sleeping.saturating_sub(1);
+        self.sleepers.get_up();
         self.poller &= nap.0.is_none();
     }
 
@@ -570,7 +579,7 @@ impl Sched {
     }
 
     fn sleep(&mut self) -> Nap {
-        self.sleeping = self.sleeping.saturating_add(1);
+        self.sleepers.lie_down();
         if self.poller || self.waiters.is_empty() {
             return Nap(None);
         }
@@ -631,6 +640,11 @@ impl VmState {
         }
     }
 
+    /// Asks its engines to end their slices soon.
+    fn hurry(&self) {
+        self.vm.hurry.store(true, Ordering::Relaxed);
+    }
+
     fn may_run(&self) -> bool {
         let crowded = self.running > 0 && self.vm.memory.wants_reclaim();
         !self.frozen && self.barred == 0 && !self.dying && !crowded
@@ -649,6 +663,7 @@ impl VmState {
         let ring = self.ready.pop_front()?;
         let Some(Front::Ready(job)) = self.take_front(ring) else { panic!("ring {ring} is not ready") };
         self.running = self.running.saturating_add(1);
+        self.vm.hurry.store(false, Ordering::Relaxed);
         let seen = (signals, self.writes);
         Some(Turn { vm: Arc::clone(&self.vm), ring, job, seen, freezes: self.freezes })
     }

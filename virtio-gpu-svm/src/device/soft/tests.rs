@@ -38,6 +38,24 @@ enum Event {
     Retired(Asid),
 }
 
+/// The schedule of a GPU with one engine and one VM, without threads.
+fn bare(parks: bool) -> (Sched, Arc<Vm>) {
+    let mut sched = Sched::new(1, parks);
+    sched.start();
+    let memory = VmMemory::new(48, 1, Charge::default(), Arc::default());
+    let vm = Arc::new(Vm { asid: Asid(1), label: label(1), memory, hurry: AtomicBool::new(false) });
+    sched.vm_create(Arc::clone(&vm)).unwrap();
+    (sched, vm)
+}
+
+/// The turn that the engine gets, of a job.
+fn turn_of(sched: &mut Sched) -> Turn {
+    match sched.next(0) {
+        Ok(Next::Run(turn)) => turn,
+        _ => panic!("no job is ready"),
+    }
+}
+
 type Answer = Box<dyn Fn(&SoftDevice, Fault) + Send + Sync>;
 
 /// Records what the device says.

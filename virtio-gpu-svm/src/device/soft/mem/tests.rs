@@ -21,7 +21,7 @@ fn extent(region: &Arc<Region>, page: u64, pages: u64) -> Extent<'_> {
 
 #[test]
 fn bind_without_room_for_tables_changes_nothing() {
-    let memory = VmMemory::new(57, 1, Charge::default());
+    let memory = VmMemory::new(57, 1, Charge::default(), Arc::default());
     let region = region(1024);
     // A leaf and a block table for each page, until no more fit.
     let mut bound = 0u64;
@@ -42,7 +42,7 @@ fn bind_without_room_for_tables_changes_nothing() {
 fn extent_beyond_its_region_is_not_bound() {
     let region = region(4);
     for (offset, pages) in [(0, 5), (PAGE_SIZE, 4), (8, 1), (!4095, 2), (0, u64::MAX), (0, 0)] {
-        let memory = VmMemory::new(48, 1, Charge::default());
+        let memory = VmMemory::new(48, 1, Charge::default(), Arc::default());
         let bad = Extent { region: &region, offset, pages, writable: true };
         let bind = || memory.bind(0, &[extent(&region, 0, 1), bad]);
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(bind)).is_err(), "{offset:#x}+{pages}");
@@ -55,7 +55,7 @@ fn extent_beyond_its_region_is_not_bound() {
 fn scattered_page_beyond_its_region_is_not_bound() {
     let region = region(4);
     for offset in [4 * PAGE_SIZE, 5 * PAGE_SIZE, !(PAGE_SIZE - 1)] {
-        let memory = VmMemory::new(48, 1, Charge::default());
+        let memory = VmMemory::new(48, 1, Charge::default(), Arc::default());
         let pages = [0, offset, PAGE_SIZE].map(|offset| ScatteredPage::new(offset, true));
         let bind = || memory.bind_pages(0, &region, &pages);
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(bind)).is_err(), "{offset:#x}");
@@ -67,7 +67,7 @@ fn scattered_page_beyond_its_region_is_not_bound() {
 
 #[test]
 fn scattered_pages_without_room_for_tables_change_nothing() {
-    let memory = VmMemory::new(57, 1, Charge::default());
+    let memory = VmMemory::new(57, 1, Charge::default(), Arc::default());
     let region = region(1024);
     let mut bound = 0u64;
     while memory.bind(bound << 18, &[extent(&region, 0, 1)]).is_ok() {
@@ -87,7 +87,7 @@ fn scattered_pages_without_room_for_tables_change_nothing() {
 
 #[test]
 fn empty_tables_wait_for_the_view_to_end() {
-    let memory = VmMemory::new(48, 1, Charge::default());
+    let memory = VmMemory::new(48, 1, Charge::default(), Arc::default());
     let region = region(1);
     let view = memory.view();
     for block in 0..RECLAIM_PRESSURE as u64 {
@@ -105,7 +105,7 @@ fn empty_tables_wait_for_the_view_to_end() {
 
 #[test]
 fn vm_is_taken_apart_in_batches_and_lets_go_of_its_regions() {
-    let memory = VmMemory::new(48, 1, Charge::default());
+    let memory = VmMemory::new(48, 1, Charge::default(), Arc::default());
     let region = region(1);
     let blocks = 3 * FREE_BATCH as u64;
     for block in 0..blocks {
@@ -122,7 +122,7 @@ fn vm_is_taken_apart_in_batches_and_lets_go_of_its_regions() {
 
 #[test]
 fn span_ends_with_its_translation() {
-    let memory = VmMemory::new(48, 1, Charge::default());
+    let memory = VmMemory::new(48, 1, Charge::default(), Arc::default());
     let region = region(1024);
     memory.bind(511, &[extent(&region, 0, 513)]).unwrap();
     let view = memory.view();

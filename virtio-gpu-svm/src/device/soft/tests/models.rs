@@ -60,28 +60,22 @@ fn miss_of_a_frozen_vm_is_repeated_once_it_is_thawed() {
 /// Freeze, unbind, bind elsewhere and thaw, all within one slice, which looked its page up in between.
 #[test]
 fn miss_under_a_freeze_that_is_over_is_repeated() {
-    let (mut sched, asid, memory) = (Sched::new(1, false), Asid(1), Memory::new(1));
-    sched.start();
-    let vm = Arc::new(Vm { asid, label: label(1), memory: VmMemory::new(48, 1, Charge::default()) });
-    sched.vm_create(Arc::clone(&vm)).unwrap();
+    let (mut sched, vm) = bare(false);
+    let (asid, memory) = (vm.asid, Memory::new(1));
     let job = Job { id: JobId(1), ring_idx: 0, packets: vec![fill(C, 8, 5)] };
     sched.submit(asid, 0, Box::new(ActiveJob::new(job))).unwrap();
 
-    let turn = |sched: &mut Sched| match sched.next(0) {
-        Ok(Next::Run(turn)) => turn,
-        _ => panic!("the job is not ready"),
-    };
-    let mut first = turn(&mut sched);
+    let mut first = turn_of(&mut sched);
     assert!(matches!(sched.set_frozen(asid, true), Flush::Pending(_)));
-    let slice = first.job.run(vm.memory.view().memory(), 1 << 48);
+    let slice = first.job.run(vm.memory.view().memory(), 1 << 48, &vm.hurry);
     assert!(matches!(slice.halt, Halt::Fault(..)));
     vm.memory.bind(C >> 12, &[memory.extent(0, 1, true)]).unwrap();
     assert_eq!(sched.set_frozen(asid, false), Flush::Done);
     let (report, over) = sched.end_turn(0, first, slice);
     assert!(report.is_some_and(|r| r.done.is_none() && r.fault.is_none()) && over.is_none());
 
-    let mut second = turn(&mut sched);
-    let slice = second.job.run(vm.memory.view().memory(), 1 << 48);
+    let mut second = turn_of(&mut sched);
+    let slice = second.job.run(vm.memory.view().memory(), 1 << 48, &vm.hurry);
     assert!(matches!(slice.halt, Halt::End(JobEnd { errno: OK, .. })));
     assert_eq!(memory.get(0), 5);
 }

@@ -413,3 +413,47 @@ fn time_at_a_fault_or_frozen_costs_nothing() {
     rig.device.resume(stop, Verdict::Retry);
     assert_eq!((rig.end_of(waiting).errno, rig.end_of(faulting).errno), (0, 0));
 }
+
+fn nops(count: usize) -> Box<ActiveJob> {
+    let packets = vec![Packet::default(); count];
+    Box::new(ActiveJob::new(Job { id: JobId(1), ring_idx: 0, packets }))
+}
+
+/// Whoever waits for an engine waits for a sixteenth of a slice, and the job gets on all the same.
+#[test]
+fn slice_that_is_waited_for_ends_soon() {
+    let slices = |hurry| {
+        let (_, vm) = bare(true);
+        vm.hurry.store(hurry, Ordering::Relaxed);
+        let mut job = nops(1024);
+        let mut slice = || job.run(vm.memory.view().memory(), 1 << 48, &vm.hurry).halt;
+        (1..).find(|_| matches!(slice(), Halt::End(_))).unwrap()
+    };
+    assert_eq!((slices(false), slices(true)), (4, 64));
+}
+
+#[test]
+fn flush_bar_and_end_of_a_vm_are_waited_for_and_the_next_turn_is_not() {
+    let waits: [fn(&mut Sched, Asid); 4] = [
+        |sched, asid| assert!(matches!(sched.flush(asid), Flush::Pending(_))),
+        |sched, asid| assert!(matches!(sched.set_frozen(asid, true), Flush::Pending(_))),
+        |sched, asid| sched.set_barred(asid, true),
+        |sched, asid| drop(sched.vm_destroy(asid)),
+    ];
+    for wait in waits {
+        let (mut sched, vm) = bare(true);
+        sched.submit(vm.asid, 0, nops(1024)).unwrap();
+        let mut turn = turn_of(&mut sched);
+        let hurry = || vm.hurry.load(Ordering::Relaxed);
+        assert!(!hurry());
+        wait(&mut sched, vm.asid);
+        assert!(hurry());
+        let end = turn.job.run(vm.memory.view().memory(), 1 << 48, &vm.hurry);
+        drop(sched.end_turn(0, turn, end));
+        _ = sched.set_frozen(vm.asid, false);
+        sched.set_barred(vm.asid, false);
+        if let Ok(Next::Run(_)) = sched.next(0) {
+            assert!(!hurry());
+        }
+    }
+}
