@@ -23,7 +23,7 @@ pub use reach::RingMemory;
 
 use crate::busy_poll::{BusyPoll, Clock};
 use crate::ring::{FrameworkMemory, Ring};
-use chain::{Chain, Span, Walk};
+use chain::{Chain, Walk};
 use split::Split;
 use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
@@ -102,12 +102,11 @@ pub enum Served {
     Stopped,
 }
 
-/// A chain that must be given back: by [`Turn::complete`] or, unused, by [`Turn::put_back`].
+/// A chain that must be given back before the next is taken: by [`Turn::complete`] or, unused, by [`Turn::put_back`].
 #[derive(Debug)]
 #[must_use = "the driver waits for this chain"]
 pub struct Token {
     head: u16,
-    writable: Vec<Span>,
     room: usize,
     settled: bool,
 }
@@ -125,20 +124,23 @@ impl Drop for Token {
     }
 }
 
+/// Chains that are given back before the driver sees the first of them, at most.
+const UNPUBLISHED: u16 = 16;
+
 /// Bytes of commands, and of answers, for which a ring keeps room between two visits: twice the longest list of runs.
 const KEPT_BYTES: usize = 1 << 18;
 
 /// Empty lists with the room that earlier chains needed, so that a command that is like the one before allocates nothing.
 #[derive(Default)]
 pub(crate) struct Spare {
-    readable: Vec<Span>,
-    writable: Vec<Span>,
+    /// The last chain.
+    chain: Chain,
     command: Vec<u8>,
     answer: Vec<u8>,
 }
 
 /// One visit to a ring.
-pub struct Turn<'a, M = GuestMemoryMmap> {
+pub struct Turn<'a, M: RingMemory = GuestMemoryMmap> {
     /// Before the lock, so that an old map is let go while only this ring waits.
     split: Split<M>,
     state: MutexGuard<'a, VringState<FrameworkMemory>>,
@@ -147,6 +149,8 @@ pub struct Turn<'a, M = GuestMemoryMmap> {
     ring: &'a Ring,
     cost: Cost,
     spare: Spare,
+    /// Whether a token is out: its chain is in `spare`.
+    taken: bool,
     /// The first malformed chain of this turn.
     refused: Option<ChainError>,
 }
@@ -182,7 +186,7 @@ impl<'a, M: RingMemory> Turn<'a, M> {
         ring.check_setup()?;
         let split = Split::enter(state.get_queue(), memory()).ok_or(RingError::BadRings)?;
         let (cost, spare) = (Cost::default(), ring.take_spare());
-        Ok(Some(Self { state, split, budget, ring, cost, spare, refused: None }))
+        Ok(Some(Self { state, split, budget, ring, cost, spare, taken: false, refused: None }))
     }
 
     /// Where the driver's index stands: 0 in a ring that has not been used since it was made.
@@ -203,19 +207,20 @@ impl<'a, M: RingMemory> Turn<'a, M> {
 
     /// Has command after command carried out by `act`, which is given the command and the room for its answer, and gives each
     /// chain back with what it has written. When there is none, `poll` says how long it is looked for another. The driver
-    /// need not notify meanwhile.
+    /// need not notify meanwhile. It sees several answers at once, but none waits for a command that is not `brief`.
     ///
     /// # Errors
     /// [`RingError`]; the ring must be latched.
     pub fn serve<C: Clock>(
         &mut self,
         poll: &mut BusyPoll<C>,
+        brief: impl Fn(&[u8]) -> bool,
         act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
         let mut command = std::mem::take(&mut self.spare.command);
         let mut answer = std::mem::take(&mut self.spare.answer);
         poll.begin_visit();
-        let served = self.serve_with((&mut command, &mut answer), poll, act);
+        let served = self.serve_with((&mut command, &mut answer), poll, brief, act);
         (self.spare.command, self.spare.answer) = (command, answer);
         served
     }
@@ -224,6 +229,7 @@ impl<'a, M: RingMemory> Turn<'a, M> {
         &mut self,
         (command, answer): (&mut Vec<u8>, &mut Vec<u8>),
         poll: &mut BusyPoll<C>,
+        brief: impl Fn(&[u8]) -> bool,
         mut act: impl FnMut(&[u8], &mut Vec<u8>, usize) -> ControlFlow<()>,
     ) -> Result<Served, RingError> {
         self.disarm()?;
@@ -234,6 +240,9 @@ impl<'a, M: RingMemory> Turn<'a, M> {
                 Next::Empty => return Ok(Served::Empty),
                 Next::Spent => return Ok(Served::Spent),
             };
+            if !brief(command) {
+                self.split.publish()?;
+            }
             answer.clear();
             if act(command, answer, token.room()).is_break() {
                 self.put_back(token);
@@ -262,18 +271,22 @@ impl<'a, M: RingMemory> Turn<'a, M> {
     ///
     /// # Errors
     /// [`RingError`]; the ring must be latched.
+    ///
+    /// # Panics
+    /// If the chain before was not given back.
     pub fn next(&mut self, command: &mut Vec<u8>) -> Result<Next, RingError> {
+        assert!(!self.taken, "the chain before was not given back");
         loop {
             if self.is_spent() {
                 return Ok(Next::Spent);
             }
             let Some(head) = self.split.pop()? else { return Ok(Next::Empty) };
             match self.walk(head) {
-                Ok(chain) => {
-                    self.copy_in(&chain, command)?;
-                    let (writable, room) = (chain.writable, chain.room);
-                    self.spare.readable = chain.readable;
-                    return Ok(Next::Chain(Token { head, writable, room, settled: false }));
+                Ok(()) => {
+                    self.copy_in(command)?;
+                    self.taken = true;
+                    let room = self.spare.chain.room;
+                    return Ok(Next::Chain(Token { head, room, settled: false }));
                 }
                 Err(error) => {
                     self.refused.get_or_insert(error);
@@ -289,11 +302,10 @@ impl<'a, M: RingMemory> Turn<'a, M> {
     /// # Errors
     /// [`RingError::Inaccessible`].
     pub fn complete(&mut self, mut token: Token, answer: &[u8]) -> Result<(), RingError> {
-        token.settled = true;
-        let spans = std::mem::take(&mut token.writable);
+        (token.settled, self.taken) = (true, false);
         let mut rest = answer;
         let mut written: usize = 0;
-        for span in spans.iter().filter(|span| span.bytes > 0) {
+        for span in self.spare.chain.writable.iter().filter(|span| span.bytes > 0) {
             if rest.is_empty() {
                 break;
             }
@@ -302,14 +314,12 @@ impl<'a, M: RingMemory> Turn<'a, M> {
             written = written.saturating_add(now.len());
             rest = later;
         }
-        self.spare.writable = spans;
         self.give_back(token.head, u32::try_from(written).unwrap_or(u32::MAX))
     }
 
     /// Leaves the chain that was taken last where it was.
     pub fn put_back(&mut self, mut token: Token) {
-        token.settled = true;
-        self.spare.writable = std::mem::take(&mut token.writable);
+        (token.settled, self.taken) = (true, false);
         self.split.put_back();
     }
 
@@ -358,20 +368,20 @@ impl<'a, M: RingMemory> Turn<'a, M> {
 
     fn give_back(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         self.cost.chains = self.cost.chains.saturating_add(1);
-        self.split.give_back(head, written)
+        self.split.give_back(head, written)?;
+        if self.split.unpublished() < UNPUBLISHED { Ok(()) } else { self.split.publish() }
     }
 
-    fn walk(&mut self, head: u16) -> Result<Chain, ChainError> {
+    fn walk(&mut self, head: u16) -> Result<(), ChainError> {
         let table = self.split.table();
-        let Spare { readable, writable, .. } = &mut self.spare;
-        let room = (std::mem::take(readable), std::mem::take(writable));
-        let mut walk = Walk::new(&mut self.split.reach, self.budget.chain, room);
-        let chain = walk.run(table, head);
+        let mut walk = Walk::new(&mut self.split.reach, self.budget.chain, &mut self.spare.chain);
+        let outcome = walk.run(table, head);
         self.cost.descriptors = self.cost.descriptors.saturating_add(walk.copied());
-        chain
+        outcome
     }
 
-    fn copy_in(&mut self, chain: &Chain, command: &mut Vec<u8>) -> Result<(), RingError> {
+    fn copy_in(&mut self, command: &mut Vec<u8>) -> Result<(), RingError> {
+        let chain = &self.spare.chain;
         self.cost.bytes = self.cost.bytes.saturating_add(chain.command_bytes);
         command.clear();
         command.reserve(chain.command_bytes);
@@ -382,8 +392,10 @@ impl<'a, M: RingMemory> Turn<'a, M> {
     }
 }
 
-impl<M> Drop for Turn<'_, M> {
+impl<M: RingMemory> Drop for Turn<'_, M> {
     fn drop(&mut self) {
+        // A visit that failed has answered chains too. There is nobody left to be told if this fails.
+        self.split.publish().ok();
         self.split.leave(self.state.get_queue_mut());
         self.ring.counts().add(self.cost);
         let mut spare = std::mem::take(&mut self.spare);

@@ -33,6 +33,7 @@ use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -96,6 +97,32 @@ enum Driver {
     Stopped { reset: bool },
 }
 
+/// A [`Driver`] that the message thread and the queue thread change. It is looked at before each command: a lock would make
+/// that wait for the answer before, which is on its way to the driver's CPU.
+struct DriverCell(AtomicU8);
+
+impl DriverCell {
+    const KNOWN: u8 = 0;
+    const STOPPED: u8 = 1;
+    const RESET: u8 = 2;
+
+    fn get(&self) -> Driver {
+        match self.0.load(Ordering::SeqCst) {
+            Self::KNOWN => Driver::Known,
+            code => Driver::Stopped { reset: code == Self::RESET },
+        }
+    }
+
+    fn set(&self, driver: Driver) {
+        let code = match driver {
+            Driver::Known => Self::KNOWN,
+            Driver::Stopped { reset: false } => Self::STOPPED,
+            Driver::Stopped { reset: true } => Self::RESET,
+        };
+        self.0.store(code, Ordering::SeqCst);
+    }
+}
+
 /// One session.
 pub struct Session {
     me: Weak<Self>,
@@ -107,8 +134,7 @@ pub struct Session {
     fuse: Arc<Fuse>,
     exit: ExitEvent,
     rings: OnceLock<Vec<Ring>>,
-    /// Guards the state, which the message thread and the queue thread change; a section is one assignment or look.
-    driver: Mutex<Driver>,
+    driver: DriverCell,
     /// The queue thread's, which takes it for a visit of the control queue.
     busy_poll: Mutex<BusyPoll>,
     allow_unsealed: bool,
@@ -160,7 +186,7 @@ impl Session {
             fuse,
             exit,
             rings: OnceLock::new(),
-            driver: Mutex::new(Driver::Known),
+            driver: DriverCell(AtomicU8::new(DriverCell::KNOWN)),
             busy_poll: Mutex::new(BusyPoll::new(Monotonic::default(), setup.busy_poll)),
             allow_unsealed: setup.allow_unsealed,
         }))
@@ -227,11 +253,11 @@ impl Session {
     }
 
     fn driver(&self) -> Driver {
-        *self.driver.lock().unwrap_or_else(PoisonError::into_inner)
+        self.driver.get()
     }
 
     fn set_driver(&self, driver: Driver) {
-        *self.driver.lock().unwrap_or_else(PoisonError::into_inner) = driver;
+        self.driver.set(driver);
         self.events.set_open(driver == Driver::Known);
     }
 
@@ -322,7 +348,7 @@ impl Session {
         let mut own = self.busy_poll.lock().unwrap_or_else(PoisonError::into_inner);
         let mut none = BusyPoll::new(Monotonic::default(), Duration::ZERO);
         let poll = if queue == CONTROLQ { &mut *own } else { &mut none };
-        let served = turn.serve(poll, |command, answer, room| {
+        let served = turn.serve(poll, Guest::is_brief, |command, answer, room| {
             // The ring's lock must not be poisoned by a fault of the core.
             match catch_unwind(AssertUnwindSafe(|| self.carry_out(queue, command, answer, room))) {
                 Ok(()) => ControlFlow::Continue(()),

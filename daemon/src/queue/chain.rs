@@ -92,6 +92,15 @@ pub(super) struct Chain {
     pub(super) room: usize,
 }
 
+impl Chain {
+    /// Forgets them, and keeps the lists' room.
+    fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+        (self.command_bytes, self.room) = (0, 0);
+    }
+}
+
 /// The table of a ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Table {
@@ -104,19 +113,17 @@ pub(super) struct Walk<'m, M> {
     reach: &'m mut Reach<M>,
     /// Most descriptors.
     most: u32,
-    chain: Chain,
+    chain: &'m mut Chain,
     descriptors: u32,
     bytes: u32,
     copied: u32,
 }
 
 impl<'m, M: RingMemory> Walk<'m, M> {
-    /// Fills these two lists, of readable and of writable spans, whatever they held.
-    pub(super) fn new(reach: &'m mut Reach<M>, most: u32, lists: (Vec<Span>, Vec<Span>)) -> Self {
-        let (mut readable, mut writable) = lists;
-        readable.clear();
-        writable.clear();
-        let chain = Chain { readable, writable, ..Chain::default() };
+    /// What is found is in `chain`, whatever that held. It is filled where it is: to move its lists would wait for all that was
+    /// written before, answers on their way to the driver's CPU among it.
+    pub(super) fn new(reach: &'m mut Reach<M>, most: u32, chain: &'m mut Chain) -> Self {
+        chain.clear();
         Self { reach, most, chain, descriptors: 0, bytes: 0, copied: 0 }
     }
 
@@ -126,7 +133,7 @@ impl<'m, M: RingMemory> Walk<'m, M> {
     }
 
     /// Walks from `head` on.
-    pub(super) fn run(&mut self, table: Table, head: u16) -> Result<Chain, ChainError> {
+    pub(super) fn run(&mut self, table: Table, head: u16) -> Result<(), ChainError> {
         let mut seen = Seen::default();
         let mut index = head;
         loop {
@@ -146,7 +153,7 @@ impl<'m, M: RingMemory> Walk<'m, M> {
                 None => break,
             }
         }
-        Ok(std::mem::take(&mut self.chain))
+        Ok(())
     }
 
     fn run_indirect(&mut self, descriptor: &Descriptor) -> Result<(), ChainError> {

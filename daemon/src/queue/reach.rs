@@ -163,7 +163,11 @@ impl<M: RingMemory> Reach<M> {
     /// Whether a buffer is in guest memory.
     #[inline]
     pub(super) fn holds(&mut self, at: u64, bytes: usize, access: Permissions) -> bool {
-        self.buffer(at, bytes).is_some() || self.memory.check_range(GuestAddress(at), bytes, access)
+        let known = self.buffer(at, bytes);
+        if let Some(host) = known.filter(|_| access == Permissions::Write) {
+            fetch_to_write(host);
+        }
+        known.is_some() || self.memory.check_range(GuestAddress(at), bytes, access)
     }
 
     /// Fills `into` from a buffer.
@@ -207,4 +211,18 @@ impl<M: RingMemory> Reach<M> {
         self.buffers = Piece::find(&*self.memory, at)?;
         self.buffers.host(at, bytes)
     }
+}
+
+/// Has this CPU fetch the line of an answer while the command is carried out. The driver's CPU wrote it last, and a store
+/// that waits for it holds up all that follow.
+#[inline]
+fn fetch_to_write(host: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: a hint: it reads and writes nothing, and the address may be any.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(host.cast_const().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = host;
 }

@@ -3,7 +3,8 @@
 //! The framework's queue owns setup and positions. Both are copied when a visit begins, and the positions are given back
 //! when it ends ([`Split::leave`]); it holds the ring's lock meanwhile, so nobody sees them differ.
 //!
-//! The driver's index is read once for all chains that it shows: what is known to be available needs no other look.
+//! The driver's index is read once for all chains that it shows: what is known to be available needs no other look. Ours is
+//! written once for several chains that were given back ([`Split::publish`]): whoever polls it fetches it anew each time.
 
 use super::RingError;
 use super::chain::Table;
@@ -35,6 +36,8 @@ pub(super) struct Split<M> {
     event_idx: bool,
     next_avail: u16,
     next_used: u16,
+    /// `next_used` as the driver knows it.
+    published: u16,
     /// The driver's index when it was read last; at least `next_avail`.
     available: u16,
     /// `next_used` when it was last asked whether the driver wants to be interrupted.
@@ -60,6 +63,11 @@ impl<M> Split<M> {
     /// Whether chains were given back since it was last asked whether the driver wants to know.
     pub(super) fn has_untold(&self) -> bool {
         self.told != self.next_used
+    }
+
+    /// Chains that were given back and not shown to the driver.
+    pub(super) fn unpublished(&self) -> u16 {
+        self.next_used.wrapping_sub(self.published)
     }
 
     /// Gives the positions back.
@@ -108,6 +116,7 @@ impl<M: RingMemory> Split<M> {
             event_idx: queue.event_idx_enabled(),
             next_avail: queue.next_avail(),
             next_used: queue.next_used(),
+            published: queue.next_used(),
             available: queue.next_avail(),
             told: queue.next_used(),
         })
@@ -139,15 +148,25 @@ impl<M: RingMemory> Split<M> {
         Ok(self.load_available(Ordering::Relaxed)? != self.next_avail)
     }
 
-    /// Gives a chain back, with so many bytes written to it.
+    /// Gives a chain back, with so many bytes written to it. The driver sees it when that is published.
     #[inline]
     pub(super) fn give_back(&mut self, head: u16, written: u32) -> Result<(), RingError> {
         let element = self.entry(self.used, self.next_used, ELEMENT_BYTES);
         self.reach.store_element(element, [head.into(), written])?;
         self.next_used = self.next_used.wrapping_add(1);
-        let index = self.used.saturating_add(INDEX);
-        // The answer and the element are seen behind it.
-        Ok(self.reach.store(index, self.next_used, Ordering::Release)?)
+        Ok(())
+    }
+
+    /// Shows the driver what was given back.
+    #[inline]
+    pub(super) fn publish(&mut self) -> Result<(), RingError> {
+        if self.published == self.next_used {
+            return Ok(());
+        }
+        // Answers and elements are seen behind it.
+        self.reach.store(self.used.saturating_add(INDEX), self.next_used, Ordering::Release)?;
+        self.published = self.next_used;
+        Ok(())
     }
 
     /// Asks the driver to notify again. `true`: something arrived meanwhile.
@@ -170,9 +189,10 @@ impl<M: RingMemory> Split<M> {
         Ok(())
     }
 
-    /// Whether the driver wants to be interrupted for what was given back since this was asked last. Without event
-    /// indices it is always told: so does the crate, and its flag is a hint.
+    /// Publishes, and says whether the driver wants to be interrupted for what was given back since this was asked last.
+    /// Without event indices it is always told: so does the crate, and its flag is a hint.
     pub(super) fn wants_interrupt(&mut self) -> Result<bool, RingError> {
+        self.publish()?;
         // Either the driver sees the used index when it has set its event index, or that is seen here.
         fence(Ordering::SeqCst);
         let old = std::mem::replace(&mut self.told, self.next_used);

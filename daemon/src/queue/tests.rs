@@ -144,11 +144,15 @@ fn rings_and_buffers_across_regions_are_served_like_others() {
             driver.offer(0);
             let mut turn = driver.turn();
             let mut commands = Vec::new();
-            let served = turn.serve(&mut at_once(), |command, answer, _| {
-                commands.push(command.to_vec());
-                answer.extend(b"wxyz");
-                ControlFlow::Continue(())
-            });
+            let served = turn.serve(
+                &mut at_once(),
+                |_| true,
+                |command, answer, _| {
+                    commands.push(command.to_vec());
+                    answer.extend(b"wxyz");
+                    ControlFlow::Continue(())
+                },
+            );
             assert_eq!(served, Ok(Served::Empty), "{cut:#x}");
             turn.finish().unwrap();
             assert_eq!(commands, [b"abcdef"], "{cut:#x}");
@@ -188,7 +192,7 @@ fn positions_are_the_frameworks_after_each_visit() {
     assert_eq!(positions(&driver), (8, 10));
 
     let mut turn = driver.turn();
-    assert_eq!(turn.serve(&mut at_once(), |_, _, _| ControlFlow::Continue(())), Ok(Served::Empty));
+    assert_eq!(turn.serve(&mut at_once(), |_| true, |_, _, _| ControlFlow::Continue(())), Ok(Served::Empty));
     turn.finish().unwrap();
     assert_eq!(positions(&driver), (10, 12));
 }
@@ -200,14 +204,18 @@ fn visit_leaves_room_to_the_next_and_not_too_much() {
         driver.descriptor(0, DATA, bytes, 0, 0);
         driver.offer(0);
         let mut turn = driver.turn();
-        let served = turn.serve(&mut at_once(), |_, answer, _| {
-            answer.resize(usize::try_from(bytes).unwrap(), 0);
-            ControlFlow::Continue(())
-        });
+        let served = turn.serve(
+            &mut at_once(),
+            |_| true,
+            |_, answer, _| {
+                answer.resize(usize::try_from(bytes).unwrap(), 0);
+                ControlFlow::Continue(())
+            },
+        );
         assert_eq!(served, Ok(Served::Empty));
         drop(turn);
         let spare = driver.ring.take_spare();
-        let room = [spare.command.capacity(), spare.answer.capacity(), spare.readable.capacity()];
+        let room = [spare.command.capacity(), spare.answer.capacity(), spare.chain.readable.capacity()];
         driver.ring.return_spare(spare);
         room
     };
@@ -755,14 +763,72 @@ fn commands_that_come_while_the_ring_is_looked_at_are_served_in_the_same_visit()
     let mut poll = BusyPoll::new(beside, Duration::from_micros(10));
     let mut commands = 0;
     let mut turn = driver.turn();
-    let served = turn.serve(&mut poll, |_, _, _| {
-        commands += 1;
-        ControlFlow::Continue(())
-    });
+    let served = turn.serve(
+        &mut poll,
+        |_| true,
+        |_, _, _| {
+            commands += 1;
+            ControlFlow::Continue(())
+        },
+    );
     assert_eq!((served, commands), (Ok(Served::Empty), 4));
     turn.finish().unwrap();
     assert_eq!(interrupts, 3);
     assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), 4);
+}
+
+/// What the driver sees when each of `commands` is carried out: chains that were given back.
+fn seen_before_each(commands: &[&[u8; 4]]) -> Vec<u16> {
+    let mut driver = Driver::new();
+    driver.ring.set_queue_size(64);
+    driver.size = 64;
+    for (index, command) in (0_u16..).zip(commands) {
+        let at = DATA + 16 * u64::from(index);
+        driver.memory.write_slice(*command, GuestAddress(at)).unwrap();
+        driver.descriptor(index, at, 4, 0, 0);
+        driver.offer(index);
+    }
+    let mut seen = Vec::new();
+    let mut turn = driver.turn();
+    let served = turn.serve(
+        &mut at_once(),
+        |command| command != b"long",
+        |_, _, _| {
+            seen.push(driver.memory.read_obj(GuestAddress(USED + 2)).unwrap());
+            ControlFlow::Continue(())
+        },
+    );
+    assert_eq!(served, Ok(Served::Empty));
+    assert_eq!(driver.used().len(), commands.len(), "before the visit ends");
+    turn.finish().unwrap();
+    seen
+}
+
+#[test]
+fn driver_sees_answers_to_brief_commands_together() {
+    let seen = seen_before_each(&[b"tiny"; 40]);
+    let expected: Vec<u16> = (0..40).map(|before| before / UNPUBLISHED * UNPUBLISHED).collect();
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn no_answer_waits_for_a_command_that_may_be_long() {
+    let seen = seen_before_each(&[b"tiny", b"tiny", b"long", b"long", b"tiny", b"tiny"]);
+    assert_eq!(seen, [0, 0, 2, 3, 3, 3]);
+}
+
+/// A ring that breaks has answered what came before.
+#[test]
+fn answers_before_a_broken_head_are_seen() {
+    let mut driver = Driver::new();
+    driver.descriptor(0, DATA, 4, 0, 0);
+    driver.offer(0);
+    driver.offer(SIZE);
+    let mut turn = driver.turn();
+    let served = turn.serve(&mut at_once(), |_| true, |_, _, _| ControlFlow::Continue(()));
+    assert_eq!(served, Err(RingError::HeadOutOfRange(SIZE)));
+    drop(turn);
+    assert_eq!(driver.used(), [(0, 0)]);
 }
 
 /// What the dearest visits cost. Nothing is asserted:

@@ -10,6 +10,7 @@ use daemon::ring::Ring;
 use std::ops::ControlFlow;
 use std::time::Duration;
 use vhost_user_backend::VringT;
+use virtio_gpu_svm::guest::Guest;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::bulk::nothing;
@@ -66,7 +67,7 @@ impl RoundTrip {
             Turn::begin(&self.ring, Budget::COMMANDS, memory)?.context("the ring is not served")?;
         let scene = &self.scene;
         let mut poll = BusyPoll::new(Monotonic::default(), Duration::ZERO);
-        let served = turn.serve(&mut poll, |command, answer, room| {
+        let served = turn.serve(&mut poll, Guest::is_brief, |command, answer, room| {
             scene.answer(command, answer, room);
             ControlFlow::Continue(())
         })?;
