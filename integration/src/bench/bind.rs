@@ -19,6 +19,7 @@ use crate::random::Random;
 use anyhow::Result;
 use ours::{Ours, Shape, Withdrawal};
 use qemu::Qemu;
+use rustix::thread::CpuSet;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::PAGE_SIZE;
@@ -143,11 +144,19 @@ pub fn withdrawal(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
         let new = Row::new("P5", "pages withdrawn while a job runs", "Mpages/s", params);
         row(new.against("the same pages bound", sides).wants(Goal::RatioAtLeast(1.0)));
     }
-    flush(bench, place, core, row)
+    flush(bench, place, row)?;
+    flush(bench, Place::ThreeCores, row)
 }
 
-fn flush(bench: &Bench, place: Place, core: usize, row: &mut dyn FnMut(Row)) -> Result<()> {
+fn flush(bench: &Bench, place: Place, row: &mut dyn FnMut(Row)) -> Result<()> {
     let (pages, withdrawal) = (16, Withdrawal::Whole);
+    let params = json!({ "pages": pages, "placement": place.to_string() });
+    let new = Row::new("P5", "INVALIDATE to INVAL_DONE while a job runs", "us", params);
+    if let Some(why) = bench.cores.lack(place) {
+        row(new.unmeasured(&why));
+        return Ok(());
+    }
+    let core = bench.cores.of(place);
     let mut ours = Ours::new(bench, core, Shape { pages, run: 1, withdrawal })?;
     let mut events = ours.start_job()?;
     let mut no_op = Side::ours(bench, core, place, 1)?;
@@ -157,14 +166,12 @@ fn flush(bench: &Bench, place: Place, core: usize, row: &mut dyn FnMut(Row)) -> 
         || no_op.median_us(bench.slice),
     )?;
     ours.check_job()?;
-    let params = json!({ "pages": pages, "placement": place.to_string() });
-    let new = Row::new("P5", "INVALIDATE to INVAL_DONE while a job runs", "us", params);
     row(new.against("P1: our no-op", sides).wants(Goal::RatioAtMost(1.1)));
     Ok(())
 }
 
 /// A core each, or where there is no other, one for both.
-fn place(bench: &Bench) -> (Place, usize) {
+fn place(bench: &Bench) -> (Place, CpuSet) {
     let place = if bench.cores.are_two() { Place::Polled } else { Place::SameCore };
     (place, bench.cores.of(place))
 }

@@ -58,6 +58,19 @@ pub fn job(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
             row(new.against("memcpy of the same pages", sides).wants(Goal::RatioAtLeast(0.95)));
         }
     }
+    for place in [place, Place::ThreeCores] {
+        empty_job(bench, place, row)?;
+    }
+    Ok(())
+}
+
+fn empty_job(bench: &Bench, place: Place, row: &mut dyn FnMut(Row)) -> Result<()> {
+    let params = json!({ "placement": place.to_string() });
+    let new = Row::new("P12", "job without work, from EXEC to its record", "us", params);
+    if let Some(why) = bench.cores.lack(place) {
+        row(new.unmeasured(&why));
+        return Ok(());
+    }
     let mut process = Process::new(bench, place, 1, false)?;
     let mut no_op = Side::ours(bench, bench.cores.of(place), place, 1)?;
     let sides = alternate(
@@ -66,8 +79,6 @@ pub fn job(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
         || no_op.median_us(bench.slice),
     )?;
     let most = (10.0 * sides.reference.median()).round() / 10.0 + 1.0;
-    let params = json!({ "placement": place.to_string() });
-    let new = Row::new("P12", "job without work, from EXEC to its record", "us", params);
     row(new.against("P1: our no-op", sides).wants(Goal::AtMost(most)));
     Ok(())
 }

@@ -8,7 +8,7 @@
 use super::Bench;
 use super::events::{Events, Record};
 use super::place::Place;
-use super::report::{Goal, Row, alternate};
+use super::report::{Figure, Goal, Row, alternate};
 use super::ring::Driver;
 use super::roundtrip::{Side, wait};
 use super::script::{Answer, Script};
@@ -19,8 +19,9 @@ use crate::random::Random;
 use crate::wire;
 use anyhow::{Context, Result, bail, ensure};
 use guest_agent::client::packet;
+use rustix::thread::CpuSet;
 use serde_json::json;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::control::PageRun;
 use virtio_gpu_svm::protocol::event::FaultRecord;
@@ -44,13 +45,13 @@ const SEED: u64 = 6;
 /// # Errors
 /// The daemon fails.
 pub fn round_trip(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
-    for place in Place::ALL {
+    for place in Place::ALL.into_iter().chain([Place::ThreeCores]) {
         let new = |pages: u64, unit: &str| {
             let params = json!({ "pages": pages, "placement": place.to_string() });
             Row::new("P6", "device fault, answered by the guest", unit, params)
         };
-        if place != Place::SameCore && !bench.cores.are_two() {
-            row(new(1, "us").unmeasured("this process may use one core only"));
+        if let Some(why) = bench.cores.lack(place) {
+            row(new(1, "us").unmeasured(&why));
             continue;
         }
         let core = bench.cores.of(place);
@@ -58,7 +59,7 @@ pub fn round_trip(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
             let pages = pages.clamp(1, 4096);
             let mut ours = Ours::new(bench, core, place, pages)?;
             let name = "userfaultfd, CONTINUE";
-            match Faults::new(core, PLACES, pages, place == Place::Polled) {
+            match Faults::new(core, PLACES, pages, place.polls()) {
                 Ok(mut faults) => {
                     let sides = alternate(
                         bench.rounds,
@@ -73,6 +74,12 @@ pub fn round_trip(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
                 }
                 Err(cause) => row(new(pages, "us").unmeasured(&format!("{cause:#}"))),
             }
+            if !ours.own.is_empty() {
+                let params = json!({ "pages": pages, "placement": place.to_string() });
+                let new =
+                    Row::new("P6", "of that: from the record to the answer, in the guest", "us", params);
+                row(new.alone(Figure::new(std::mem::take(&mut ours.own)), "none", "it is a part"));
+            }
             if pages == 1 {
                 let mut no_op = Side::ours(bench, core, place, 1)?;
                 let sides = alternate(
@@ -80,7 +87,7 @@ pub fn round_trip(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
                     || bench.repeat(|| ours.round()),
                     || no_op.median_us(bench.slice),
                 )?;
-                let most = if place == Place::Polled { 1.3 } else { 1.6 };
+                let most = if place.polls() { 1.3 } else { 1.6 };
                 row(new(pages, "us").against("P1: our no-op", sides).wants(Goal::RatioAtMost(most)));
             }
         }
@@ -102,10 +109,12 @@ struct Ours {
     runs: Vec<PageRun>,
     bytes: u64,
     sequence: u64,
+    /// Microseconds of each fault that the guest took for its answer, by round.
+    own: Vec<f64>,
 }
 
 impl Ours {
-    fn new(bench: &Bench, core: usize, place: Place, pages: u64) -> Result<Self> {
+    fn new(bench: &Bench, core: CpuSet, place: Place, pages: u64) -> Result<Self> {
         let daemon = Daemon::launch(bench, core, 1, "")?;
         let mut driver = daemon.connect(0, MEMORY, wait(place))?;
         let events = Events::post(&mut driver)?;
@@ -129,20 +138,22 @@ impl Ours {
             answers.add(&driver, &[command], ROOM, Answer::Accepted)?;
             places.push(command.at);
         }
-        let (next, sequence) = (0, 0);
-        Ok(Self { _daemon: daemon, driver, events, job, answers, places, next, runs, bytes, sequence })
+        let (next, sequence, own) = (0, 0, vec![]);
+        Ok(Self { _daemon: daemon, driver, events, job, answers, places, next, runs, bytes, sequence, own })
     }
 
     /// Microseconds of each fault of one job.
     fn round(&mut self) -> Result<f64> {
         accepted(&mut self.driver, &self.job)?;
-        let mut begin = None;
+        let (mut begin, mut own) = (None, Duration::ZERO);
         for _ in 0..PLACES {
             let Record::Fault(fault) = self.events.next_but_done(&mut self.driver)? else {
                 bail!("no fault")
             };
-            begin.get_or_insert_with(Instant::now);
+            let told = Instant::now();
+            begin.get_or_insert(told);
             self.answer(&fault)?;
+            own += told.elapsed();
         }
         let Record::Job(end) = self.events.next_but_done(&mut self.driver)? else { bail!("the job goes on") };
         let elapsed = begin.context("no fault came")?.elapsed();
@@ -154,6 +165,7 @@ impl Ours {
             done = record.value.get();
         }
         self.sequence = sequence;
+        self.own.push(own.as_secs_f64() * 1e6 / PLACES as f64);
         Ok(elapsed.as_secs_f64() * 1e6 / PLACES as f64)
     }
 

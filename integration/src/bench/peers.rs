@@ -7,6 +7,7 @@
 use super::Bench;
 use crate::provision::Vm;
 use anyhow::{Context, Result, bail};
+use rustix::thread::CpuSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -42,7 +43,7 @@ impl Peer {
     ///
     /// # Errors
     /// It does not start.
-    pub fn null(bench: &Bench, core: usize, polls: bool) -> Result<Self> {
+    pub fn null(bench: &Bench, core: CpuSet, polls: bool) -> Result<Self> {
         Self::start(bench, core, |socket| {
             let mut command = Command::new(&bench.program);
             command.arg(NULL_BACKEND).arg(socket).arg(polls.to_string());
@@ -54,7 +55,7 @@ impl Peer {
     ///
     /// # Errors
     /// It cannot be provisioned, or does not start.
-    pub fn qemu_gpu(bench: &Bench, core: usize) -> Result<Self> {
+    pub fn qemu_gpu(bench: &Bench, core: CpuSet) -> Result<Self> {
         let program = Vm::open()?.vhost_user_gpu()?;
         Self::start(bench, core, |socket| {
             let mut command = program.command();
@@ -63,7 +64,7 @@ impl Peer {
         })
     }
 
-    fn start(bench: &Bench, core: usize, command: impl FnOnce(&Path) -> Command) -> Result<Self> {
+    fn start(bench: &Bench, core: CpuSet, command: impl FnOnce(&Path) -> Command) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut command = command(&folder.path().join("socket"));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -8,6 +8,8 @@ use super::peers;
 use crate::frontend::RingAddresses;
 use crate::frontend::ram::{GuestRam, Layout};
 use anyhow::{Context, Result, ensure};
+use std::cell::Cell;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +18,7 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
+use virtio_gpu_svm::protocol::PAGE_SIZE;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -31,6 +34,7 @@ const SCRATCH: u64 = 256 << 10;
 const ANSWER: u64 = 512;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
+const CACHE_LINE: u64 = 64;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Looks at a ring between two looks at the clock.
@@ -209,7 +213,7 @@ impl Ring {
             return Ok(());
         }
         self.want_interrupts(false)?;
-        let begin = Instant::now();
+        let mut begin = None;
         loop {
             for _ in 0..LOOKS {
                 if used(self)? != self.used {
@@ -217,6 +221,7 @@ impl Ring {
                 }
                 std::hint::spin_loop();
             }
+            let begin = begin.get_or_insert_with(Instant::now);
             ensure!(begin.elapsed() < PATIENCE, "the backend does not answer");
         }
     }
@@ -229,6 +234,9 @@ pub struct Driver {
     pub rings: Vec<Ring>,
     /// Room for a command that is no script's, and as much for its answer.
     scratch: u64,
+    /// What is left of the page that small buffers are taken from, as a kernel's allocator does: buffers that all began a page
+    /// would all be in one set of the caches.
+    small: Cell<Range<u64>>,
     _frontend: Frontend,
 }
 
@@ -260,7 +268,7 @@ impl Driver {
             start(&mut frontend, index, ring).with_context(|| format!("ring {index}"))?;
         }
         let scratch = ram.take_dma(2 * SCRATCH)?;
-        Ok(Self { ram, rings, scratch, _frontend: frontend })
+        Ok(Self { ram, rings, scratch, small: Cell::default(), _frontend: frontend })
     }
 
     /// Guest memory.
@@ -285,9 +293,25 @@ impl Driver {
     /// # Errors
     /// It is full.
     pub fn place(&self, bytes: &[u8]) -> Result<Buffer> {
-        let at = self.ram.take_dma(bytes.len() as u64)?;
+        let at = self.take(bytes.len() as u64)?;
         self.ram.write(at, bytes)?;
         Ok(Buffer { at, bytes: bytes.len() as u64, writable: false })
+    }
+
+    /// Guest memory for a buffer.
+    fn take(&self, bytes: u64) -> Result<u64> {
+        let bytes = bytes.next_multiple_of(CACHE_LINE);
+        if bytes >= PAGE_SIZE {
+            return self.ram.take_dma(bytes);
+        }
+        let mut left = self.small.take();
+        if left.end - left.start < bytes {
+            let page = self.ram.take_dma(PAGE_SIZE)?;
+            left = page..page + PAGE_SIZE;
+        }
+        let at = left.start;
+        self.small.set(at + bytes..left.end);
+        Ok(at)
     }
 
     /// Puts the chain of a script's command into its place on ring 0. Where its answer goes.
@@ -297,7 +321,7 @@ impl Driver {
     pub fn place_chain(&self, place: usize, buffers: &[Buffer], room: u64) -> Result<(u16, u64)> {
         ensure!(place < CHAINS, "a script of more than {CHAINS} commands");
         let head = u16::try_from(place)? * CHAIN;
-        let answer_at = self.ram.take_dma(ANSWER)?;
+        let answer_at = self.take(ANSWER)?;
         let into = Buffer { at: answer_at, bytes: room.min(ANSWER), writable: true };
         self.rings[0].write_chain(head, &[buffers, &[into]].concat())?;
         Ok((head, answer_at))

@@ -9,6 +9,7 @@ use super::script::{Answer, Script};
 use super::svm::Daemon;
 use crate::wire;
 use anyhow::{Context, Result};
+use rustix::thread::CpuSet;
 use serde_json::json;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
@@ -26,8 +27,8 @@ const BATCH: usize = 16;
 pub fn round_trip(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
     for place in Place::ALL {
         let new = || Row::new("P1", "no-op round trip", "us", json!({ "placement": place.to_string() }));
-        if place != Place::SameCore && !bench.cores.are_two() {
-            row(new().unmeasured("this process may use one core only"));
+        if let Some(why) = bench.cores.lack(place) {
+            row(new().unmeasured(&why));
             continue;
         }
         let core = bench.cores.of(place);
@@ -90,12 +91,12 @@ impl Side {
     ///
     /// # Errors
     /// It fails.
-    pub fn ours(bench: &Bench, core: usize, place: Place, depth: usize) -> Result<Self> {
+    pub fn ours(bench: &Bench, core: CpuSet, place: Place, depth: usize) -> Result<Self> {
         let daemon = Daemon::launch(bench, core, 1, "")?;
         let driver = daemon.connect(0, MEMORY, wait(place))?;
         Self::new(driver, Backend::Ours(daemon), Answer::CAPSET_INFO, depth)
     }
-    fn null(bench: &Bench, core: usize, place: Place, polls: bool, depth: usize) -> Result<Self> {
+    fn null(bench: &Bench, core: CpuSet, place: Place, polls: bool, depth: usize) -> Result<Self> {
         let null = Peer::null(bench, core, polls)?;
         let driver = Driver::connect(&null.socket(), 1, MEMORY, wait(place))?;
         Self::new(driver, Backend::Null(null), Answer::NO_DATA, depth)
@@ -138,7 +139,7 @@ pub fn no_ops(driver: &Driver, answer: Answer, count: usize) -> Result<Script> {
 
 /// How a driver waits in a placement.
 pub fn wait(place: Place) -> Wait {
-    if place == Place::Polled { Wait::Polling } else { Wait::Blocking }
+    if place.polls() { Wait::Polling } else { Wait::Blocking }
 }
 
 /// Takes times for so long; their median in microseconds.
@@ -164,7 +165,7 @@ struct PingPong {
 const END: u64 = 2;
 
 impl PingPong {
-    fn new(core: usize) -> Result<Self> {
+    fn new(core: CpuSet) -> Result<Self> {
         let (there, back) = (EventFd::new(0)?, EventFd::new(0)?);
         let (ping, pong) = (there.try_clone()?, back.try_clone()?);
         let thread = std::thread::spawn(move || {

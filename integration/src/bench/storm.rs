@@ -45,6 +45,7 @@ pub fn storms(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
     let place = if bench.cores.are_two() { Place::Polled } else { Place::SameCore };
     let mut no_ops = Side::ours(bench, bench.cores.of(place), place, DEPTH)?;
     let mut one = Storm::new(bench, place, 1, 1)?;
+    let name = "accesses that fault, are answered and end";
     let mut cases: Vec<_> = bench.sizes(&[1, 1000, 10_000], &[1, 100]).into_iter().map(|n| (n, 1)).collect();
     cases.extend(if bench.quick { vec![(100, 4)] } else { vec![(1000, 4), (1000, 64)] });
     if !bench.quick && bench.sizes.is_none() {
@@ -58,7 +59,6 @@ pub fn storms(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
             "contexts": contexts, "duplicates": duplicates, "depth": DEPTH, "placement": place.to_string(),
         });
         let new = |name: &str, unit: &str| Row::new("P7", name, unit, params.clone());
-        let name = "accesses that fault, are answered and end";
         let sides =
             alternate(bench.rounds, || Ok(1.0 / storm.seconds_each(times)?), || no_ops.rate(bench.slice))?;
         row(new(name, "1/s").against("P2: our no-ops", sides).wants(Goal::RatioAtLeast(0.5)));
@@ -73,12 +73,31 @@ pub fn storms(bench: &Bench, row: &mut dyn FnMut(Row)) -> Result<()> {
             .alone(reports, "none", "the goal is a number")
             .wants(Goal::Exactly(1.0)));
     }
+    apart(bench, name, row)?;
     let contexts = if bench.quick { 100 } else { 4000 };
     let Memory { grown, .. } = measured(bench, "faults", contexts, PENDING)?;
     let params = json!({ "contexts": contexts, "pending": PENDING, "placement": "in process" });
     let new = Row::new("P7", "resident memory of a pending fault", "bytes", params);
     let each = Figure::once(grown / (contexts * PENDING) as f64);
     row(new.alone(each, "none", "the goal is a number").wants(Goal::AtMost(64.0)));
+    Ok(())
+}
+
+/// A storm in which engine and queue thread need not take turns on one core.
+fn apart(bench: &Bench, name: &str, row: &mut dyn FnMut(Row)) -> Result<()> {
+    let (place, contexts) = (Place::ThreeCores, if bench.quick { 100 } else { 1000 });
+    let params = json!({
+        "contexts": contexts, "duplicates": 1, "depth": DEPTH, "placement": place.to_string(),
+    });
+    let new = Row::new("P7", name, "1/s", params);
+    if let Some(why) = bench.cores.lack(place) {
+        row(new.unmeasured(&why));
+        return Ok(());
+    }
+    let mut no_ops = Side::ours(bench, bench.cores.of(place), place, DEPTH)?;
+    let mut storm = Storm::new(bench, place, contexts, 1)?;
+    let sides = alternate(bench.rounds, || Ok(1.0 / storm.seconds_each(1)?), || no_ops.rate(bench.slice))?;
+    row(new.against("P2: our no-ops", sides).wants(Goal::RatioAtLeast(0.5)));
     Ok(())
 }
 

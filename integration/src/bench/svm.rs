@@ -5,6 +5,7 @@ use super::ring::{Driver, Wait};
 use crate::svmd::{Options, Svmd};
 use crate::wire;
 use anyhow::{Context, Result, ensure};
+use rustix::thread::CpuSet;
 use tempfile::TempDir;
 use virtio_gpu_svm::protocol::NUM_QUEUES;
 use virtio_gpu_svm::protocol::control::{InvalidateResp, SvmResp};
@@ -26,7 +27,7 @@ impl Daemon {
     ///
     /// # Errors
     /// It does not start.
-    pub fn launch(bench: &Bench, core: usize, guests: usize, more: &str) -> Result<Self> {
+    pub fn launch(bench: &Bench, core: CpuSet, guests: usize, more: &str) -> Result<Self> {
         let guests = (0..guests).map(|guest| format!("vm{guest}")).collect();
         let more = more.to_owned();
         let options = Options { guests, devices: 1, ledger: 0, more, ..Options::default() };

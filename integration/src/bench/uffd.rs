@@ -11,6 +11,7 @@ use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::ioctl::{Updater, ioctl, opcode};
 use rustix::mm::{Advice, UserfaultfdFlags, madvise, userfaultfd};
+use rustix::thread::CpuSet;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -63,7 +64,7 @@ impl Faults {
     ///
     /// # Errors
     /// The kernel has no userfaultfd, or none for whoever runs this.
-    pub fn new(core: usize, places: u64, pages: u64, polls: bool) -> Result<Self> {
+    pub fn new(core: CpuSet, places: u64, pages: u64, polls: bool) -> Result<Self> {
         let bytes = places * pages * PAGE_SIZE;
         let file = File::from(rustix::fs::memfd_create("faults", MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;

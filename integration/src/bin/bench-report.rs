@@ -75,6 +75,7 @@ fn report(arguments: &Arguments) -> Result<()> {
         quick: arguments.quick,
         sizes: arguments.sizes.clone(),
     };
+    eprintln!("bench-report: {}", bench.cores.describe());
     pin(bench.cores.here)?;
     println!("{HEADER}");
     let mut failed = vec![];

@@ -10,12 +10,13 @@ use crate::frontend::ram::GuestRam;
 use crate::wire;
 use anyhow::{Context, Result, bail, ensure};
 use guest_agent::client::packet;
+use rustix::thread::CpuSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::control::PageRun;
 use virtio_gpu_svm::protocol::request::{BIND_IMMEDIATE, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp};
+use vm_memory::VolatileMemory;
 
 const CTX: u32 = 1;
 const A: u64 = 0x7000_0000_0000;
@@ -29,6 +30,7 @@ const BIND_PAGES: u64 = 65_536;
 const RUNS: usize = 4096;
 const LEAF: u64 = 2 << 20;
 const ROOM: u64 = 128;
+const RUN_WORDS: usize = size_of::<PageRun>() / size_of::<u64>();
 
 /// What is bound, and how it is withdrawn.
 #[derive(Clone, Copy, Debug)]
@@ -96,10 +98,11 @@ impl Lists {
             Kind::Bind | Kind::Unmap => {}
             Kind::Invalidate => self.invalidations += 1,
             Kind::Supply { list, runs } => {
-                for run in 0..runs {
-                    let at = list.at + wire::SUPPLY_RUNS + run * size_of::<PageRun>() as u64 + wire::AS_OF;
-                    let as_of: &AtomicU64 = self.ram.atomic(at)?;
-                    as_of.store(self.invalidations, Ordering::Relaxed);
+                let bytes = size_of::<PageRun>() as u64;
+                let list = self.ram.slice(list.at + wire::SUPPLY_RUNS, runs * bytes)?;
+                let words = list.get_array_ref::<u64>(0, list.len() / size_of::<u64>())?;
+                for word in (wire::AS_OF / 8..).step_by(RUN_WORDS).take(usize::try_from(runs)?) {
+                    words.store(usize::try_from(word)?, self.invalidations);
                 }
             }
         }
@@ -112,7 +115,7 @@ impl Ours {
     ///
     /// # Errors
     /// The daemon refuses, or pages are not bound when they should be.
-    pub fn new(bench: &Bench, core: usize, shape: Shape) -> Result<Self> {
+    pub fn new(bench: &Bench, core: CpuSet, shape: Shape) -> Result<Self> {
         let daemon = Daemon::launch(bench, core, 1, "")?;
         let wait = if bench.cores.are_two() { Wait::Polling } else { Wait::Blocking };
         let mut driver = daemon.connect(0, memory_for(shape.run), wait)?;

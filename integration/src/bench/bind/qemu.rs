@@ -6,6 +6,7 @@ use crate::bench::peers::Peer;
 use crate::bench::ring::{Driver, Wait};
 use crate::bench::script::{Answer, Script};
 use anyhow::{Result, ensure};
+use rustix::thread::CpuSet;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::gpu::{
@@ -36,7 +37,7 @@ impl Qemu {
     ///
     /// # Errors
     /// The program cannot be had, or refuses.
-    pub fn new(bench: &Bench, core: usize, pages: u64) -> Result<Self> {
+    pub fn new(bench: &Bench, core: CpuSet, pages: u64) -> Result<Self> {
         let peer = Peer::qemu_gpu(bench, core)?;
         let wait = if bench.cores.are_two() { Wait::Polling } else { Wait::Blocking };
         let driver = Driver::connect(&peer.socket(), 2, memory_for(1), wait)?;
