@@ -195,7 +195,8 @@ impl Guest {
     pub fn cursor(self: &Arc<Self>, request: &[u8], response: &mut Vec<u8>, room: usize) {
         crate::command::cursor(self, request, response, room);
     }
-    /// Whether a command is done within microseconds whatever it holds, so that answers before it may wait for its own.
+    /// Whether a command's own work is done within microseconds whatever it holds, so that answers before it may wait for
+    /// its own. What it lets go on (pages of a prefetch) is done in a few slices at most.
     pub fn is_brief(request: &[u8]) -> bool {
         crate::command::is_brief(request)
     }

@@ -440,6 +440,7 @@ fn flush_bar_and_end_of_a_vm_are_waited_for_and_the_next_turn_is_not() {
         |sched, asid| sched.set_barred(asid, true),
         |sched, asid| drop(sched.vm_destroy(asid)),
     ];
+    let mut turns = 0;
     for wait in waits {
         let (mut sched, vm) = bare(true);
         sched.submit(vm.asid, 0, nops(1024)).unwrap();
@@ -454,6 +455,8 @@ fn flush_bar_and_end_of_a_vm_are_waited_for_and_the_next_turn_is_not() {
         sched.set_barred(vm.asid, false);
         if let Ok(Next::Run(_)) = sched.next(0) {
             assert!(!hurry());
+            turns += 1;
         }
     }
+    assert_eq!(turns, 3, "all but the one that has ended go on");
 }
