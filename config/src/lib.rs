@@ -23,6 +23,9 @@ pub const MAX_VA_BITS: u32 = 57;
 /// Most address bits of `hostmmu`: above is the worker's own memory.
 const MAX_HOSTMMU_VA_BITS: u32 = 46;
 const DEFAULT_JOB_LIMIT_MS: u32 = 60_000;
+/// Microseconds that an engine looks for work, when nothing is said and at most.
+const DEFAULT_BUSY_POLL_US: u32 = 50;
+const MAX_BUSY_POLL_US: u32 = 1000;
 /// Most workers of one device: what a machine has process numbers for.
 const MAX_WORKERS: u32 = 1 << 15;
 const DEFAULT_WORKERS: u32 = 256;
@@ -167,6 +170,9 @@ pub struct Device {
     /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do. The default of
     /// [`Device::job_limit_ms`] when left out.
     pub job_limit_ms: Option<u32>,
+    /// Microseconds that an engine of a soft device looks for work before it sleeps; 0: it does not. The default of
+    /// [`Device::busy_poll_us`] when left out.
+    pub busy_poll_us: Option<u32>,
     /// GPU VMs, and so worker processes, at once. Only `hostmmu` has this; the default of [`Device::workers`] when left
     /// out.
     pub workers: Option<u32>,
@@ -253,9 +259,11 @@ impl Device {
             let said = [
                 ("fault_model", self.fault_model.is_some()),
                 ("address_model", self.address_model.is_some()),
+                ("busy_poll_us", self.busy_poll_us.is_some()),
             ];
             if let Some((field, _)) = said.iter().find(|(_, said)| *said) {
-                let problem = "a hostmmu device has replayable faults and any address; leave the key out";
+                let problem =
+                    "a hostmmu device has replayable faults, any address and no engines; leave the key out";
                 return Err(value(key(field), problem.to_owned()));
             }
         }
@@ -269,6 +277,10 @@ impl Device {
     /// Milliseconds that a job may be on engines and wait for semaphores in all; 0: any time will do.
     pub fn job_limit_ms(&self) -> u32 {
         self.job_limit_ms.unwrap_or(DEFAULT_JOB_LIMIT_MS)
+    }
+    /// Microseconds that an engine looks for work before it sleeps, at most 1000; 0: it does not look.
+    pub fn busy_poll_us(&self) -> u32 {
+        self.busy_poll_us.unwrap_or(DEFAULT_BUSY_POLL_US)
     }
 
     /// GPU VMs, and so worker processes, at once.
@@ -328,6 +340,7 @@ impl Config {
                 address_model: Some(AddressModel::default()),
                 ledger: 0,
                 job_limit_ms: Some(DEFAULT_JOB_LIMIT_MS),
+                busy_poll_us: Some(DEFAULT_BUSY_POLL_US),
                 workers: None,
             })
             .to_vec()
@@ -397,6 +410,10 @@ impl Config {
             if !(MIN_VA_BITS..=most_va_bits).contains(&device.va_bits()) {
                 let problem = format!("{} is not in {MIN_VA_BITS}..={most_va_bits}", device.va_bits());
                 return Err(value(key("va_bits"), problem));
+            }
+            if device.busy_poll_us() > MAX_BUSY_POLL_US {
+                let problem = format!("{} is not in 0..={MAX_BUSY_POLL_US}", device.busy_poll_us());
+                return Err(value(key("busy_poll_us"), problem));
             }
             if device.ledger > MAX_LEDGER {
                 return Err(value(key("ledger"), format!("{} entries, at most {MAX_LEDGER}", device.ledger)));

@@ -5,7 +5,7 @@
 use config::{Device as DeviceConfig, DeviceKind};
 use std::io::Result;
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, available_parallelism};
 use std::time::Duration;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{AddressModel, Device, Events, FaultModel};
@@ -35,8 +35,9 @@ impl Devices {
     /// # Errors
     /// When a thread cannot be started, or the machine lacks what a device needs; then none is left.
     pub fn start(configs: &[DeviceConfig]) -> Result<(Arc<Host>, Self)> {
-        let running: Vec<_> =
-            configs.iter().enumerate().map(|(index, config)| make(index, config)).collect::<Result<_>>()?;
+        let looks = engines_may_look(configs);
+        let make = |(index, config)| make(index, config, looks);
+        let running: Vec<_> = configs.iter().enumerate().map(make).collect::<Result<_>>()?;
         let host = Host::new(running.iter().map(Running::device).collect());
         let events: Weak<dyn Events> = Arc::<Host>::downgrade(&host);
         let mut devices = Self { running, engines: Vec::new() };
@@ -96,7 +97,17 @@ impl Running {
     }
 }
 
-fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
+/// Whether engines may look for work before they sleep: not where none of the daemon's CPUs would be left to queue
+/// threads, whom they would keep from bringing it.
+fn engines_may_look(configs: &[DeviceConfig]) -> bool {
+    let engines =
+        configs.iter().filter(|config| config.kind == DeviceKind::Soft).map(|config| config.engines);
+    let engines =
+        engines.map(|engines| usize::try_from(engines).unwrap_or(usize::MAX)).fold(0, usize::saturating_add);
+    available_parallelism().is_ok_and(|cpus| cpus.get() > engines)
+}
+
+fn make(index: usize, config: &DeviceConfig, looks: bool) -> Result<Running> {
     let (name, ledger) = (config.name.clone(), (config.ledger > 0).then_some(config.ledger));
     let job_limit = (config.job_limit_ms() > 0).then(|| Duration::from_millis(config.job_limit_ms().into()));
     match config.kind {
@@ -115,6 +126,7 @@ fn make(index: usize, config: &DeviceConfig) -> Result<Running> {
             },
             ledger,
             job_limit,
+            busy_poll: Duration::from_micros(if looks { config.busy_poll_us().into() } else { 0 }),
         }))),
         #[cfg(target_arch = "x86_64")]
         DeviceKind::Hostmmu => HostMmuDevice::new(HostMmuConfig {

@@ -10,7 +10,6 @@
 //! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
 mod attendant;
-pub mod busy_poll;
 pub mod control;
 pub mod devices;
 pub mod event_file;

@@ -21,13 +21,13 @@ mod split;
 pub use chain::{ChainError, MAX_SPANS};
 pub use reach::RingMemory;
 
-use crate::busy_poll::{BusyPoll, Clock};
 use crate::ring::{FrameworkMemory, Ring};
 use chain::{Chain, Walk};
 use split::Split;
 use std::ops::ControlFlow;
 use std::sync::{Arc, MutexGuard};
 use vhost_user_backend::{VringState, VringT};
+use virtio_gpu_svm::busy_poll::{BusyPoll, Clock};
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 

@@ -20,7 +20,6 @@
 //! contexts, as after a restart of the daemon. Until it is decided no event record is delivered: it could be meant for
 //! the driver that is gone.
 
-use crate::busy_poll::{BusyPoll, Monotonic};
 use crate::eventq::{EventQueue, Waker};
 use crate::exit::ExitEvent;
 use crate::fuse::{Failure, Fuse};
@@ -41,6 +40,7 @@ use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as FrameworkError, VhostUserBackend, VhostUserDaemon, VringT};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_gpu_svm::busy_poll::{BusyPoll, Monotonic};
 use virtio_gpu_svm::guest::Guest;
 use virtio_gpu_svm::host::{Host, Limits};
 use virtio_gpu_svm::protocol::control::VIRTIO_GPU_CMD_SVM_HELLO;

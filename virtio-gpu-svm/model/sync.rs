@@ -8,11 +8,24 @@
 pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 pub(crate) use std::sync::{Arc, OnceLock, PoisonError, TryLockError, Weak, atomic};
 
+use crate::busy_poll::Clock;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Each try is a point where others go on; more of them would only hide what becomes of who is turned away.
 pub(crate) const TRIES: usize = 1;
+
+/// By which engines look for work: goes on by itself when it is asked, since nothing may depend on time.
+#[derive(Debug, Default)]
+pub(crate) struct LookClock(Duration);
+
+impl Clock for LookClock {
+    fn now(&mut self) -> Duration {
+        self.0 += Duration::from_micros(100);
+        self.0
+    }
+}
 
 /// One in so many points is a long one.
 const RARE: u32 = 8;

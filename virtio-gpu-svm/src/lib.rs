@@ -17,6 +17,7 @@ pub mod addr;
 pub mod address_space;
 #[cfg(feature = "device")]
 mod backlog;
+pub mod busy_poll;
 #[cfg(feature = "device")]
 pub mod clock;
 #[cfg(feature = "device")]

@@ -7,6 +7,7 @@
 pub mod addr;
 pub mod address_space;
 mod backlog;
+pub mod busy_poll;
 pub mod clock;
 pub mod command;
 pub mod context;

@@ -8,6 +8,9 @@ pub(crate) use std::sync::{
     atomic,
 };
 
+/// By which engines look for work.
+pub(crate) use crate::busy_poll::Monotonic as LookClock;
+
 /// How often a thread that may not wait tries for a lock: a few microseconds.
 pub(crate) const TRIES: usize = 64;
 

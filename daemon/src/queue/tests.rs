@@ -1,8 +1,8 @@
 //! Rings written by hand, legal and hostile, against [`Turn`].
 
 use super::*;
-use crate::busy_poll::Monotonic;
 use std::time::Duration;
+use virtio_gpu_svm::busy_poll::Monotonic;
 use virtio_gpu_svm::protocol::MAX_COMMAND_BYTES;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};

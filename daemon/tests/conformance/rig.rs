@@ -122,6 +122,7 @@ impl Rig {
             address_model,
             ledger: Some(1 << 20),
             job_limit,
+            busy_poll: Duration::from_micros(50),
         };
         let device = SoftDevice::new(config);
         let mut rig = Self::with(device.clone());

@@ -49,6 +49,7 @@ impl World {
             address_model: None,
             ledger: 0,
             job_limit_ms: None,
+            busy_poll_us: None,
             workers: None,
         };
         let (host, devices) = Devices::start(&[device]).unwrap();

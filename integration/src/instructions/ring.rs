@@ -4,12 +4,12 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use daemon::busy_poll::{BusyPoll, Monotonic};
 use daemon::queue::{Budget, Served, Turn};
 use daemon::ring::Ring;
 use std::ops::ControlFlow;
 use std::time::Duration;
 use vhost_user_backend::VringT;
+use virtio_gpu_svm::busy_poll::{BusyPoll, Monotonic};
 use virtio_gpu_svm::guest::Guest;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 

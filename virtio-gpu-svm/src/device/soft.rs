@@ -32,16 +32,18 @@ use super::{
     ScatteredPage, StopId, Ticket, Verdict, VmLabel,
 };
 use crate::addr::{GpuAddr, PageRange};
+use crate::busy_poll::BusyPoll;
 use crate::memory::Region;
 use crate::page_table::{NoTable, Spares};
 use crate::protocol::job::{OPCODES, Packet};
 use crate::quota::Charge;
 use crate::seeded::{self, Bug};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, preempt};
+use crate::sync::{Arc, Condvar, LookClock, Mutex, MutexGuard, OnceLock, PoisonError, Weak, preempt};
 use mem::VmMemory;
 use packet::{ActiveJob, SliceEnd};
 use sched::{Nap, Next, Report, Sched, Turn, Vm};
+use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -67,6 +69,8 @@ pub struct SoftConfig {
     pub ledger: Option<usize>,
     /// How long a job may be on engines and wait for semaphores in all; then it ends with -ETIMEDOUT.
     pub job_limit: Option<Duration>,
+    /// How long an engine looks for work before it sleeps, at most; one of them at a time does.
+    pub busy_poll: Duration,
 }
 
 impl Default for SoftConfig {
@@ -81,6 +85,7 @@ impl Default for SoftConfig {
             address_model: AddressModel::Any,
             ledger: None,
             job_limit: None,
+            busy_poll: Duration::ZERO,
         }
     }
 }
@@ -95,6 +100,9 @@ pub struct SoftDevice {
     spares: Arc<Spares>,
     /// Sleeping engines.
     idle: Condvar,
+    /// What the engine that looks for work looks at. Written under the scheduler's lock.
+    called: AtomicBool,
+    busy_poll: Duration,
     /// Kept apart from the scheduler, because a snapshot copies all of it.
     ledger: Option<Mutex<Ledger>>,
     job_limit: Option<Duration>,
@@ -108,8 +116,17 @@ impl SoftDevice {
     /// # Panics
     /// If the configuration leaves the ranges that it names.
     pub fn new(config: SoftConfig) -> Arc<Self> {
-        let SoftConfig { index, name, engines, va_bits, fault_model, address_model, ledger, job_limit } =
-            config;
+        let SoftConfig {
+            index,
+            name,
+            engines,
+            va_bits,
+            fault_model,
+            address_model,
+            ledger,
+            job_limit,
+            busy_poll,
+        } = config;
         assert!(engines > 0, "a GPU without engines");
         assert!((22..=57).contains(&va_bits), "a GPU of {va_bits} address bits");
         let parks = match (fault_model, address_model) {
@@ -134,6 +151,8 @@ impl SoftDevice {
             sched: Mutex::new(Sched::new(engines, parks)),
             spares: Arc::default(),
             idle: Condvar::new(),
+            called: AtomicBool::new(false),
+            busy_poll,
             ledger: ledger.map(|capacity| Mutex::new(Ledger::new(capacity))),
             job_limit,
             faults_raised: AtomicU64::new(0),
@@ -159,11 +178,11 @@ impl SoftDevice {
     pub fn run_engine(&self, engine: u8) {
         let mut sched = self.sched();
         sched.attach(engine);
-        let mut next = self.next(sched, engine);
+        let mut poll = BusyPoll::new(LookClock::default(), self.busy_poll);
         loop {
-            next = match next {
+            sched = match self.next(sched, engine, &mut poll) {
                 Next::Run(turn) => self.run_turn(turn, engine),
-                Next::Retire(vm) => self.run_retirement(&vm, engine),
+                Next::Retire(vm) => self.run_retirement(&vm),
                 Next::Exit => break,
             }
         }
@@ -172,7 +191,10 @@ impl SoftDevice {
 
     /// Makes every engine return after its slice. Jobs stay where they are; nothing is reported any more.
     pub fn shutdown(&self) {
-        if self.sched().stop() {
+        let mut sched = self.sched();
+        let sleepers = sched.stop();
+        self.release(sched);
+        if sleepers {
             self.idle.notify_all();
         }
     }
@@ -189,13 +211,13 @@ impl SoftDevice {
 }
 
 impl SoftDevice {
-    /// Runs a slice, passes the checkpoint, reports, and takes the next.
-    fn run_turn(&self, mut turn: Turn, engine: u8) -> Next {
+    /// Runs a slice, passes the checkpoint, and reports.
+    fn run_turn(&self, mut turn: Turn, engine: u8) -> MutexGuard<'_, Sched> {
         let end = self.run_slice(&mut turn);
         let mut sched = self.sched();
         let (report, over) = sched.end_turn(engine, turn, end);
         if report.is_none() && over.is_none() {
-            return self.next(sched, engine);
+            return sched;
         }
         self.release(sched);
         drop(over);
@@ -208,11 +230,11 @@ impl SoftDevice {
         if let Some(told) = told {
             sched.end_report(told);
         }
-        self.next(sched, engine)
+        sched
     }
 
     /// Takes a VM apart, as far as a slice goes, and tells when nothing is left of it.
-    fn run_retirement(&self, vm: &Arc<Vm>, engine: u8) -> Next {
+    fn run_retirement(&self, vm: &Arc<Vm>) -> MutexGuard<'_, Sched> {
         let more = vm.memory.dismantle();
         let mut sched = self.sched();
         if sched.end_retirement(vm.asid, more) {
@@ -220,7 +242,7 @@ impl SoftDevice {
             self.emit(|events| events.retired(self.index, vm.asid));
             sched = self.sched();
         }
-        self.next(sched, engine)
+        sched
     }
 
     fn run_slice(&self, turn: &mut Turn) -> SliceEnd {
@@ -264,25 +286,53 @@ impl SoftDevice {
         }
     }
 
-    /// The engine's next work; sleeps until there is some.
-    fn next(&self, mut sched: MutexGuard<'_, Sched>, engine: u8) -> Next {
+    /// The engine's next work. Until there is some, it looks for a while, and then sleeps.
+    fn next<'a>(
+        &'a self,
+        mut sched: MutexGuard<'a, Sched>,
+        engine: u8,
+        poll: &mut BusyPoll<LookClock>,
+    ) -> Next {
+        poll.begin_visit();
         loop {
-            match sched.next(engine) {
-                Ok(next) => {
-                    self.release(sched);
-                    return next;
-                }
-                Err(Nap(None)) => {
-                    sched = self.idle.wait(sched).unwrap_or_else(PoisonError::into_inner);
-                    sched.end_sleep(Nap(None));
-                }
-                Err(Nap(Some(time))) => {
-                    let woken = self.idle.wait_timeout(sched, time).unwrap_or_else(PoisonError::into_inner);
-                    sched = woken.0;
-                    sched.end_sleep(Nap(Some(time)));
-                }
+            if let Some(next) = sched.next(engine) {
+                self.release(sched);
+                return next;
             }
+            let (found, back) = self.look(sched, poll);
+            sched = if found { back } else { self.sleep(back) };
         }
+    }
+
+    /// Looks for work, if it is worth the while and no other engine does. Whether there is some.
+    fn look<'a>(
+        &'a self,
+        mut sched: MutexGuard<'a, Sched>,
+        poll: &mut BusyPoll<LookClock>,
+    ) -> (bool, MutexGuard<'a, Sched>) {
+        if self.busy_poll.is_zero() || !sched.begin_look() {
+            return (false, sched);
+        }
+        self.called.store(false, Ordering::Relaxed);
+        drop(sched);
+        let Ok(_) = poll.wait(|| {
+            preempt();
+            Ok::<_, Infallible>(self.called.load(Ordering::Relaxed))
+        });
+        let mut sched = self.sched();
+        sched.end_look();
+        // It may have come when the look was over.
+        (self.called.load(Ordering::Relaxed), sched)
+    }
+
+    fn sleep<'a>(&'a self, mut sched: MutexGuard<'a, Sched>) -> MutexGuard<'a, Sched> {
+        let nap = sched.sleep();
+        let mut sched = match nap {
+            Nap(None) => self.idle.wait(sched).unwrap_or_else(PoisonError::into_inner),
+            Nap(Some(time)) => self.idle.wait_timeout(sched, time).unwrap_or_else(PoisonError::into_inner).0,
+        };
+        sched.end_sleep(nap);
+        sched
     }
 
     /// Changes the schedule, and wakes an engine if that gave it work.
@@ -295,6 +345,9 @@ impl SoftDevice {
 
     fn release(&self, mut sched: MutexGuard<'_, Sched>) {
         let wake = sched.calls_engine();
+        if sched.calls_looker() {
+            self.called.store(true, Ordering::Relaxed);
+        }
         drop(sched);
         if wake {
             self.idle.notify_one();

@@ -230,6 +230,8 @@ pub struct Needs {
     pub devices: &'static [Kind],
     /// Of each device.
     pub engines: u8,
+    /// Whether engines look for work before they sleep.
+    pub looks: bool,
     pub limits: Limits,
     /// Whether a fault may be gone when its answer comes.
     pub faults_vanish: bool,
@@ -237,8 +239,14 @@ pub struct Needs {
     pub holes: bool,
 }
 
-pub const NEEDS: Needs =
-    Needs { devices: &[Kind::Faults], engines: 1, limits: LIMITS, faults_vanish: false, holes: false };
+pub const NEEDS: Needs = Needs {
+    devices: &[Kind::Faults],
+    engines: 1,
+    looks: false,
+    limits: LIMITS,
+    faults_vanish: false,
+    holes: false,
+};
 
 pub struct Machine {
     pub ram: Arc<Ram>,
@@ -272,6 +280,7 @@ impl Machine {
                 va_bits,
                 fault_model,
                 address_model,
+                busy_poll: if needs.looks { Duration::from_micros(50) } else { Duration::ZERO },
                 ..SoftConfig::default()
             })
         };

@@ -34,6 +34,10 @@ fn destroyed_context_is_quiet_when_it_has_retired() {
     hold("exit", scenarios::exit, 2);
 }
 #[test]
+fn jobs_are_found_by_engines_that_look() {
+    hold("engines that look", scenarios::looking, 1);
+}
+#[test]
 fn new_incarnation_is_told_when_the_old_one_is_quiet() {
     hold("reset", scenarios::reset, 2);
 }

@@ -101,6 +101,16 @@ pub fn exit(ram: &Arc<Ram>) {
     machine.finish();
 }
 
+/// Engines that look for work before they sleep: what comes meanwhile is not left to nobody.
+pub fn looking(ram: &Arc<Ram>) {
+    let machine = Machine::new(ram, Needs { engines: 2, looks: true, ..NEEDS });
+    let vm = machine.process(1, 3, 1)[0];
+    machine.populate(1, A, 3);
+    machine.start();
+    work_all(&machine, [(vm, 0), (vm, 1)]);
+    machine.finish();
+}
+
 /// A driver's life begins anew with jobs of the old one in flight.
 pub fn reset(ram: &Arc<Ram>) {
     let machine = Machine::new(ram, Needs { engines: 2, faults_vanish: true, ..NEEDS });

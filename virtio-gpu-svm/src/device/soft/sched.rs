@@ -72,7 +72,8 @@ pub enum Next {
     Exit,
 }
 
-/// Nothing to do: the engine sleeps until it is woken or this time is over, then calls [`Sched::end_sleep`].
+/// Until when an engine sleeps that has nothing to do: until it is woken or this time is over; then it calls
+/// [`Sched::end_sleep`].
 pub struct Nap(pub Option<Duration>);
 
 /// What an engine reports after a slice, with no lock held; then it drops it and calls [`Sched::end_report`].
@@ -176,6 +177,8 @@ pub struct Sched {
     epoch: u64,
     engines: Vec<Engine>,
     sleepers: Sleepers,
+    /// An engine that is awake looks for work, and need not be woken for the first there is.
+    looking: bool,
     /// Whether one of the sleeping engines wakes for the next poll.
     poller: bool,
     started: bool,
@@ -197,6 +200,7 @@ impl Sched {
             epoch: 0,
             engines: vec![Engine::default(); usize::from(engines)],
             sleepers: Sleepers::default(),
+            looking: false,
             poller: false,
             started: false,
             stopping: false,
@@ -229,7 +233,23 @@ impl Sched {
 
     /// Whether a sleeping engine is to be woken for what there is to do.
     pub fn calls_engine(&mut self) -> bool {
-        self.started && self.sleepers.call(self.turns.len())
+        let needed = self.turns.len().saturating_sub(usize::from(self.looking));
+        self.started && self.sleepers.call(needed)
+    }
+
+    /// Whether there is something for the engine that looks.
+    pub fn calls_looker(&self) -> bool {
+        self.looking && (self.stopping || !self.turns.is_empty())
+    }
+
+    /// An engine that found nothing is about to look for work, unless another one does.
+    pub fn begin_look(&mut self) -> bool {
+        !std::mem::replace(&mut self.looking, true)
+    }
+
+    /// It has looked.
+    pub fn end_look(&mut self) {
+        self.looking = false;
     }
 
     /// Adds a VM.
@@ -355,13 +375,13 @@ impl Sched {
         first.is_none_or(|first| *first > ticket.0)
     }
 
-    /// What the engine is to do.
-    pub fn next(&mut self, engine: u8) -> Result<Next, Nap> {
+    /// What the engine is to do, if there is anything.
+    pub fn next(&mut self, engine: u8) -> Option<Next> {
         if self.stopping {
-            return Ok(Next::Exit);
+            return Some(Next::Exit);
         }
         if !self.started {
-            return Err(self.sleep());
+            return None;
         }
         self.poll_waiters();
         while let Some(asid) = self.turns.pop() {
@@ -369,16 +389,27 @@ impl Sched {
             state.place = None;
             if state.dying {
                 state.retiring = true;
-                return Ok(Next::Retire(Arc::clone(&state.vm)));
+                return Some(Next::Retire(Arc::clone(&state.vm)));
             }
             let signals = self.signals.get(&state.vm.label.guest).map_or(0, |guest| guest.sent);
             let Some(turn) = state.take_turn(signals) else { continue };
             state.enqueue(&mut self.turns);
             let epoch = self.epoch;
             self.engine_mut(engine).slice = Some((asid, epoch));
-            return Ok(Next::Run(turn));
+            return Some(Next::Run(turn));
         }
-        Err(self.sleep())
+        None
+    }
+
+    /// An engine that found nothing is about to sleep.
+    pub fn sleep(&mut self) -> Nap {
+        self.sleepers.lie_down();
+        if self.poller || self.waiters.is_empty() {
+            return Nap(None);
+        }
+        self.poller = true;
+        let left = self.next_poll.map(|time| time.saturating_duration_since(Instant::now()));
+        Nap(Some(left.unwrap_or(POLL_INTERVAL)))
     }
 
     /// An engine woke up.
@@ -576,16 +607,6 @@ impl Sched {
             }
         }
         self.next_poll = now.checked_add(POLL_INTERVAL);
-    }
-
-    fn sleep(&mut self) -> Nap {
-        self.sleepers.lie_down();
-        if self.poller || self.waiters.is_empty() {
-            return Nap(None);
-        }
-        self.poller = true;
-        let left = self.next_poll.map(|time| time.saturating_duration_since(Instant::now()));
-        Nap(Some(left.unwrap_or(POLL_INTERVAL)))
     }
 
     fn enqueue(&mut self, asid: Asid) {

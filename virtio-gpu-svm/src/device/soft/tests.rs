@@ -51,7 +51,7 @@ fn bare(parks: bool) -> (Sched, Arc<Vm>) {
 /// The turn that the engine gets, of a job.
 fn turn_of(sched: &mut Sched) -> Turn {
     match sched.next(0) {
-        Ok(Next::Run(turn)) => turn,
+        Some(Next::Run(turn)) => turn,
         _ => panic!("no job is ready"),
     }
 }

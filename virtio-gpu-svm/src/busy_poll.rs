@@ -1,14 +1,15 @@
-//! How long a queue thread looks at an empty ring before it sleeps.
+//! How long a thread that has nothing to do looks for work before it sleeps: a queue thread at an empty ring, an engine
+//! at an empty schedule.
 //!
-//! To be woken costs tens of microseconds, to look again well below one. So a thread that has answered looks for a while
-//! whether the next command comes, and the driver need not notify meanwhile. Nobody is to pay for that:
+//! To be woken costs tens of microseconds, to look again well below one. So a thread that has done something looks for a
+//! while whether the next comes, and who brings it need not notify meanwhile. Nobody is to pay for that:
 //! * each look in vain doubles the time until the next one, up to two hundred times the limit: a guest that asks seldom costs
-//!   less than a hundredth of a CPU more, and one that asks nothing costs nothing, since only a visit begins to look;
+//!   less than a hundredth of a CPU more, and one that asks nothing costs nothing, since only work begins a look;
 //! * a thread that lost its CPU while it looked shares it with somebody, and would lose it again: whoever never sleeps is
 //!   made to wait for whole slices, where one that was asleep is let in at once. It looks no more for a while, up to 1 s;
-//! * a visit looks for no more than a few times the limit, because it holds the ring's lock.
+//! * a visit looks for no more than a few times the limit, because a queue thread holds its ring's lock meanwhile.
 //!
-//! Owned by the thread of one guest, so nobody shares it.
+//! Owned by the thread that looks, so nobody shares it.
 
 use std::time::{Duration, Instant};
 
