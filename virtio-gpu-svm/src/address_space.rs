@@ -4,32 +4,30 @@
 //! [`crate::context::Context`], under its lock. Translations are kept per 2 MiB leaf, and so is the invalidation
 //! sequence: a run of pages that was translated before an invalidation of its leaf is refused ([`Install::Raced`]),
 //! and an unrelated munmap does not starve a fault. Leaves that do not exist share one sequence.
+//!
+//! A leaf is one run, or a table ([`table`]) of 4 bytes a page, or of 8 once a page of it lies at 4 TiB of guest-physical
+//! space or beyond. It is charged what it takes, and one run what it takes once it is cut.
 
+mod table;
+
+use self::table::Table;
 use crate::addr::PageRange;
 use crate::protocol::{LEAF_SIZE, PAGE_SHIFT};
-use crate::quota::Charge;
+use crate::quota::{Charge, Full};
 use crate::seeded::{self, Bug};
 use std::collections::{BTreeMap, btree_map};
 use std::iter::Peekable;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 /// log2 of the pages of a leaf.
 pub const LEAF_PAGES_SHIFT: u32 = LEAF_SIZE.trailing_zeros() - PAGE_SHIFT;
 /// Pages of a leaf.
 pub const LEAF_PAGES: u64 = 1 << LEAF_PAGES_SHIFT;
-const LEAF_SLOTS: usize = 512;
-const _: () = assert!(LEAF_SLOTS.ilog2() == LEAF_PAGES_SHIFT);
 /// Most leaves of one address space.
 pub const MAX_LEAVES: usize = 65_536;
 
 /// What a leaf takes in the tree of leaves.
 const LEAF_BYTES: u64 = 96;
-/// What its pages take besides. A leaf that is one run is charged the same: an invalidation may cut it, and cannot fail.
-const PAGES_BYTES: u64 = 8 * LEAF_PAGES;
-
-const PRESENT: u64 = 1 << 63;
-const READONLY: u64 = 1 << 62;
-const GPA_PAGE: u64 = (1 << 52) - 1;
 
 /// A page that the guest has supplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,15 +39,14 @@ pub struct Page {
 }
 
 impl Page {
-    fn encode(self) -> u64 {
-        PRESENT | (self.gpa_page & GPA_PAGE) | if self.readonly { READONLY } else { 0 }
-    }
-    fn decode(entry: u64) -> Option<Self> {
-        (entry & PRESENT != 0).then_some(Self { gpa_page: entry & GPA_PAGE, readonly: entry & READONLY != 0 })
-    }
     /// The page `n` further in a contiguous run.
     pub fn plus(self, n: u64) -> Self {
         Self { gpa_page: self.gpa_page.wrapping_add(n), ..self }
+    }
+    /// Whether a known page may become another, while GPU VMs use it: the same, with no fewer rights.
+    #[inline]
+    fn allows(self, new: Self) -> bool {
+        self.gpa_page == new.gpa_page && (self.readonly || !new.readonly)
     }
 }
 
@@ -71,6 +68,51 @@ impl Run {
         let last = self.va.end.saturating_sub(1);
         (self.va.start >> LEAF_PAGES_SHIFT, last >> LEAF_PAGES_SHIFT) == (index, index)
     }
+    /// Its slots in a leaf that it touches, and what the first of these is.
+    fn in_leaf(&self, index: u64) -> (Range<u64>, Page) {
+        let before = (index << LEAF_PAGES_SHIFT).saturating_sub(self.va.start);
+        (slots_of(self.va, index), self.first.plus(before))
+    }
+    /// What the leaves that it touches take, if nothing else is in them.
+    fn bytes_in(&self, leaves: &Range<u64>) -> u64 {
+        let all = leaves.end.saturating_sub(leaves.start);
+        let narrow_pages = Table::<u32>::places_from(self.first);
+        let narrow = if narrow_pages < self.va.pages() {
+            let first_wide = self.va.start.saturating_add(narrow_pages) >> LEAF_PAGES_SHIFT;
+            first_wide.saturating_sub(leaves.start)
+        } else {
+            all
+        };
+        let wide = all.saturating_sub(narrow);
+        let pages = narrow.saturating_mul(Table::<u32>::BYTES);
+        let pages = pages.saturating_add(wide.saturating_mul(Table::<u64>::BYTES));
+        pages.saturating_add(all.saturating_mul(LEAF_BYTES))
+    }
+}
+
+/// A list of runs.
+#[derive(Clone)]
+pub struct Runs<I> {
+    /// One after the other.
+    pub each: I,
+    /// What they are within, if somebody has looked.
+    pub bounds: Option<Bounds>,
+}
+
+impl<I> Runs<I> {
+    /// Nobody has looked.
+    pub fn new(each: I) -> Self {
+        Self { each, bounds: None }
+    }
+}
+
+/// What all runs of a list are within.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Guest-physical pages that hold all of theirs.
+    pub gpa_pages: PageRange,
+    /// No run was translated at a newer sequence.
+    pub newest: u64,
 }
 
 /// What became of a run.
@@ -92,7 +134,10 @@ enum Pages {
     Empty,
     /// The whole leaf is one run.
     Large(Page),
-    Small(Box<[u64; LEAF_SLOTS]>),
+    /// One by one, all below 4 TiB of guest-physical space.
+    Narrow(Box<Table<u32>>),
+    /// One by one, anywhere.
+    Wide(Box<Table<u64>>),
 }
 
 struct Leaf {
@@ -148,7 +193,7 @@ impl AddressSpace {
     pub fn lookup_large(&self, page: u64) -> Option<Page> {
         match self.leaves.get(&(page >> LEAF_PAGES_SHIFT))?.pages {
             Pages::Large(first) => Some(first),
-            Pages::Empty | Pages::Small(_) => None,
+            Pages::Empty | Pages::Narrow(_) | Pages::Wide(_) => None,
         }
     }
     /// Gives the leaf of a page a sequence of its own, so that an answer which is on its way races only with
@@ -186,9 +231,8 @@ impl AddressSpace {
                 btree_map::Entry::Vacant(place) => {
                     let became = room_for_leaf(*absent_invalidated, &run, full, charge);
                     if became == Install::Done {
-                        let empty = Leaf { invalidated: *absent_invalidated, known: 0, pages: Pages::Empty };
-                        let leaf = place.insert(empty);
-                        leaf.fill(part_of(run.va, index).1, run.first);
+                        let leaf = place.insert(Leaf { invalidated: *absent_invalidated, ..Leaf::EMPTY });
+                        leaf.fill(slots_of(run.va, index), run.first);
                         *known = known.wrapping_add(leaf.known);
                     }
                     if tell(became, 1).is_break() {
@@ -211,7 +255,7 @@ impl AddressSpace {
     pub fn install(&mut self, run: &Run) -> Install {
         let leaves = leaves_of(run.va);
         let existing = self.leaves.range(leaves.clone());
-        let (mut present, mut bytes, mut contradicts) = (0_u64, 0_u64, false);
+        let (mut present, mut before, mut kept, mut contradicts) = (0_u64, 0_u64, 0_u64, false);
         for (index, leaf) in existing {
             let neighbour = seeded::on(Bug::WrongLeaf).then(|| self.leaves.get(&(index ^ 1)));
             let invalidated = match neighbour {
@@ -221,9 +265,13 @@ impl AddressSpace {
             if is_stale(invalidated, run) {
                 return Install::Raced;
             }
-            contradicts |= leaf.contradicts(run, *index);
+            let (slots, first) = run.in_leaf(*index);
+            before = before.saturating_add(leaf.bytes());
+            // What it takes more than if there was only this run.
+            let alone = Leaf::EMPTY.bytes_with(&slots, first);
+            kept = kept.saturating_add(leaf.bytes_with(&slots, first).saturating_sub(alone));
+            contradicts |= leaf.contradicts(slots, first);
             present = present.saturating_add(1);
-            bytes = bytes.saturating_add(leaf.bytes_to_fill());
         }
         let missing = leaves.end.saturating_sub(leaves.start).saturating_sub(present);
         if missing > 0 && is_stale(self.absent_invalidated, run) {
@@ -232,17 +280,15 @@ impl AddressSpace {
         if contradicts {
             return Install::Conflict;
         }
-        bytes = bytes.saturating_add(missing.saturating_mul(LEAF_BYTES + PAGES_BYTES));
         let missing = usize::try_from(missing).unwrap_or(usize::MAX);
         if self.leaves.len().saturating_add(missing) > MAX_LEAVES {
             return Install::Full;
         }
-        if self.charge.grow(bytes).is_err() {
+        if recharge(&mut self.charge, before, run.bytes_in(&leaves).saturating_add(kept)).is_err() {
             return Install::OverQuota;
         }
         for index in leaves {
-            let (part, slots) = part_of(run.va, index);
-            let first = run.first.plus(part.start.wrapping_sub(run.va.start));
+            let (slots, first) = run.in_leaf(index);
             let leaf = self.obtain_leaf(index);
             let before = leaf.known;
             leaf.fill(slots, first);
@@ -261,7 +307,7 @@ impl AddressSpace {
         let gone = self.leaves.extract_if(leaves, |index, leaf| {
             existing = existing.saturating_add(1);
             let (before, bytes) = (leaf.known, leaf.bytes());
-            leaf.clear(part_of(range, *index).1);
+            leaf.clear(slots_of(range, *index));
             leaf.invalidated = seq;
             *known = known.wrapping_sub(before.wrapping_sub(leaf.known));
             let empty = leaf.known == 0;
@@ -295,26 +341,37 @@ impl AddressSpace {
     }
     fn obtain_leaf(&mut self, index: u64) -> &mut Leaf {
         let invalidated = self.absent_invalidated;
-        self.leaves.entry(index).or_insert(Leaf { invalidated, known: 0, pages: Pages::Empty })
+        self.leaves.entry(index).or_insert(Leaf { invalidated, ..Leaf::EMPTY })
     }
 }
 
 impl Leaf {
+    const EMPTY: Self = Self { invalidated: 0, known: 0, pages: Pages::Empty };
+
     fn bytes(&self) -> u64 {
-        match self.pages {
-            Pages::Empty => LEAF_BYTES,
-            Pages::Large(_) | Pages::Small(_) => LEAF_BYTES + PAGES_BYTES,
-        }
+        let pages = match &self.pages {
+            Pages::Empty => 0,
+            // An invalidation may cut it, and cannot fail.
+            Pages::Large(first) => table_bytes(*first, LEAF_PAGES),
+            Pages::Narrow(_) => Table::<u32>::BYTES,
+            Pages::Wide(_) => Table::<u64>::BYTES,
+        };
+        LEAF_BYTES.saturating_add(pages)
     }
-    /// What it takes more once it has a page.
-    fn bytes_to_fill(&self) -> u64 {
-        (LEAF_BYTES + PAGES_BYTES).saturating_sub(self.bytes())
+    /// The same, once a run is there too.
+    fn bytes_with(&self, slots: &Range<u64>, first: Page) -> u64 {
+        let pages = slots.end.saturating_sub(slots.start);
+        let bytes = LEAF_BYTES.saturating_add(table_bytes(first, pages));
+        // One run takes the place of whatever is there.
+        if pages == LEAF_PAGES { bytes } else { bytes.max(self.bytes()) }
     }
+    #[inline]
     fn page(&self, slot: u64) -> Option<Page> {
         match &self.pages {
             Pages::Empty => None,
             Pages::Large(first) => Some(first.plus(slot)),
-            Pages::Small(entries) => Page::decode(*entries.get(usize::try_from(slot).ok()?)?),
+            Pages::Narrow(table) => table.page(slot),
+            Pages::Wide(table) => table.page(slot),
         }
     }
     /// Installs runs until one does not lie in this leaf, which is returned.
@@ -338,7 +395,7 @@ impl Leaf {
         }
         ControlFlow::Continue(None)
     }
-    /// Installs runs of one page until one is longer, lies elsewhere or is refused, which is returned too. How many.
+    /// Installs runs of one page until one needs more, lies elsewhere or is refused, which is returned too. How many.
     #[inline]
     fn install_pages(
         &mut self,
@@ -346,26 +403,10 @@ impl Leaf {
         first: Run,
         runs: &mut impl Iterator<Item = Run>,
     ) -> (u32, Option<Run>) {
-        let Pages::Small(entries) = &mut self.pages else { return (0, Some(first)) };
-        let (mut run, mut done, mut added) = (first, 0_u32, 0_u64);
-        let rest = loop {
-            if run.va.pages() != 1
-                || run.va.start >> LEAF_PAGES_SHIFT != index
-                || is_stale(self.invalidated, &run)
-            {
-                break Some(run);
-            }
-            let (entry, new) = (entry_mut(entries, run.va.start), run.first.encode());
-            if !allows(*entry, new) {
-                break Some(run);
-            }
-            // No more than the runs of a command.
-            (done, added) = (done.wrapping_add(1), added.wrapping_add(u64::from(*entry == 0)));
-            *entry = new;
-            match runs.next() {
-                Some(next) => run = next,
-                None => break None,
-            }
+        let (done, added, rest) = match &mut self.pages {
+            Pages::Empty | Pages::Large(_) => return (0, Some(first)),
+            Pages::Narrow(table) => table.install_pages(index, self.invalidated, first, runs),
+            Pages::Wide(table) => table.install_pages(index, self.invalidated, first, runs),
         };
         self.known = self.known.saturating_add(added);
         (done, rest)
@@ -375,84 +416,74 @@ impl Leaf {
         if is_stale(self.invalidated, run) {
             return Install::Raced;
         }
-        if self.contradicts(run, index) {
+        let (slots, first) = run.in_leaf(index);
+        if self.contradicts(slots.clone(), first) {
             return Install::Conflict;
         }
-        if charge.grow(self.bytes_to_fill()).is_err() {
+        if recharge(charge, self.bytes(), self.bytes_with(&slots, first)).is_err() {
             return Install::OverQuota;
         }
-        self.fill(part_of(run.va, index).1, run.first);
+        self.fill(slots, first);
         Install::Done
     }
     /// Whether a known page would become another one, or lose rights, behind the back of GPU VMs that use it.
-    fn contradicts(&self, run: &Run, index: u64) -> bool {
-        let (part, slots) = part_of(run.va, index);
-        let first = run.first.plus(part.start.wrapping_sub(run.va.start));
+    fn contradicts(&self, slots: Range<u64>, first: Page) -> bool {
         match &self.pages {
             Pages::Empty => false,
-            Pages::Large(known) => {
-                let same = known.plus(slots.start).gpa_page == first.gpa_page;
-                !same || (first.readonly && !known.readonly)
-            }
-            Pages::Small(entries) => {
-                let entries = slots_in(entries.as_slice(), slots);
-                if entries.iter().fold(0, |any, entry| any | entry) == 0 {
-                    return false;
-                }
-                let mut news = (0..).map(|n| first.plus(n).encode());
-                !entries.iter().all(|entry| news.next().is_some_and(|new| allows(*entry, new)))
-            }
+            Pages::Large(known) => !known.plus(slots.start).allows(first),
+            Pages::Narrow(table) => table.contradicts(slots, first),
+            Pages::Wide(table) => table.contradicts(slots, first),
         }
     }
-    fn fill(&mut self, slots: std::ops::Range<u64>, first: Page) {
-        if slots == (0..LEAF_PAGES) {
+    fn fill(&mut self, slots: Range<u64>, first: Page) {
+        let pages = slots.end.saturating_sub(slots.start);
+        if pages == LEAF_PAGES {
             self.pages = Pages::Large(first);
             self.known = LEAF_PAGES;
             return;
         }
-        let (mut added, first) = (0_u64, first.encode());
-        for (entry, n) in self.small(slots).iter_mut().zip(0..) {
-            added = added.wrapping_add(u64::from(*entry == 0));
-            // Guest memory ends far below the bits above the page's number.
-            *entry = first.wrapping_add(n);
-        }
+        self.cut(!Table::<u32>::holds(first, pages));
+        let added = match &mut self.pages {
+            Pages::Empty | Pages::Large(_) => 0,
+            Pages::Narrow(table) => table.fill(slots, first),
+            Pages::Wide(table) => table.fill(slots, first),
+        };
         self.known = self.known.saturating_add(added);
     }
-    fn clear(&mut self, slots: std::ops::Range<u64>) {
+    fn clear(&mut self, slots: Range<u64>) {
         if self.known == 0 || slots == (0..LEAF_PAGES) {
             self.pages = Pages::Empty;
             self.known = 0;
             return;
         }
-        let mut dropped = 0_u64;
-        for entry in self.small(slots) {
-            dropped = dropped.saturating_add(u64::from(*entry & PRESENT != 0));
-            *entry = 0;
-        }
+        self.cut(false);
+        let dropped = match &mut self.pages {
+            Pages::Empty | Pages::Large(_) => 0,
+            Pages::Narrow(table) => table.clear(slots),
+            Pages::Wide(table) => table.clear(slots),
+        };
         self.known = self.known.saturating_sub(dropped);
     }
-    /// Its entries at `slots`, one by one from now on.
-    fn small(&mut self, slots: std::ops::Range<u64>) -> &mut [u64] {
-        let entries = match &self.pages {
-            Pages::Small(_) => None,
-            Pages::Empty => Some(Box::new([0; LEAF_SLOTS])),
-            Pages::Large(first) => {
-                let mut entries = Box::new([0; LEAF_SLOTS]);
-                entries.iter_mut().zip(0..).for_each(|(entry, n)| *entry = first.plus(n).encode());
-                Some(entries)
+    /// Its pages are kept one by one from now on: anywhere, if this is asked for or they are there. A wide table stays one as
+    /// long as the leaf has a page.
+    fn cut(&mut self, wide: bool) {
+        let pages = match &self.pages {
+            Pages::Narrow(table) if wide => Pages::Wide(table.widened()),
+            Pages::Narrow(_) | Pages::Wide(_) => return,
+            Pages::Empty if wide => Pages::Wide(Table::empty()),
+            Pages::Empty => Pages::Narrow(Table::empty()),
+            Pages::Large(first) if wide || !Table::<u32>::holds(*first, LEAF_PAGES) => {
+                Pages::Wide(Table::of_run(*first))
             }
+            Pages::Large(first) => Pages::Narrow(Table::of_run(*first)),
         };
-        if let Some(entries) = entries {
-            self.pages = Pages::Small(entries);
-        }
-        match &mut self.pages {
-            Pages::Small(entries) => match (usize::try_from(slots.start), usize::try_from(slots.end)) {
-                (Ok(start), Ok(end)) => entries.get_mut(start..end).unwrap_or_default(),
-                _ => &mut [],
-            },
-            Pages::Empty | Pages::Large(_) => &mut [],
-        }
+        self.pages = pages;
     }
+}
+
+/// What a table takes that is made for a run.
+fn table_bytes(first: Page, pages: u64) -> u64 {
+    if Table::<u32>::holds(first, pages) { Table::<u32>::BYTES } else { Table::<u64>::BYTES }
 }
 
 /// Reads pages one after the other; finds a leaf once.
@@ -468,25 +499,24 @@ impl<'a> Walk<'a> {
     pub fn gap(&mut self, page: u64, most: u64) -> u64 {
         let slot = page & (LEAF_PAGES - 1);
         let most = most.min(LEAF_PAGES.saturating_sub(slot));
+        let slots = slot..slot.saturating_add(most);
         match self.leaf(page).map(|leaf| &leaf.pages) {
             None | Some(Pages::Empty) => most,
             Some(Pages::Large(_)) => 0,
-            Some(Pages::Small(entries)) => {
-                let entries = slots_in(entries.as_slice(), slot..slot.saturating_add(most));
-                let known = entries.iter().position(|entry| *entry != 0);
-                known.and_then(|known| u64::try_from(known).ok()).unwrap_or(most)
-            }
+            Some(Pages::Narrow(table)) => table.gap(slots),
+            Some(Pages::Wide(table)) => table.gap(slots),
         }
     }
-    /// The pages from `page` on, at most `most` and as far as its leaf goes, up to the first that is not known; none where
-    /// the leaf is in one piece.
+    /// Writes what `make` makes of the pages from `page` on, as far as their leaf goes, until one is not known or nothing is
+    /// made of it. How many; none where the leaf is in one piece.
     #[inline]
-    pub fn small(&mut self, page: u64, most: u64) -> Option<impl Iterator<Item = Page> + use<'a>> {
+    pub fn small<T>(&mut self, page: u64, to: &mut [T], make: impl Fn(Page) -> Option<T>) -> usize {
         let slot = page & (LEAF_PAGES - 1);
-        let most = most.min(LEAF_PAGES.saturating_sub(slot));
-        let Pages::Small(entries) = &self.leaf(page)?.pages else { return None };
-        let entries = slots_in(entries.as_slice(), slot..slot.saturating_add(most));
-        Some(entries.iter().map_while(|entry| Page::decode(*entry)))
+        match self.leaf(page).map(|leaf| &leaf.pages) {
+            None | Some(Pages::Empty | Pages::Large(_)) => 0,
+            Some(Pages::Narrow(table)) => table.read(slot, to, make),
+            Some(Pages::Wide(table)) => table.read(slot, to, make),
+        }
     }
     #[inline]
     fn leaf(&mut self, page: u64) -> Option<&'a Leaf> {
@@ -518,13 +548,8 @@ impl<'a> Walk<'a> {
         match &leaf?.pages {
             Pages::Empty => None,
             Pages::Large(first) => Some((first.plus(slot), most)),
-            Pages::Small(entries) => {
-                let entries = slots_in(entries.as_slice(), slot..slot.saturating_add(most));
-                let page = Page::decode(*entries.first()?)?;
-                let following = (0..).map(|n| page.plus(n).encode());
-                let run = entries.iter().zip(following).take_while(|(entry, next)| **entry == *next).count();
-                Some((page, u64::try_from(run).unwrap_or(1)))
-            }
+            Pages::Narrow(table) => table.run(slot..slot.saturating_add(most)),
+            Pages::Wide(table) => table.run(slot..slot.saturating_add(most)),
         }
     }
 }
@@ -535,7 +560,7 @@ fn room_for_leaf(invalidated: u64, run: &Run, full: bool, charge: &mut Charge) -
         Install::Raced
     } else if full {
         Install::Full
-    } else if charge.grow(LEAF_BYTES + PAGES_BYTES).is_err() {
+    } else if charge.grow(LEAF_BYTES.saturating_add(table_bytes(run.first, run.va.pages()))).is_err() {
         Install::OverQuota
     } else {
         Install::Done
@@ -547,34 +572,20 @@ fn is_stale(invalidated: u64, run: &Run) -> bool {
     invalidated > run.as_of && !seeded::on(Bug::InstallStale)
 }
 
-/// Whether an entry may become another: the same page, with no fewer rights.
-fn allows(entry: u64, new: u64) -> bool {
-    entry == 0 || entry == new || entry == new | READONLY
+/// What was charged so many bytes takes so many. That may be less: one run may take the place of a wide table.
+fn recharge(charge: &mut Charge, before: u64, after: u64) -> Result<(), Full> {
+    charge.resize(charge.amount().saturating_sub(before).saturating_add(after))
 }
 
-#[expect(clippy::indexing_slicing, reason = "the index is masked to the length of the table")]
-fn entry_mut(entries: &mut [u64; LEAF_SLOTS], page: u64) -> &mut u64 {
-    &mut entries[(page & (LEAF_PAGES - 1)) as usize & (LEAF_SLOTS - 1)]
-}
-
-fn slots_in(entries: &[u64], slots: std::ops::Range<u64>) -> &[u64] {
-    match (usize::try_from(slots.start), usize::try_from(slots.end)) {
-        (Ok(start), Ok(end)) => entries.get(start..end).unwrap_or_default(),
-        _ => &[],
-    }
-}
-
-fn leaves_of(range: PageRange) -> std::ops::Range<u64> {
+fn leaves_of(range: PageRange) -> Range<u64> {
     let last = range.end.saturating_sub(1) >> LEAF_PAGES_SHIFT;
     (range.start >> LEAF_PAGES_SHIFT)..last.saturating_add(1)
 }
 
-/// The pages of a range in one leaf, and their slots there.
-fn part_of(range: PageRange, index: u64) -> (PageRange, std::ops::Range<u64>) {
+/// The slots of a range in a leaf that it touches.
+fn slots_of(range: PageRange, index: u64) -> Range<u64> {
     let base = index << LEAF_PAGES_SHIFT;
-    let part =
-        PageRange { start: range.start.max(base), end: range.end.min(base.saturating_add(LEAF_PAGES)) };
-    (part, part.start.saturating_sub(base)..part.end.saturating_sub(base))
+    range.start.saturating_sub(base)..range.end.saturating_sub(base).min(LEAF_PAGES)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ mod fence;
 pub mod submit;
 
 use crate::addr::{PageRange, RangeError};
-use crate::address_space::{Page, Run};
+use crate::address_space::{Bounds, Page, Run, Runs};
 use crate::context::{self, Context, NewContext};
 use crate::device::{self, AddressModel, FaultModel};
 use crate::fault::response::{self, Code, Supplied};
@@ -615,24 +615,37 @@ fn blob_entry(entry: &MemEntry, memory: &MemoryTable) -> Result<(u64, u64)> {
     Ok((range.start, range.pages()))
 }
 
-/// Whether nothing is wrong with any of these runs. A loop without a way out: lists are long and seldom bad, and what is
-/// wrong with a bad one is found by who looks at each run alone.
-fn are_good(runs: &[PageRun]) -> bool {
-    let (mut total, mut bad) = (0_u64, 0_u64);
+/// What runs are within, if surely nothing is wrong with any of them. A loop without a way out: lists are long and seldom bad,
+/// and what is wrong with a bad one is found by who looks at each run alone.
+fn bounds_of_good(runs: &[PageRun]) -> Option<Bounds> {
+    let (mut total, mut starts, mut lasts, mut flags) = (0_u64, 0_u64, 0_u64, 0_u32);
+    let (mut gpa_start, mut gpa_end, mut newest) = (u64::MAX, 0_u64, 0_u64);
     for run in runs {
         let (va, gpa, pages) = (run.va.get(), run.gpa.get(), u64::from(run.pages.get()));
         let bytes = pages << PAGE_SHIFT;
         // Of at most MAX_RUNS numbers of 32 bits.
         total = total.wrapping_add(pages);
-        bad |= ((va | gpa) & (PAGE_SIZE - 1)) | u64::from(run.flags.get() & !RUN_READONLY);
-        bad |= u64::from(pages == 0) | u64::from(va.saturating_add(bytes) > GUEST_VA_END);
-        bad |= u64::from(gpa.checked_add(bytes).is_none());
+        starts |= va | gpa;
+        flags |= run.flags.get();
+        // What wraps has the highest bit set: here where there are no pages, and in its start where that is far out.
+        let last = bytes.wrapping_sub(1);
+        lasts |= last | va.wrapping_add(last);
+        gpa_start = gpa_start.min(gpa);
+        gpa_end = gpa_end.max(gpa.wrapping_add(bytes));
+        newest = newest.max(run.as_of.get());
     }
-    bad == 0 && total <= MAX_RUN_PAGES
+    let good = starts & (PAGE_SIZE - 1) == 0
+        && (starts | lasts) < GUEST_VA_END
+        && flags & !RUN_READONLY == 0
+        && total <= MAX_RUN_PAGES;
+    let gpa_pages = PageRange { start: gpa_start >> PAGE_SHIFT, end: gpa_end >> PAGE_SHIFT };
+    good.then_some(Bounds { gpa_pages, newest })
 }
+// Numbers below it are those without certain bits, and so is what they are together.
+const _: () = assert!(GUEST_VA_END.is_power_of_two());
 
 /// Checks runs as far as this can be done without the context. They are read where they lie; the bytes are our own.
-fn checked_runs(runs: &[PageRun]) -> Result<impl Iterator<Item = Run> + Clone> {
+fn checked_runs(runs: &[PageRun]) -> Result<Runs<impl Iterator<Item = Run> + Clone>> {
     let mut left = MAX_RUN_PAGES;
     let mut check = |run: &PageRun| {
         left = left.checked_sub(run.pages.get().into()).ok_or(Error::Count)?;
@@ -642,17 +655,22 @@ fn checked_runs(runs: &[PageRun]) -> Result<impl Iterator<Item = Run> + Clone> {
         PageRange::from_bytes(run.gpa.get(), bytes, u64::MAX)?;
         Ok(())
     };
-    if !are_good(runs) {
+    let bounds = bounds_of_good(runs);
+    if bounds.is_none() {
         for (index, run) in (0..).zip(runs) {
             check(run).map_err(|error: Error| error.at(index))?;
         }
     }
-    Ok(runs.iter().map(|run| {
+    let each = runs.iter().map(|run| {
         let start = run.va.get() >> PAGE_SHIFT;
         // It was checked to lie in the space.
         let va = PageRange { start, end: start.wrapping_add(run.pages.get().into()) };
         let readonly = run.flags.get() & RUN_READONLY != 0;
         let first = Page { gpa_page: run.gpa.get() >> PAGE_SHIFT, readonly };
         Run { va, first, as_of: run.as_of.get() }
-    }))
+    });
+    Ok(Runs { each, bounds })
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 use virtio_gpu_svm::addr::{GpuAddr, PageRange};
-use virtio_gpu_svm::address_space::{Page, Run};
+use virtio_gpu_svm::address_space::{Page, Run, Runs};
 use virtio_gpu_svm::context::{Bind, Context, Launch};
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{Access, Asid, Device, Events, Fault, JobId, StopId};
@@ -138,7 +138,7 @@ fn go_to_all_limits(host: &Arc<Host>, guest: &Arc<Guest>, limits: &Limits) {
     let far = 1 << 30;
     // A window in each GPU VM, and one page in it that its tables lead to.
     for (context, vms) in &all {
-        context.supply(std::iter::once(known(far))).unwrap();
+        context.supply(Runs::new(std::iter::once(known(far)))).unwrap();
         for (vm_id, asid, device) in vms {
             context.bind(*vm_id, &[map(far, 1 << 24)]).unwrap();
             raise(host, *device, *asid, far);
@@ -170,10 +170,10 @@ fn go_to_all_limits(host: &Arc<Host>, guest: &Arc<Guest>, limits: &Limits) {
         }
         jobs += 1;
     }
-    let mut leaf = 1;
-    while all.iter().any(|(context, _)| context.supply(std::iter::once(known(leaf * LEAF))).is_ok()) {
-        leaf += 1;
-        if leaf > 60_000 {
+    // One address space may not have as many leaves as there are bytes for.
+    let leaves = all.iter().flat_map(|(context, _)| (1..60_000).map(move |leaf| (context, leaf * LEAF)));
+    for (context, page) in leaves {
+        if context.supply(Runs::new(std::iter::once(known(page)))).is_err() {
             break;
         }
     }

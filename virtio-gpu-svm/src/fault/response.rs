@@ -6,7 +6,7 @@
 
 use super::{FAULT_AROUND_PAGES, Outcome, Pending};
 use crate::addr::PageRange;
-use crate::address_space::{Install, Page, Run};
+use crate::address_space::{Bounds, Install, Page, Run, Runs};
 use crate::context::{After, Context, Life, State, add};
 use crate::device::Verdict;
 use crate::gpu_vm;
@@ -110,10 +110,10 @@ impl Context {
     ///
     /// # Errors
     /// [`Error`]; runs before the one that it names stand.
-    pub fn supply(&self, runs: impl Iterator<Item = Run> + Clone) -> Result<Supplied, Error> {
+    pub fn supply(&self, runs: Runs<impl Iterator<Item = Run> + Clone>) -> Result<Supplied, Error> {
         let mut state = self.lock();
-        state.check_runs(runs.clone())?;
-        state.install_runs(runs).inspect_err(|error| self.count_full(error))
+        state.check_runs(&runs)?;
+        state.install_runs(runs.each).inspect_err(|error| self.count_full(error))
     }
     /// Counts what was refused for a limit that has no charge.
     fn count_full(&self, error: &Error) {
@@ -130,7 +130,7 @@ impl Context {
         self: &Arc<Self>,
         cookie: u64,
         code: Code,
-        runs: impl Iterator<Item = Run> + Clone,
+        runs: Runs<impl Iterator<Item = Run> + Clone>,
     ) -> Result<Supplied, Error> {
         let mut after = After::default();
         let result = self.respond_locked(&mut self.lock(), cookie, code, runs, &mut after);
@@ -143,7 +143,7 @@ impl Context {
         state: &mut State,
         cookie: u64,
         code: Code,
-        runs: impl Iterator<Item = Run> + Clone,
+        runs: Runs<impl Iterator<Item = Run> + Clone>,
         after: &mut After,
     ) -> Result<Supplied, Error> {
         let Some((pending, perm)) = state.faults.get(cookie).and_then(|p| Some((p, told(p)?))) else {
@@ -154,7 +154,7 @@ impl Context {
         let prefetch = pending.is_prefetch();
         let writes = u32::from(perm) & PERM_WRITE != 0;
         if code != Code::Success {
-            if runs.clone().next().is_some() {
+            if runs.each.clone().next().is_some() {
                 return Err(Error::UnexpectedRuns);
             }
             // Without faults no job could be told: what cannot be had ends the GPU VM.
@@ -169,13 +169,13 @@ impl Context {
             }
             return Ok(Supplied { pending: false, ..Supplied::default() });
         }
-        state.check_runs(runs.clone())?;
+        state.check_runs(&runs)?;
         let serves = |page: Page| !(writes && page.readonly);
-        let covered = runs.clone().any(|run| run.va.contains(cpu_page) && serves(run.first));
+        let covered = runs.each.clone().any(|run| run.va.contains(cpu_page) && serves(run.first));
         if !covered && !state.space.lookup(cpu_page).is_some_and(serves) {
             return Err(Error::NotCovered { cpu_page });
         }
-        let mut supplied = state.install_runs(runs).inspect_err(|error| self.count_full(error))?;
+        let mut supplied = state.install_runs(runs.each).inspect_err(|error| self.count_full(error))?;
         let stands = covered && supplied.refused == 0;
         if stands || state.space.lookup(cpu_page).is_some_and(serves) {
             supplied.pending = false;
@@ -271,12 +271,22 @@ fn told(pending: &Pending) -> Option<u16> {
 }
 
 impl State {
-    fn check_runs(&self, runs: impl Iterator<Item = Run>) -> Result<(), Error> {
+    /// Whether runs lie in guest memory, each in one region, and are not of the future.
+    fn check_runs(&self, runs: &Runs<impl Iterator<Item = Run> + Clone>) -> Result<(), Error> {
         if self.life != Life::Alive {
             return Err(Error::Lost);
         }
+        // Mostly guest memory is one region as far as they go; then none needs to be looked at alone.
+        let within = |bounds: &Bounds| {
+            let PageRange { start, end } = bounds.gpa_pages;
+            bounds.newest <= self.space.seq()
+                && self.memory.lookup(start, end.saturating_sub(start)).is_some()
+        };
+        if runs.bounds.as_ref().is_some_and(within) {
+            return Ok(());
+        }
         let mut memory = self.memory.walk();
-        for (index, run) in (0..).zip(runs) {
+        for (index, run) in (0..).zip(runs.each.clone()) {
             if run.as_of > self.space.seq() {
                 return Err(Error::FutureSequence { index });
             }

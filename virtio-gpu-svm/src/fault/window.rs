@@ -126,21 +126,19 @@ impl<'s, 'm> Pages<'s, 'm> {
     ) -> Option<(usize, &'m Arc<Region>)> {
         let Behind::Cpu(cpu_page) = self.va.behind(range.start) else { return None };
         let (first, run) = self.space.run(cpu_page, range.pages().min(LONG_RUN))?;
-        let small = self.space.small(cpu_page, range.pages()).filter(|_| run < LONG_RUN)?;
+        if run >= LONG_RUN {
+            return None;
+        }
         let (region, place) = self.memory.region(first.gpa_page)?;
         let (place_pages, mapped_writable) = (place.pages(), !self.va.readonly);
         pages.resize(LEAF_SLOTS, ScatteredPage::default());
-        let mut count = 0_usize;
-        for (page, to) in small.zip(pages) {
+        let most = usize::try_from(range.pages()).unwrap_or(LEAF_SLOTS).min(LEAF_SLOTS);
+        let count = self.space.small(cpu_page, pages.get_mut(..most).unwrap_or_default(), |page| {
             let writable = mapped_writable && !page.readonly;
             let index = page.gpa_page.wrapping_sub(place.start);
-            if index >= place_pages || (writable_only && !writable) {
-                break;
-            }
-            *to = ScatteredPage::new(index << PAGE_SHIFT, writable);
-            // No more than there are places.
-            count = count.wrapping_add(1);
-        }
+            let will_do = index < place_pages && (writable || !writable_only);
+            will_do.then(|| ScatteredPage::new(index << PAGE_SHIFT, writable))
+        });
         (count > 0).then_some((count, region))
     }
     /// Adds the extents of the pages from the first of a range on that are known and will do. Returns the first page that

@@ -282,6 +282,21 @@ fn removed_memory_is_forgotten_and_kept_memory_stays() {
 }
 
 #[test]
+fn list_reaches_over_a_hole_of_memory_and_no_run_lies_in_it() {
+    let w = World::new();
+    w.guest.set_memory(table(&[region(1, GPA, MEMORY), region(2, GPA + 2 * MEMORY, MEMORY)]));
+    w.create_context(1);
+    let (below, above) = (run(A, GPA, 1, 0), run(A + 0x1000, GPA + 2 * MEMORY, 1, 0));
+    let hole = [run(A + 0x2000, GPA + MEMORY, 1, 0), run(A + 0x2000, GPA + MEMORY - 0x1000, 2, 0)];
+    for bad in hole {
+        assert_eq!(w.supply(1, &[below, bad, above]), -EFAULT);
+    }
+    assert_eq!(w.guest.contexts()[0].known_pages, 0);
+    assert_eq!(w.supply(1, &[below, above]), 0);
+    assert_eq!(w.guest.contexts()[0].known_pages, 2);
+}
+
+#[test]
 fn jobs_end_in_records_and_count_until_they_are_told() {
     let w = World::new();
     let (vm, _) = w.mapped(1);

@@ -295,7 +295,7 @@ const BYTES: [Bytes; 3] = [
             w.create_context(1);
             w.supply(1, &[run(A, GPA, 1, 0)])
         },
-        96 + 4096,
+        96 + 2048,
     ),
     (
         |queue_bytes| Limits { queue_bytes, ..LIMITS },
@@ -319,7 +319,7 @@ fn one_byte_too_few_is_too_few() {
 #[test]
 fn bytes_of_address_spaces_are_limited_together() {
     const LEAF: u64 = 2 << 20;
-    let full = 96 + 4096;
+    let full = 96 + 2048;
     let w = World::with_limits(Limits { table_bytes: 2 * full + 96, ..LIMITS });
     w.create_context(1);
     w.create_context(2);
@@ -345,7 +345,7 @@ fn bytes_of_address_spaces_are_limited_together() {
 
 #[test]
 fn access_for_which_there_are_no_tables_fails_and_is_named() {
-    let w = World::with_limits(Limits { table_bytes: 96 + 4096 + TABLE_BYTES, ..LIMITS });
+    let w = World::with_limits(Limits { table_bytes: 96 + 2048 + TABLE_BYTES, ..LIMITS });
     let (_, asid) = w.mapped(1);
     assert_eq!(w.supply(1, &[run(A, GPA, 1, 0), run(A + 16 * 4096, GPA, 1, 0)]), 0);
     let first = w.devices[0].raise(&w.host, asid, C, Access::Read);
@@ -564,7 +564,7 @@ const TIGHT: Limits = Limits {
     gpu_vms: 4,
     mappings: 8,
     total_mappings: 20,
-    table_bytes: 8 * 4192,
+    table_bytes: 8 * 2144,
     pending_faults: 2,
     total_pending_faults: 3,
     jobs: 4,
@@ -661,7 +661,7 @@ fn asked_of_any(w: &World) -> Vec<(u32, u64, u64)> {
 #[test]
 fn refusal_names_its_limit_on_the_wire() {
     let w =
-        World::with_limits(Limits { contexts: 1, total_mappings: 1, table_bytes: 4192, jobs: 1, ..LIMITS });
+        World::with_limits(Limits { contexts: 1, total_mappings: 1, table_bytes: 2144, jobs: 1, ..LIMITS });
     let told = |bytes: &[u8]| {
         let (resp, rest) = SvmResp::read_from_prefix(bytes).unwrap();
         let of_reply = RspHdr::read_from_prefix(rest).map_or(0, |(rsp, _)| rsp.limit.get());

@@ -41,7 +41,7 @@ const CASES: [Case; 15] = [
     (Limit::TotalMappings, Limits { total_mappings: 1, ..LIMITS }, |w| {
         w.bind(1, vm(w), &[map(C, A, 1), map(C + 8192, A, 1)])
     }),
-    (Limit::TableBytes, Limits { table_bytes: 4191, ..LIMITS }, |w| {
+    (Limit::TableBytes, Limits { table_bytes: 2143, ..LIMITS }, |w| {
         w.create_context(1);
         w.supply(1, &[run(A, GPA, 1, 0)])
     }),

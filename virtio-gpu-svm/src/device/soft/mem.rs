@@ -317,14 +317,21 @@ impl<'a> Places<'a> {
 /// Where the region of these pages is in this process. Panics unless all of them lie in it: all that follows relies on it.
 fn host_of_pages(region: &Region, pages: &[ScatteredPage]) -> u64 {
     let (start, end) = accessible_range(region);
-    // As words they have the order of their offsets.
-    let furthest = pages.iter().map(|page| page.word()).max().unwrap_or(0) & !(PAGE_SIZE - 1);
-    let within = furthest.checked_add(PAGE_SIZE).is_some_and(|bytes| bytes <= end.saturating_sub(start));
-    assert!(
-        within && start & (PAGE_SIZE - 1) == 0,
-        "a page at {furthest:#x} is unaligned or leaves its region"
-    );
+    // The greatest word of a page in it, and whether any has the highest bit set or has it set once it is taken from this. A
+    // processor does several at once, which it does not do for the greatest of all.
+    let last = end.saturating_sub(start).saturating_sub(PAGE_SIZE) | (PAGE_SIZE - 1);
+    let beyond = |any: u64, page: &ScatteredPage| any | page.word() | last.wrapping_sub(page.word());
+    let within = last < end.saturating_sub(start) && pages.iter().fold(last, beyond) >> 63 == 0;
+    if !within || start & (PAGE_SIZE - 1) != 0 {
+        page_outside(pages);
+    }
     start
+}
+
+#[cold]
+fn page_outside(pages: &[ScatteredPage]) -> ! {
+    let furthest = pages.iter().map(|page| page.offset()).max().unwrap_or(0);
+    panic!("a page at {furthest:#x} is unaligned or leaves its region")
 }
 
 #[cold]
