@@ -621,6 +621,13 @@ impl Context {
         let state = self.lock();
         (state.vms.len(), state.faults.count())
     }
+    /// The device of a GPU VM: its index on the host.
+    ///
+    /// # Errors
+    /// [`Error::NoVm`].
+    pub(crate) fn vm_device(&self, vm_id: u32) -> Result<usize, Error> {
+        Ok(self.lock().vms.get(&vm_id).ok_or(Error::NoVm(vm_id))?.device)
+    }
     /// The state of a GPU VM. PROTOCOL 5.5.
     ///
     /// # Errors

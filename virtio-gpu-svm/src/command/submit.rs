@@ -106,7 +106,7 @@ impl Submission<'_> {
         };
         area.reserve::<VmBindRsp>(hdr)?;
         let vm_id = request.vm_id.get();
-        let device = self.context.vm_property(vm_id, |vm, _| vm.device)?;
+        let device = self.context.vm_device(vm_id)?;
         let device = self.guest.host().device_of(device).info();
         let rules = BindRules { guest: self.guest, ctx_id: self.context.ctx_id, device };
         let binds = rules.check(ops)?;
