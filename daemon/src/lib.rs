@@ -2,12 +2,12 @@
 //!
 //! [`registry`] owns the guests, whose [`socket`]s it makes; on a thread for each, `attendant` waits for a VMM and
 //! [`session`] serves it. Within a session
-//! [`ring`] and [`queue`] turn virtqueues into commands, [`busy_poll`] waits for the next of them, [`eventq`] turns records into used buffers, [`guest_memory`]
-//! decides which memory is accepted, [`sigbus`] what happens when it goes away all the same, and [`fuse`] ends the session
-//! when something in it cannot go on; [`limits`] and [`log_budget`] say how much of all this one guest may cause, and
-//! [`panic_log`] what is told of panics.
-//! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there for;
-//! [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
+//! [`ring`] and [`queue`] turn virtqueues into commands and look for the next of them before they sleep, [`eventq`] turns
+//! records into used buffers, [`guest_memory`] decides which memory is accepted, [`sigbus`] what happens when it goes away
+//! all the same, and [`fuse`] ends the session when something in it cannot go on; [`limits`] and [`log_budget`] say how much
+//! of all this one guest may cause, and [`panic_log`] what is told of panics.
+//! [`devices`] are what it is all about, `hostmmu` one kind of them; [`housekeeper`] does what no guest's thread is there
+//! for; [`control`] is the door for whoever operates all this, and [`sandbox`] what the process gives up before any of it.
 
 mod attendant;
 pub mod control;

@@ -1,7 +1,7 @@
 //! Commands as bytes, for the ring and for the library alike. Nothing is sent here.
 
 use virtio_gpu_svm::protocol::control::{
-    Hello, INVAL_UNMAP, Invalidate, PAGE_RESP_SUCCESS, PageResponse, PageRun, Supply,
+    Hello, INVAL_UNMAP, Invalidate, PAGE_RESP_SUCCESS, PageResponse, PageRun, SUPPLY_LIST, Supply,
     VIRTIO_GPU_CMD_SVM_HELLO, VIRTIO_GPU_CMD_SVM_INVALIDATE, VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE,
     VIRTIO_GPU_CMD_SVM_SUPPLY,
 };
@@ -10,6 +10,7 @@ use virtio_gpu_svm::protocol::gpu::{
     VIRTIO_GPU_CMD_GET_CAPSET_INFO, VIRTIO_GPU_CMD_SUBMIT_3D,
 };
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::pages::Told;
 use virtio_gpu_svm::protocol::request::{
     BindOp, Exec, ReqHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_GET_PROPERTY, VmBind,
     VmCreate, VmRef,
@@ -20,6 +21,9 @@ use zerocopy::IntoBytes;
 pub const AS_OF: u64 = 24;
 /// Where the first run stands in a SUPPLY.
 pub const SUPPLY_RUNS: u64 = size_of::<Supply>() as u64;
+
+/// Where `as_of` stands in a SUPPLY of a list.
+pub const LIST_AS_OF: u64 = SUPPLY_RUNS + 8;
 
 /// Where `inval_done_seq` stands in an answer.
 pub const INVAL_DONE: u64 = 40;
@@ -56,16 +60,36 @@ pub fn destroy_context(ctx_id: u32) -> Vec<u8> {
 /// SUPPLY.
 pub fn supply(ctx_id: u32, runs: &[PageRun]) -> Vec<u8> {
     let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-    let head = Supply { hdr, num_runs: count(runs).into(), reserved: 0.into() };
+    let num_runs = u16::try_from(runs.len()).unwrap_or(u16::MAX).into();
+    let head = Supply { hdr, num_runs, ..Supply::default() };
     [head.as_bytes(), runs.as_bytes()].concat()
 }
 
-/// PAGE_RESPONSE with pages.
+/// SUPPLY of single pages that follow each other in the process, as a list.
+///
+/// # Panics
+/// If they are no such pages.
+pub fn supply_list(ctx_id: u32, runs: &[PageRun]) -> Vec<u8> {
+    let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
+    let Told { num_runs, flags, bytes } = told(runs);
+    assert_eq!(flags.get(), SUPPLY_LIST, "runs that are no list");
+    let head = Supply { hdr, num_runs, flags, ..Supply::default() };
+    [head.as_bytes(), &bytes].concat()
+}
+
+/// PAGE_RESPONSE with pages, as they are told the shortest way.
+///
+/// # Panics
+/// If they are more than a command may hold.
 pub fn answer(ctx_id: u32, cookie: u64, runs: &[PageRun]) -> Vec<u8> {
     let hdr = header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id);
-    let (code, num_runs) = (PAGE_RESP_SUCCESS.into(), count(runs).into());
-    let head = PageResponse { hdr, cookie: cookie.into(), code, num_runs };
-    [head.as_bytes(), runs.as_bytes()].concat()
+    let Told { num_runs, flags, bytes } = told(runs);
+    let head = PageResponse { hdr, cookie: cookie.into(), code: PAGE_RESP_SUCCESS.into(), num_runs, flags };
+    [head.as_bytes(), &bytes].concat()
+}
+
+fn told(runs: &[PageRun]) -> Told {
+    Told::new(runs).unwrap_or_else(|| panic!("{} runs are too many for a command", runs.len()))
 }
 
 /// INVALIDATE.

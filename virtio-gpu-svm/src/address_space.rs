@@ -5,7 +5,7 @@
 //! sequence: a run of pages that was translated before an invalidation of its leaf is refused ([`Install::Raced`]),
 //! and an unrelated munmap does not starve a fault. Leaves that do not exist share one sequence.
 //!
-//! A leaf is one run, or a table ([`table`]) of 4 bytes a page, or of 8 once a page of it lies at 4 TiB of guest-physical
+//! A leaf is one run, or a table (`table`) of 4 bytes a page, or of 8 once a page of it lies at 4 TiB of guest-physical
 //! space or beyond. It is charged what it takes, and one run what it takes once it is cut.
 
 mod table;

@@ -5,10 +5,10 @@
 
 mod bind;
 mod fence;
+mod pages;
 pub mod submit;
 
 use crate::addr::{PageRange, RangeError};
-use crate::address_space::{Bounds, Page, Run, Runs};
 use crate::context::{self, Context, NewContext};
 use crate::device::{self, AddressModel, FaultModel};
 use crate::fault::response::{self, Code, Supplied};
@@ -21,13 +21,14 @@ use crate::protocol::errno::{
 use crate::protocol::gpu::*;
 use crate::protocol::limit::Limit;
 use crate::protocol::{
-    CAPSET_SVM, CAPSET_SVM_VERSION, GUEST_VA_END, MAX_BINDS, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES,
-    MAX_RUN_PAGES, MAX_RUNS, PAGE_SHIFT, PAGE_SIZE, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
+    CAPSET_SVM, CAPSET_SVM_VERSION, GUEST_VA_END, MAX_BINDS, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_RUNS,
+    PAGE_SHIFT, SvmConfig, VERSION_MAJOR, VERSION_MINOR,
 };
 use crate::quota::Full;
 use crate::resource::Blob;
 use crate::sync::Arc;
 use crate::timeline;
+use pages::Pages;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Why a command was refused.
@@ -280,8 +281,9 @@ pub fn is_brief(request: &[u8]) -> bool {
         | VIRTIO_GPU_CMD_GET_CAPSET
         | VIRTIO_GPU_CMD_SVM_GET_DEVICE => true,
         VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE => {
-            let parts = with_list::<PageResponse, PageRun>(request, |cmd| cmd.num_runs.get(), MAX_RUNS);
-            parts.is_ok_and(|(_, runs)| runs.iter().all(|run| u64::from(run.pages.get()) <= BRIEF_PAGES))
+            let read = PageResponse::read_from_prefix(request).map_err(|_| Error::Length);
+            let pages = read.and_then(|(cmd, rest)| Pages::read(rest, cmd.num_runs, cmd.flags));
+            pages.is_ok_and(|pages| pages.largest_run() <= BRIEF_PAGES)
         }
         VIRTIO_GPU_CMD_SUBMIT_3D => {
             CmdSubmit::read_from_prefix(request).is_ok_and(|(_, payload)| submit::is_brief(payload))
@@ -315,13 +317,17 @@ where
     E: FromBytes + Immutable + KnownLayout,
 {
     let (fixed, rest) = T::read_from_prefix(request).map_err(|_| Error::Length)?;
-    let count = count(&fixed);
+    let list = elements(rest, count(&fixed), limit)?;
+    Ok((fixed, list))
+}
+
+/// `count` elements that must be all the rest.
+fn elements<E: FromBytes + Immutable + KnownLayout>(rest: &[u8], count: u32, limit: u32) -> Result<&[E]> {
     if count > limit {
         return Err(Error::Count);
     }
     let count = usize::try_from(count).map_err(|_| Error::Count)?;
-    let list = <[E]>::ref_from_bytes_with_elems(rest, count).map_err(|_| Error::Length)?;
-    Ok((fixed, list))
+    <[E]>::ref_from_bytes_with_elems(rest, count).map_err(|_| Error::Length)
 }
 
 fn zero(all_zero: bool) -> Result<()> {
@@ -527,21 +533,39 @@ impl Answer<'_> {
         Ok(())
     }
     fn supply(&mut self, request: &[u8]) -> Result<()> {
-        let (cmd, runs) = with_list::<Supply, PageRun>(request, |cmd| cmd.num_runs.get(), MAX_RUNS)?;
+        let (cmd, rest) = Supply::read_from_prefix(request).map_err(|_| Error::Length)?;
+        let pages = Pages::read(rest, cmd.num_runs, cmd.flags)?;
         zero(cmd.reserved.get() == 0)?;
-        if runs.is_empty() {
+        if pages.is_empty() {
             return Err(Error::Count);
         }
-        let runs = checked_runs(runs)?;
-        let supplied = self.context()?.supply(runs)?;
+        let supplied = match pages {
+            Pages::Runs(runs) => {
+                let runs = pages::checked_runs(runs)?;
+                self.context()?.supply(runs)?
+            }
+            Pages::List(list, entries) => {
+                let runs = pages::checked_list(list, entries)?;
+                self.context()?.supply(runs)?
+            }
+        };
         self.supplied(supplied)
     }
     fn page_response(&mut self, request: &[u8]) -> Result<()> {
-        let (cmd, runs) = with_list::<PageResponse, PageRun>(request, |cmd| cmd.num_runs.get(), MAX_RUNS)?;
+        let (cmd, rest) = PageResponse::read_from_prefix(request).map_err(|_| Error::Length)?;
+        let pages = Pages::read(rest, cmd.num_runs, cmd.flags)?;
         let code = Code::from_wire(cmd.code.get()).ok_or(Error::Value)?;
-        let runs = checked_runs(runs)?;
-        let context = self.context()?;
-        let supplied = context.respond(cmd.cookie.get(), code, runs)?;
+        let cookie = cmd.cookie.get();
+        let supplied = match pages {
+            Pages::Runs(runs) => {
+                let runs = pages::checked_runs(runs)?;
+                self.context()?.respond(cookie, code, runs)?
+            }
+            Pages::List(list, entries) => {
+                let runs = pages::checked_list(list, entries)?;
+                self.context()?.respond(cookie, code, runs)?
+            }
+        };
         self.supplied(supplied)
     }
     fn supplied(&mut self, supplied: Supplied) -> Result<()> {
@@ -614,63 +638,3 @@ fn blob_entry(entry: &MemEntry, memory: &MemoryTable) -> Result<(u64, u64)> {
     memory.lookup(range.start, range.pages()).ok_or(Error::NoMemory)?;
     Ok((range.start, range.pages()))
 }
-
-/// What runs are within, if surely nothing is wrong with any of them. A loop without a way out: lists are long and seldom bad,
-/// and what is wrong with a bad one is found by who looks at each run alone.
-fn bounds_of_good(runs: &[PageRun]) -> Option<Bounds> {
-    let (mut total, mut starts, mut lasts, mut flags) = (0_u64, 0_u64, 0_u64, 0_u32);
-    let (mut gpa_start, mut gpa_end, mut newest) = (u64::MAX, 0_u64, 0_u64);
-    for run in runs {
-        let (va, gpa, pages) = (run.va.get(), run.gpa.get(), u64::from(run.pages.get()));
-        let bytes = pages << PAGE_SHIFT;
-        // Of at most MAX_RUNS numbers of 32 bits.
-        total = total.wrapping_add(pages);
-        starts |= va | gpa;
-        flags |= run.flags.get();
-        // What wraps has the highest bit set: here where there are no pages, and in its start where that is far out.
-        let last = bytes.wrapping_sub(1);
-        lasts |= last | va.wrapping_add(last);
-        gpa_start = gpa_start.min(gpa);
-        gpa_end = gpa_end.max(gpa.wrapping_add(bytes));
-        newest = newest.max(run.as_of.get());
-    }
-    let good = starts & (PAGE_SIZE - 1) == 0
-        && (starts | lasts) < GUEST_VA_END
-        && flags & !RUN_READONLY == 0
-        && total <= MAX_RUN_PAGES;
-    let gpa_pages = PageRange { start: gpa_start >> PAGE_SHIFT, end: gpa_end >> PAGE_SHIFT };
-    good.then_some(Bounds { gpa_pages, newest })
-}
-// Numbers below it are those without certain bits, and so is what they are together.
-const _: () = assert!(GUEST_VA_END.is_power_of_two());
-
-/// Checks runs as far as this can be done without the context. They are read where they lie; the bytes are our own.
-fn checked_runs(runs: &[PageRun]) -> Result<Runs<impl Iterator<Item = Run> + Clone>> {
-    let mut left = MAX_RUN_PAGES;
-    let mut check = |run: &PageRun| {
-        left = left.checked_sub(run.pages.get().into()).ok_or(Error::Count)?;
-        zero(run.flags.get() & !RUN_READONLY == 0)?;
-        let bytes = u64::from(run.pages.get()).saturating_mul(PAGE_SIZE);
-        PageRange::from_bytes(run.va.get(), bytes, GUEST_VA_END)?;
-        PageRange::from_bytes(run.gpa.get(), bytes, u64::MAX)?;
-        Ok(())
-    };
-    let bounds = bounds_of_good(runs);
-    if bounds.is_none() {
-        for (index, run) in (0..).zip(runs) {
-            check(run).map_err(|error: Error| error.at(index))?;
-        }
-    }
-    let each = runs.iter().map(|run| {
-        let start = run.va.get() >> PAGE_SHIFT;
-        // It was checked to lie in the space.
-        let va = PageRange { start, end: start.wrapping_add(run.pages.get().into()) };
-        let readonly = run.flags.get() & RUN_READONLY != 0;
-        let first = Page { gpa_page: run.gpa.get() >> PAGE_SHIFT, readonly };
-        Run { va, first, as_of: run.as_of.get() }
-    });
-    Ok(Runs { each, bounds })
-}
-
-#[cfg(test)]
-mod tests;

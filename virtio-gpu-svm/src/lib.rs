@@ -52,6 +52,8 @@ pub mod page_table;
 pub mod population;
 #[cfg(feature = "device")]
 pub mod quota;
+#[cfg(test)]
+mod random;
 #[cfg(feature = "device")]
 pub mod resource;
 #[cfg(feature = "device")]

@@ -26,6 +26,8 @@ pub mod page_table;
 pub mod population;
 pub mod protocol;
 pub mod quota;
+#[cfg(test)]
+mod random;
 pub mod resource;
 #[path = "../model/seeded.rs"]
 pub mod seeded;

@@ -239,6 +239,7 @@ fn answered_fault_allocates_nothing() {
             cookie,
             code: PAGE_RESP_SUCCESS.into(),
             num_runs: 1.into(),
+            flags: 0.into(),
         };
         command.clear();
         command.extend_from_slice(head.as_bytes());
@@ -300,7 +301,7 @@ fn job_allocates_what_it_owns_and_its_place_on_a_ring() {
 
 fn supply(runs: &[PageRun]) -> Vec<u8> {
     let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY);
-    let head = Supply { hdr, num_runs: u32::try_from(runs.len()).unwrap().into(), reserved: 0.into() };
+    let head = Supply { hdr, num_runs: u16::try_from(runs.len()).unwrap().into(), ..Supply::default() };
     [head.as_bytes(), runs.as_bytes()].concat()
 }
 

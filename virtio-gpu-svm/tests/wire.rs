@@ -2,8 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 use virtio_gpu_svm::protocol::control::{
-    GetDeviceResp, Hello, HelloResp, Invalidate, InvalidateResp, PageResponse, PageRun, SupplyResp, SvmResp,
-    VIRTIO_GPU_CMD_SVM_HELLO,
+    GetDeviceResp, Hello, HelloResp, Invalidate, InvalidateResp, PageList, PageResponse, PageRun,
+    SUPPLY_LIST, Supply, SupplyResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO,
 };
 use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EventHdr, FaultRecord, JobRecord, NoticeRecord};
 use virtio_gpu_svm::protocol::gpu::{
@@ -143,6 +143,7 @@ fn page_response_with_a_run() {
             cookie: 0x1_0000_0002.into(),
             code: 0.into(),
             num_runs: 1.into(),
+            flags: 0.into(),
         },
         "03040000 00000000 0000000000000000 01000000 00000000 0200000001000000 00000000 01000000",
     );
@@ -155,6 +156,16 @@ fn page_response_with_a_run() {
             as_of: 3.into(),
         },
         "0000000000700000 0050341200000000 10000000 01000000 0300000000000000",
+    );
+    golden(PageList { va: 0x7000_0000_0000.into(), as_of: 3.into() }, "0000000000700000 0300000000000000");
+    golden(
+        Supply {
+            hdr: hdr(0x0402, 1),
+            num_runs: 0x102.into(),
+            flags: SUPPLY_LIST.into(),
+            ..Supply::default()
+        },
+        "02040000 00000000 0000000000000000 01000000 00000000 0201 0100 00000000",
     );
     golden(
         Invalidate {

@@ -132,7 +132,7 @@ impl Guest {
                 assert_eq!(fault.cpu_addr.get(), cpu, "another page's fault");
                 let hdr = header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, CTX);
                 let (code, num_runs) = (PAGE_RESP_SUCCESS.into(), 1.into());
-                let head = PageResponse { hdr, cookie: fault.cookie, code, num_runs };
+                let head = PageResponse { hdr, cookie: fault.cookie, code, num_runs, flags: 0.into() };
                 let run = PageRun { va: cpu.into(), gpa: page.into(), pages: 1.into(), ..PageRun::default() };
                 self.send(&[head.as_bytes(), run.as_bytes()].concat())?;
             }

@@ -221,7 +221,8 @@ fn supply(vmm: &mut Vmm, ctx: u32, cookie: u64, first: u64) {
         ..PageRun::default()
     };
     let hdr = hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx);
-    let answer = PageResponse { hdr, cookie: cookie.into(), code: 0.into(), num_runs: 1.into() };
+    let answer =
+        PageResponse { hdr, cookie: cookie.into(), code: 0.into(), num_runs: 1.into(), flags: 0.into() };
     vmm.command(&[answer.as_bytes(), run.as_bytes()].concat());
 }
 /// The next fault of the device that has them.

@@ -16,6 +16,7 @@ use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::errno::EOPNOTSUPP;
 use virtio_gpu_svm::protocol::event::{EVENT_RECORD_BYTES, EventHdr};
 use virtio_gpu_svm::protocol::gpu::*;
+use virtio_gpu_svm::protocol::pages::Told;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::protocol::{CAPSET_SVM, CONTROLQ, CURSORQ};
 use world::{A, C, GPA, PAGE, World};
@@ -25,7 +26,7 @@ use zerocopy::{FromBytes, IntoBytes};
 type Row = (u32, u32, fn(&World) -> Vec<u8>);
 
 /// Every command. `every_command_is_in_the_table` finds one that is missing.
-const COMMANDS: [Row; 19] = [
+const COMMANDS: [Row; 20] = [
     (VIRTIO_GPU_CMD_GET_DISPLAY_INFO, 0, |_| bare(VIRTIO_GPU_CMD_GET_DISPLAY_INFO, 0)),
     (VIRTIO_GPU_CMD_GET_CAPSET_INFO, 0, |_| {
         let hdr = world::hdr(VIRTIO_GPU_CMD_GET_CAPSET_INFO, 0);
@@ -55,11 +56,23 @@ const COMMANDS: [Row; 19] = [
         let run = |page: u64| world::run(A + page * PAGE, GPA + page * PAGE, 2);
         world::supply(&[run(16), run(20), run(24)])
     }),
+    (VIRTIO_GPU_CMD_SVM_SUPPLY, 0, |_| {
+        let page = |n: u64| world::run(A + (16 + n) * PAGE, GPA + (16 + 2 * n) * PAGE, 1);
+        let Told { num_runs, flags, bytes } = Told::new(&[page(0), page(1), page(2)]).unwrap();
+        assert_eq!(flags.get(), SUPPLY_LIST);
+        let hdr = world::hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1);
+        [Supply { hdr, num_runs, flags, ..Supply::default() }.as_bytes(), &bytes].concat()
+    }),
     (VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, 0, |world| {
         let fault = world.fault();
         let hdr = world::hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, 1);
-        let head =
-            PageResponse { hdr, cookie: fault.cookie, code: PAGE_RESP_SUCCESS.into(), num_runs: 2.into() };
+        let head = PageResponse {
+            hdr,
+            cookie: fault.cookie,
+            code: PAGE_RESP_SUCCESS.into(),
+            num_runs: 2.into(),
+            flags: 0.into(),
+        };
         let at = fault.cpu_addr.get();
         let runs = [world::run(at, GPA + 100 * PAGE, 1), world::run(at + PAGE, GPA + 101 * PAGE, 1)];
         [head.as_bytes(), runs.as_bytes()].concat()

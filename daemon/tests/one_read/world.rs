@@ -169,7 +169,7 @@ pub fn run(va: u64, gpa: u64, pages: u32) -> PageRun {
 
 pub fn supply(runs: &[PageRun]) -> Vec<u8> {
     let hdr = hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1);
-    let num_runs = u32::try_from(runs.len()).unwrap().into();
+    let num_runs = u16::try_from(runs.len()).unwrap().into();
     let head = Supply { hdr, num_runs, ..Supply::default() };
     [head.as_bytes(), runs.as_bytes()].concat()
 }

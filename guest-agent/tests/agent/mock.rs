@@ -15,7 +15,8 @@ use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OP_NOP, Packet};
 use virtio_gpu_svm::protocol::request::*;
-use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES};
+use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES, PAGE_SIZE};
+use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a test waits for something that must come.
@@ -214,9 +215,13 @@ impl Script {
     }
 
     fn page_response(&mut self, request: &[u8]) -> Vec<u8> {
-        let (answer, runs) = PageResponse::read_from_prefix(request).unwrap();
-        let runs = <[PageRun]>::ref_from_bytes(runs).unwrap().to_vec();
-        assert_eq!(runs.len() as u32, answer.num_runs.get());
+        let (answer, told) = PageResponse::read_from_prefix(request).unwrap();
+        let runs = match answer.flags.get() {
+            0 => <[PageRun]>::ref_from_bytes(told).unwrap().to_vec(),
+            SUPPLY_LIST => runs_of_list(told),
+            flags => panic!("flags {flags:#x}"),
+        };
+        assert_eq!(runs.len(), usize::from(answer.num_runs.get()));
         let (ctx_id, cookie) = (answer.hdr.ctx_id.get(), answer.cookie.get());
         let seq = self.contexts.get(&ctx_id).copied().unwrap_or(0);
         let old = runs.iter().any(|run| run.as_of.get() < seq);
@@ -475,4 +480,18 @@ pub fn file(len: u64) -> OwnedFd {
     let fd = rustix::fs::memfd_create("mock-arena", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, len).unwrap();
     fd
+}
+
+/// Runs of one page each.
+fn runs_of_list(told: &[u8]) -> Vec<PageRun> {
+    let (list, entries) = PageList::read_from_prefix(told).unwrap();
+    let entries = <[U64]>::ref_from_bytes(entries).unwrap();
+    let run = |(n, entry): (u64, &U64)| PageRun {
+        va: (list.va.get() + n * PAGE_SIZE).into(),
+        gpa: (entry.get() & !(PAGE_SIZE - 1)).into(),
+        pages: 1.into(),
+        flags: u32::from(entry.get() & 1 != 0).into(),
+        as_of: list.as_of,
+    };
+    (0..).zip(entries).map(run).collect()
 }

@@ -4,6 +4,7 @@ use crate::input::Input;
 use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::*;
+use virtio_gpu_svm::protocol::pages::Told;
 use virtio_gpu_svm::protocol::request::*;
 use zerocopy::IntoBytes;
 
@@ -82,13 +83,33 @@ fn list<T: IntoBytes + zerocopy::Immutable>(head: &[u8], items: &[T]) -> Vec<u8>
 
 pub(crate) fn supply(ctx_id: u32, runs: &[PageRun]) -> Vec<u8> {
     let hdr = hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-    list(Supply { hdr, num_runs: count(runs), reserved: 0.into() }.as_bytes(), runs)
+    let Told { num_runs, flags, bytes } = told(runs);
+    [Supply { hdr, num_runs, flags, ..Supply::default() }.as_bytes(), &bytes].concat()
 }
 
 pub(crate) fn response(ctx_id: u32, cookie: u64, code: u32, runs: &[PageRun]) -> Vec<u8> {
     let hdr = hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id);
-    let num_runs = count(runs);
-    list(PageResponse { hdr, cookie: cookie.into(), code: code.into(), num_runs }.as_bytes(), runs)
+    let Told { num_runs, flags, bytes } = told(runs);
+    let head = PageResponse { hdr, cookie: cookie.into(), code: code.into(), num_runs, flags };
+    [head.as_bytes(), &bytes].concat()
+}
+
+/// A run alone of an odd number of pages is told as a list.
+fn told(runs: &[PageRun]) -> Told {
+    let list = |run: &PageRun| {
+        let pages = (0..u64::from(run.pages.get())).map(|n| PageRun {
+            va: run.va.get().wrapping_add(n * 4096).into(),
+            gpa: run.gpa.get().wrapping_add(n * 4096).into(),
+            pages: 1.into(),
+            ..*run
+        });
+        Told::new(&pages.collect::<Vec<_>>())
+    };
+    let as_list = match runs {
+        [run] if run.pages.get() < 32 && run.pages.get() % 2 == 1 => list(run),
+        _ => Told::new(runs),
+    };
+    as_list.unwrap_or_else(|| panic!("{} runs in a command", runs.len()))
 }
 
 fn count<T>(items: &[T]) -> zerocopy::little_endian::U32 {

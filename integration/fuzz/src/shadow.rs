@@ -32,29 +32,58 @@ impl Shadow {
     pub(crate) fn before(&mut self, request: &[u8]) {
         let Ok((hdr, _)) = CtrlHdr::read_from_prefix(request) else { return };
         match hdr.kind.get() {
-            VIRTIO_GPU_CMD_SVM_SUPPLY => self.supplied::<Supply>(request, hdr.ctx_id.get()),
-            VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE => self.supplied::<PageResponse>(request, hdr.ctx_id.get()),
+            VIRTIO_GPU_CMD_SVM_SUPPLY => {
+                self.supplied::<Supply>(request, hdr.ctx_id.get(), |head| head.flags.get())
+            }
+            VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE => {
+                self.supplied::<PageResponse>(request, hdr.ctx_id.get(), |head| head.flags.get())
+            }
             _ => {}
         }
     }
-    fn supplied<T: FromBytes + Immutable + KnownLayout>(&mut self, request: &[u8], ctx_id: u32) {
-        let Ok((_, mut rest)) = T::read_from_prefix(request) else { return };
-        let process = self.processes.entry(ctx_id).or_default();
-        while let Ok((run, after)) = PageRun::read_from_prefix(rest) {
-            rest = after;
-            if run.pages.get() > MOST_PAGES {
-                self.lost.insert(ctx_id);
-                continue;
+    fn supplied<T: FromBytes + Immutable + KnownLayout>(
+        &mut self,
+        request: &[u8],
+        ctx_id: u32,
+        flags: impl Fn(&T) -> u16,
+    ) {
+        let Ok((head, mut rest)) = T::read_from_prefix(request) else { return };
+        if flags(&head) & SUPPLY_LIST == 0 {
+            while let Ok((run, after)) = PageRun::read_from_prefix(rest) {
+                rest = after;
+                self.told(ctx_id, &run);
             }
-            let (va, gpa) = (run.va.get() / 4096, run.gpa.get() / 4096);
-            for n in 0..u64::from(run.pages.get()) {
-                let newer = |(start, end, seq): &(u64, u64, u64)| {
-                    (*start..*end).contains(&(va + n)) && *seq > run.as_of.get()
-                };
-                if !process.invalidated.iter().any(newer) {
-                    let page = (gpa + n, run.flags.get() & RUN_READONLY == 0);
-                    process.pages.entry(va + n).or_default().push(page);
-                }
+            return;
+        }
+        let Ok((list, entries)) = PageList::read_from_prefix(rest) else { return };
+        for (n, entry) in (0..).zip(entries.chunks_exact(8)) {
+            let entry = entry.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte));
+            self.told(
+                ctx_id,
+                &PageRun {
+                    va: list.va.get().wrapping_add(n * 4096).into(),
+                    gpa: (entry & !4095).into(),
+                    pages: 1.into(),
+                    flags: u32::from(entry & 1 != 0).into(),
+                    as_of: list.as_of,
+                },
+            );
+        }
+    }
+    fn told(&mut self, ctx_id: u32, run: &PageRun) {
+        if run.pages.get() > MOST_PAGES {
+            self.lost.insert(ctx_id);
+            return;
+        }
+        let process = self.processes.entry(ctx_id).or_default();
+        let (va, gpa) = (run.va.get() / 4096, run.gpa.get() / 4096);
+        for n in 0..u64::from(run.pages.get()) {
+            let newer = |(start, end, seq): &(u64, u64, u64)| {
+                (*start..*end).contains(&(va + n)) && *seq > run.as_of.get()
+            };
+            if !process.invalidated.iter().any(newer) {
+                let page = (gpa + n, run.flags.get() & RUN_READONLY == 0);
+                process.pages.entry(va + n).or_default().push(page);
             }
         }
     }

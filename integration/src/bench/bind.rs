@@ -1,9 +1,10 @@
 //! P3, P4 and P5: pages of a process told, bound and withdrawn.
 //!
 //! Of ours, an operation is as many SUPPLY as the list takes, VM_BIND with IMMEDIATE, and one INVALIDATE: every page has
-//! been checked, is known, has a translation, and is taken back. Of QEMU's program it is ATTACH_BACKING and
-//! DETACH_BACKING, which check and translate each entry, and build no page table. Each run of ours has its `as_of` written
-//! anew by the driver, beside the daemon at depth 64 and before the clock runs at depth 1; QEMU's lists stay as they are.
+//! been checked, is known, has a translation, and is taken back. Scattered pages are told as a list, 8 bytes a page. Of
+//! QEMU's program it is ATTACH_BACKING and DETACH_BACKING, which check and translate each entry of 16 bytes, and build no
+//! page table. Each `as_of` of ours is written anew by the driver, beside the daemon at depth 64 and before the clock runs
+//! at depth 1; QEMU's lists stay as they are.
 
 mod ours;
 mod qemu;
@@ -178,8 +179,8 @@ fn place(bench: &Bench) -> (Place, CpuSet) {
 
 /// Nanoseconds that a page's entry takes in a copy of a whole list, each round.
 fn list_copies(pages: u64, rounds: usize) -> Figure {
-    let list = vec![1_u8; usize::try_from(pages).unwrap_or(0) * size_of::<PageRun>()];
-    let mut copy = vec![0_u8; list.len()];
+    let list = vec![1_u64; usize::try_from(pages).unwrap_or(0)];
+    let mut copy = vec![0_u64; list.len()];
     let times = 1 + usize::try_from(262_144 / pages.max(1)).unwrap_or(0);
     let round = |_| {
         let begin = Instant::now();

@@ -182,12 +182,16 @@ impl Ours {
     }
 }
 
-/// Runs of one page each, anywhere in guest memory.
+/// Pages anywhere in guest memory; those of the process follow each other.
 fn scattered(ram: &GuestRam, pages: u64) -> Vec<PageRun> {
     let mut random = Random::new(SEED);
     let (first, end) = (ram.drivers_end().div_ceil(PAGE_SIZE), ram.end() / PAGE_SIZE);
     let gpa = |page: u64| (first + page) * PAGE_SIZE;
-    let run =
-        |_| PageRun { gpa: gpa(random.below(end - first)).into(), pages: 1.into(), ..PageRun::default() };
+    let run = |page: u64| PageRun {
+        va: (page * PAGE_SIZE).into(),
+        gpa: gpa(random.below(end - first)).into(),
+        pages: 1.into(),
+        ..PageRun::default()
+    };
     (0..pages).map(run).collect()
 }

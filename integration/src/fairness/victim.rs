@@ -144,7 +144,7 @@ impl Victim {
         let runs: Vec<_> = (0..PLACES).map(run).collect();
         let hdr =
             CtrlHdr { kind: VIRTIO_GPU_CMD_SVM_SUPPLY.into(), ctx_id: CONTEXT.into(), ..CtrlHdr::default() };
-        let supply = Supply { hdr, num_runs: u32::try_from(runs.len())?.into(), reserved: 0.into() };
+        let supply = Supply { hdr, num_runs: u16::try_from(runs.len())?.into(), ..Supply::default() };
         let answer: SupplyResp = self.guest.send(&supply, runs.as_bytes())?;
         ensure!(answer.resp.status.get() == 0, "the pages are refused: {answer:?}");
         Ok(())

@@ -49,10 +49,19 @@ impl Script {
     /// SUPPLY of so many pages, in runs of so many that lie at random in guest memory, and the VM_BINDs that map them and
     /// make them resident. For so many operations.
     pub fn bind(pages: u64, run: u64, operations: u64) -> Result<Box<dyn Operation>> {
+        Self::bind_told(pages, operations, |first| wire::supply(CTX, &runs(first, pages, run)))
+    }
+
+    /// The same in runs of one page, told as a list.
+    pub fn bind_list(pages: u64, operations: u64) -> Result<Box<dyn Operation>> {
+        Self::bind_told(pages, operations, |first| wire::supply_list(CTX, &runs(first, pages, 1)))
+    }
+
+    fn bind_told(pages: u64, operations: u64, tell: impl Fn(u64) -> Vec<u8>) -> Result<Box<dyn Operation>> {
         let scene = Scene::bare(MEMORY_PAGES * PAGE_SIZE)?;
         let mut commands = Vec::new();
         for first in (0..operations).map(|n| n * pages) {
-            commands.push(supply(first, pages, run));
+            commands.push(tell(first));
             for part in (0..pages).step_by(usize::try_from(BIND_PAGES)?) {
                 commands.push(map(first + part, BIND_PAGES.min(pages - part), BIND_IMMEDIATE));
             }
@@ -66,7 +75,7 @@ impl Script {
         let mut scene = Scene::bare(MEMORY_PAGES * PAGE_SIZE)?;
         let mut commands = Vec::new();
         for first in (0..operations).map(|n| n * PAGES) {
-            let prepared = [supply(first, PAGES, 1), map(first, PAGES, BIND_IMMEDIATE)];
+            let prepared = [wire::supply(CTX, &runs(first, PAGES, 1)), map(first, PAGES, BIND_IMMEDIATE)];
             anyhow::ensure!(prepared.iter().all(|command| scene.control(command)), "a bind was refused");
             commands.push(invalidate(first, PAGES));
         }
@@ -140,7 +149,7 @@ impl Operation for Script {
 }
 
 /// Pages from the `first` of A on, in runs.
-fn supply(first: u64, pages: u64, run: u64) -> Vec<u8> {
+fn runs(first: u64, pages: u64, run: u64) -> Vec<PageRun> {
     let of = |n: u64| PageRun {
         va: (A + (first + n * run) * PAGE_SIZE).into(),
         gpa: (GPA + scrambled(n, MEMORY_PAGES / run) * run * PAGE_SIZE).into(),
@@ -148,7 +157,7 @@ fn supply(first: u64, pages: u64, run: u64) -> Vec<u8> {
         flags: 0.into(),
         as_of: 0.into(),
     };
-    wire::supply(CTX, &(0..pages / run).map(of).collect::<Vec<_>>())
+    (0..pages / run).map(of).collect()
 }
 
 /// Maps pages of A, at the same place of C.

@@ -192,6 +192,7 @@ impl Operation for Answered {
             cookie: cookie.into(),
             code: PAGE_RESP_SUCCESS.into(),
             num_runs: 1.into(),
+            flags: 0.into(),
         };
         self.command.clear();
         self.command.extend_from_slice(head.as_bytes());

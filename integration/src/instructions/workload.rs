@@ -110,6 +110,9 @@ pub const ALL: &[Workload] = &[
         BULKY,
         || Script::bind(PAGES, 1, 2 * BULKY),
     ),
+    bulk("supply-bind-list-4096", "the same, told as a list", PAGES, BULKY, || {
+        Script::bind_list(PAGES, 2 * BULKY)
+    }),
     bulk("supply-bind-256x16", "the same, in runs of 16", PAGES, BULKY, || {
         Script::bind(PAGES, 16, 2 * BULKY)
     }),

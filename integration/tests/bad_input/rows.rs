@@ -8,6 +8,7 @@ use virtio_gpu_svm::protocol::errno::{EACCES, EEXIST, EFAULT, EINVAL, ENOENT, EO
 use virtio_gpu_svm::protocol::event::FaultRecord;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OP_FILL, OP_NOP, Packet};
+use virtio_gpu_svm::protocol::pages::Told;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::protocol::{
     GUEST_VA_END, MAX_BINDS, MAX_BLOB_ENTRIES, MAX_COMMAND_BYTES, MAX_PACKETS, MAX_REQUESTS, MAX_RINGS,
@@ -80,6 +81,7 @@ pub fn good_commands(scene: &Scene) -> Vec<Row> {
         good("HELLO", bytes(&hello(), &[])),
         good("GET_DEVICE", bytes(&get_device, &[])),
         good("SUPPLY", supply(1, &runs)),
+        good("SUPPLY of a list", listed(1, &runs)),
         good("INVALIDATE", bytes(&invalidate(1, A2, PAGE_SIZE, INVAL_UNMAP), &[])),
         good("CTX_CREATE", bytes(&create_context(9), &[])),
         good("CTX_ATTACH_RESOURCE", bytes(&resource(VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE, 1, BLOB), &[])),
@@ -193,8 +195,16 @@ fn resources(scene: &Scene) -> Vec<Row> {
 
 pub fn supply(ctx_id: u32, runs: &[PageRun]) -> Vec<u8> {
     let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-    let num_runs = u32::try_from(runs.len()).unwrap();
-    bytes(&Supply { hdr, num_runs: num_runs.into(), reserved: 0.into() }, runs.as_bytes())
+    let num_runs = u16::try_from(runs.len()).unwrap();
+    bytes(&Supply { hdr, num_runs: num_runs.into(), ..Supply::default() }, runs.as_bytes())
+}
+
+/// Pages that follow each other, told as a list.
+fn listed(ctx_id: u32, pages: &[PageRun]) -> Vec<u8> {
+    let Told { num_runs, flags, bytes: told } = Told::new(pages).unwrap();
+    assert_eq!(flags.get(), SUPPLY_LIST);
+    let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
+    bytes(&Supply { hdr, num_runs, flags, ..Supply::default() }, &told)
 }
 
 fn invalidate(ctx_id: u32, start: u64, length: u64, event: u32) -> Invalidate {
@@ -274,18 +284,43 @@ fn bad_runs(scene: &Scene) -> Vec<Row> {
             rows.push(row(&format!("answer with {name}"), errno, bytes(&answer, [covering, run].as_bytes())));
         }
     }
-    let counted = |num_runs: u32, runs: &[PageRun]| {
+    let counted = |num_runs: u16, runs: &[PageRun]| {
         let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, 1);
-        bytes(&Supply { hdr, num_runs: num_runs.into(), reserved: 0.into() }, runs.as_bytes())
+        bytes(&Supply { hdr, num_runs: num_runs.into(), ..Supply::default() }, runs.as_bytes())
     };
     let many: Vec<PageRun> =
         (0..=MAX_RUNS).map(|n| scene.run(A2 + u64::from(n) * PAGE_SIZE, gpa, 1)).collect();
     let mut reserved = supply(1, &[good]);
     reserved[28] = 1;
+    let list = listed(1, &[good, scene.run(A2 + PAGE_SIZE, scene.free_gpa(1), 1)]);
+    let word = |at: usize, word: u64| {
+        let mut list = list.clone();
+        list[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        list
+    };
+    // Its head is at 32, its entries at 48 and 56.
+    rows.extend([
+        row("list with va that is unaligned", EINVAL, word(32, UNALIGNED)),
+        row("list across the end of the space", EINVAL, word(32, GUEST_VA_END - PAGE_SIZE)),
+        row("list whose va overflows", EINVAL, word(32, LAST_PAGE)),
+        row("list with a sequence of the future", EINVAL, word(40, 1)),
+        row("list with the largest sequence", EINVAL, word(40, u64::MAX)),
+        row("list with an unknown flag in an entry", EINVAL, word(56, gpa | 2)),
+        row("list with gpa that is unaligned", EINVAL, word(56, gpa | 0x800)),
+        row("list with a page beyond guest memory", EFAULT, word(56, RAM_END)),
+        row("list with a page in the hole", EFAULT, word(56, LOW_BYTES)),
+        row("list with the last page of all", EFAULT, word(56, LAST_PAGE)),
+        row("list that contradicts", EEXIST, listed(1, &[scene.run(known, gpa, 1)])),
+        row("list without its end", EINVAL, list[..list.len() - 1].to_vec()),
+        row("list with more than its end", EINVAL, [&list[..], &[0]].concat()),
+        row("list that is no more than a head", EINVAL, list[..48].to_vec()),
+        row("list without a head", EINVAL, list[..40].to_vec()),
+        row("SUPPLY with an unknown flag", EINVAL, word(24, 2 << 16 | 2)),
+    ]);
     rows.extend([
         row("SUPPLY of no runs", EINVAL, supply(1, &[])),
         row("SUPPLY of too many runs", EINVAL, supply(1, &many)),
-        row("SUPPLY of the most runs", EINVAL, counted(u32::MAX, &[good])),
+        row("SUPPLY of the most runs", EINVAL, counted(u16::MAX, &[good])),
         row("SUPPLY of more runs than there are", EINVAL, counted(2, &[good])),
         row("SUPPLY of fewer runs than there are", EINVAL, counted(1, &[good, good])),
         row("SUPPLY with reserved field", EINVAL, reserved),
@@ -300,7 +335,7 @@ fn bad_answers(scene: &Scene) -> Vec<Row> {
     let gpa = scene.free_gpa(3);
     let run = scene.run(A, gpa, 1);
     let answer = |ctx_id, fault: &FaultRecord, code, runs: &[PageRun]| {
-        let num_runs = u32::try_from(runs.len()).unwrap();
+        let num_runs = u16::try_from(runs.len()).unwrap();
         bytes(&response(ctx_id, fault, code, num_runs), runs.as_bytes())
     };
     let (pending, answered) = (&scene.pending, &scene.answered);

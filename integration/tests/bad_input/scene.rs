@@ -163,12 +163,13 @@ pub fn header(kind: u32, ctx_id: u32) -> CtrlHdr {
 }
 
 /// The head of an answer to a fault.
-pub fn response(ctx_id: u32, fault: &FaultRecord, code: u32, num_runs: u32) -> PageResponse {
+pub fn response(ctx_id: u32, fault: &FaultRecord, code: u32, num_runs: u16) -> PageResponse {
     PageResponse {
         hdr: header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
         cookie: fault.cookie,
         code: code.into(),
         num_runs: num_runs.into(),
+        flags: 0.into(),
     }
 }
 

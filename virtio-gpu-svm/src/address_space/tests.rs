@@ -1,6 +1,7 @@
 use super::*;
 use crate::protocol::limit::Limit;
 use crate::quota::{Limits, Quota};
+use crate::random;
 use std::collections::HashMap;
 
 /// The first page beyond 4 TiB, and the last that guest memory may have.
@@ -287,15 +288,8 @@ fn small_pages_are_read_until_nothing_is_made_of_one() {
 
 #[test]
 fn agrees_with_a_page_map() {
-    let seed = std::env::var("SVM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_u64);
-    println!("seed {seed} (set SVM_SEED to repeat)");
-    let mut x = seed | 1;
-    let mut next = move |below: u64| {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        x % below
-    };
+    let seed = random::seed();
+    let mut next = random::numbers(seed);
     let quota = 6 * WIDE;
     let (mut space, mut model) = (limited(quota), HashMap::new());
     let (mut over, mut widest) = (0, 0);
@@ -358,15 +352,8 @@ fn agrees_with_a_page_map() {
 /// Lists of short runs, some stale, weaker or contradictory, by [`AddressSpace::install_all`] and one by one.
 #[test]
 fn runs_in_a_row_become_what_they_become_one_by_one() {
-    let seed = std::env::var("SVM_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_u64);
-    println!("seed {seed} (set SVM_SEED to repeat)");
-    let mut x = seed | 1;
-    let mut next = move |below: u64| {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        x % below
-    };
+    let seed = random::seed();
+    let mut next = random::numbers(seed);
     let (mut all, mut single) = (AddressSpace::default(), AddressSpace::default());
     let mut seen = [0_u32; 3];
     for _ in 0..2000 {

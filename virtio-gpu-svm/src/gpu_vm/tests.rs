@@ -1,4 +1,5 @@
 use super::*;
+use crate::random;
 use std::collections::HashMap;
 
 fn range(start: u64, end: u64) -> PageRange {
@@ -248,13 +249,7 @@ fn agrees_with_a_page_map() {
 }
 
 fn compare_with_a_page_map(seed: u64, operations: u64) {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = move |below: u64| {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        x % below
-    };
+    let mut next = random::numbers(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let blobs = objects();
     // What stands behind a page: 0 the CPU's, n blob n, 9 nothing; and which page of it.
     let behind = |va: &GpuVa, page: u64| match va.behind(page) {

@@ -24,6 +24,9 @@ pub const DEVICE_EXEC: u64 = 1 << 1;
 /// [`PageRun::flags`]: the process may only read these pages.
 pub const RUN_READONLY: u32 = 1 << 0;
 
+/// [`Supply::flags`], [`PageResponse::flags`]: pages are told by a [`PageList`], not by runs.
+pub const SUPPLY_LIST: u16 = 1 << 0;
+
 /// [`PageResponse::code`]: retry the access.
 pub const PAGE_RESP_SUCCESS: u32 = 0;
 /// [`PageResponse::code`]: the access is an error of the process.
@@ -138,18 +141,30 @@ wire! {
     }
 }
 wire! {
-    /// `SVM_SUPPLY`; [`PageRun`] follow.
+    /// Pages that follow each other in the process and lie anywhere in guest memory: a run of one page each. For each
+    /// follows its guest-physical address (le64, page aligned) with [`RUN_READONLY`] in its lowest bits.
+    PageList, 16 {
+        /// Guest CPU address of the first, page aligned.
+        va: U64,
+        /// The invalidation sequence that the guest held before it translated the first of them.
+        as_of: U64,
+    }
+}
+wire! {
+    /// `SVM_SUPPLY`; [`PageRun`] follow, or a [`PageList`].
     Supply, 32 {
         /// Header with the context.
         hdr: CtrlHdr,
-        /// Runs that follow.
-        num_runs: U32,
+        /// Runs that follow, or pages of the list.
+        num_runs: U16,
+        /// [`SUPPLY_LIST`].
+        flags: U16,
         /// Zero.
         reserved: U32,
     }
 }
 wire! {
-    /// `SVM_PAGE_RESPONSE`; [`PageRun`] follow.
+    /// `SVM_PAGE_RESPONSE`; [`PageRun`] follow, or a [`PageList`].
     PageResponse, 40 {
         /// Header with the context.
         hdr: CtrlHdr,
@@ -157,8 +172,10 @@ wire! {
         cookie: U64,
         /// `PAGE_RESP_*`.
         code: U32,
-        /// Runs that follow; 0 unless `code` is success.
-        num_runs: U32,
+        /// Runs that follow, or pages of the list; 0 unless `code` is success.
+        num_runs: U16,
+        /// [`SUPPLY_LIST`].
+        flags: U16,
     }
 }
 wire! {

@@ -45,6 +45,7 @@ pub mod event;
 pub mod gpu;
 pub mod job;
 pub mod limit;
+pub mod pages;
 pub mod request;
 
 use zerocopy::little_endian::{U16, U32, U64};

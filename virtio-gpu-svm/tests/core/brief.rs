@@ -20,7 +20,7 @@ fn submit(requests: &[u32]) -> Vec<u8> {
 }
 
 fn answer(runs: &[PageRun]) -> Vec<u8> {
-    let (hdr, num_runs) = (hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, 1), (runs.len() as u32).into());
+    let (hdr, num_runs) = (hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, 1), (runs.len() as u16).into());
     let head = PageResponse { hdr, num_runs, ..PageResponse::default() };
     [head.as_bytes(), runs.as_bytes()].concat()
 }

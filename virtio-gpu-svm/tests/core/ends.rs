@@ -189,6 +189,7 @@ fn answer_stands_when_only_pages_beside_it_have_raced() {
         cookie: cookie.into(),
         code: PAGE_RESP_SUCCESS.into(),
         num_runs: 2.into(),
+        flags: 0.into(),
     };
     let runs = [run(A, GPA, 1, 0), run(far, GPA + 0x1000, 1, 0)];
     let resp = SupplyResp::read_from_bytes(&w.send(&[answer.as_bytes(), runs.as_bytes()].concat())).unwrap();
@@ -384,7 +385,7 @@ fn refusal_names_the_run_that_it_is_about() {
     let good = run(A, GPA, 1, 0);
     let wrong = [run(A + 1, GPA, 1, 0), run(A, GPA, 0, 0), run(A, 0, 1, 0), run(A, GPA, 1, 7)];
     for bad in wrong {
-        let cmd = Supply { hdr: hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1), num_runs: 3.into(), reserved: 0.into() };
+        let cmd = Supply { hdr: hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1), num_runs: 3.into(), ..Supply::default() };
         let bytes = w.send(&[cmd.as_bytes(), [good, good, bad].as_bytes()].concat());
         let resp = SvmResp::read_from_bytes(&bytes).unwrap();
         assert_eq!(resp.detail.get(), 2, "{bad:?}");

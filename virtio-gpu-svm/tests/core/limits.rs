@@ -671,7 +671,7 @@ fn refusal_names_its_limit_on_the_wire() {
     let cmd = CtxCreate { hdr: hdr(VIRTIO_GPU_CMD_CTX_CREATE, 2), ..CtxCreate::default() };
     assert_eq!(told(&w.send(cmd.as_bytes())), (-ENOSPC, 0, Some(Limit::Contexts), None));
     let runs = [run(A, GPA, 1, 0), run(A + (2 << 20), GPA, 1, 0)];
-    let supply = Supply { hdr: hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1), num_runs: 2.into(), reserved: 0.into() };
+    let supply = Supply { hdr: hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, 1), num_runs: 2.into(), ..Supply::default() };
     let sent = w.send(&[supply.as_bytes(), runs.as_bytes()].concat());
     assert_eq!(told(&sent), (-ENOSPC, 1, Some(Limit::TableBytes), None));
     let vm = w.create_vm(1, 0).0;

@@ -20,6 +20,7 @@ use virtio_gpu_svm::protocol::event::{EVENT_FAULT, EVENT_RECORD_BYTES, EventHdr,
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OPCODES, Packet};
 use virtio_gpu_svm::protocol::limit::Limit;
+use virtio_gpu_svm::protocol::pages::Told as Pages;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::quota::Charge;
 use vm_memory::mmap::MmapRegion;
@@ -509,19 +510,19 @@ impl World {
         assert_eq!(self.bind(ctx_id, vm_id, &[map(C, A, 64)]), 0);
         (vm_id, asid)
     }
+    /// With pages as a list where that is shorter, as for one alone.
     pub fn respond(&self, ctx_id: u32, cookie: u64, code: u32, runs: &[PageRun]) -> i32 {
-        let cmd = PageResponse {
-            hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
-            cookie: cookie.into(),
-            code: code.into(),
-            num_runs: (runs.len() as u32).into(),
-        };
-        self.status(&[cmd.as_bytes(), runs.as_bytes()].concat())
+        let hdr = hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id);
+        let Pages { num_runs, flags, bytes } = Pages::new(runs).unwrap();
+        let cmd = PageResponse { hdr, cookie: cookie.into(), code: code.into(), num_runs, flags };
+        self.status(&[cmd.as_bytes(), &bytes].concat())
     }
+    /// As a list where that is shorter.
     pub fn supply(&self, ctx_id: u32, runs: &[PageRun]) -> i32 {
         let hdr = hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-        let cmd = Supply { hdr, num_runs: (runs.len() as u32).into(), reserved: 0.into() };
-        self.status(&[cmd.as_bytes(), runs.as_bytes()].concat())
+        let Pages { num_runs, flags, bytes } = Pages::new(runs).unwrap();
+        let cmd = Supply { hdr, num_runs, flags, ..Supply::default() };
+        self.status(&[cmd.as_bytes(), &bytes].concat())
     }
     /// Invalidates and returns (seq, inval_done_seq of the response).
     pub fn invalidate(&self, ctx_id: u32, start: u64, length: u64) -> (u64, u64) {

@@ -182,7 +182,7 @@ fn blob(resource_id: u32) -> Vec<u8> {
 }
 fn supply_of(ctx_id: u32, runs: &[PageRun]) -> Vec<u8> {
     let hdr = hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-    let cmd = Supply { hdr, num_runs: (runs.len() as u32).into(), reserved: 0.into() };
+    let cmd = Supply { hdr, num_runs: (runs.len() as u16).into(), ..Supply::default() };
     [cmd.as_bytes(), runs.as_bytes()].concat()
 }
 fn response_of(ctx_id: u32, cookie: u64, code: u32, runs: &[PageRun]) -> Vec<u8> {
@@ -190,7 +190,8 @@ fn response_of(ctx_id: u32, cookie: u64, code: u32, runs: &[PageRun]) -> Vec<u8>
         hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
         cookie: cookie.into(),
         code: code.into(),
-        num_runs: (runs.len() as u32).into(),
+        num_runs: (runs.len() as u16).into(),
+        flags: 0.into(),
     };
     [cmd.as_bytes(), runs.as_bytes()].concat()
 }
@@ -359,7 +360,12 @@ fn control_commands() {
     each_shape(w, "SUPPLY", &supply);
     let fields = [
         no_context(),
-        U32("num_runs", 24, vec![0, 1, 3, MAX_RUNS, MAX_RUNS + 1, u32::MAX], EINVAL),
+        U32(
+            "num_runs, flags",
+            24,
+            vec![0, 1, 3, MAX_RUNS, MAX_RUNS + 1, 0xffff, 2 << 16 | 2, u32::MAX],
+            EINVAL,
+        ),
         U32("reserved", 28, vec![1], EINVAL),
     ];
     each_field(w, "SUPPLY", &supply, &fields);
@@ -379,7 +385,7 @@ fn control_commands() {
         U32("code", 32, vec![3, u32::MAX], EINVAL),
         // Codes that carry no runs.
         U32("code", 32, vec![PAGE_RESP_INVALID, PAGE_RESP_FAILURE], EINVAL),
-        U32("num_runs", 36, vec![0, 2, MAX_RUNS, MAX_RUNS + 1, u32::MAX], EINVAL),
+        U32("num_runs, flags", 36, vec![0, 2, MAX_RUNS, MAX_RUNS + 1, 0xffff, 2 << 16 | 1, u32::MAX], EINVAL),
         // Beside the page that was asked for, or without the right.
         U64("va", 40, vec![A + PAGE, A - 2 * PAGE], EINVAL),
         U32("flags", 60, vec![RUN_READONLY], EINVAL),

@@ -249,7 +249,7 @@ impl Machine {
 
     pub fn supply(&self, ctx_id: u32, run: PageRun) {
         let hdr = hdr(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-        let cmd = Supply { hdr, num_runs: 1.into(), reserved: 0.into() };
+        let cmd = Supply { hdr, num_runs: 1.into(), ..Supply::default() };
         self.accepted("SUPPLY", &[cmd.as_bytes(), run.as_bytes()].concat());
     }
     /// Answers a fault, without pages that it is an error; returns the status.
@@ -263,7 +263,8 @@ impl Machine {
             hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
             cookie: cookie.into(),
             code: code.into(),
-            num_runs: u32::try_from(runs.len()).unwrap().into(),
+            num_runs: u16::try_from(runs.len()).unwrap().into(),
+            flags: 0.into(),
         };
         let response = self.send(&[cmd.as_bytes(), runs.as_bytes()].concat());
         let status = SvmResp::read_from_prefix(&response).unwrap().0.status.get();

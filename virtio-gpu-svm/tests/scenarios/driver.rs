@@ -140,7 +140,8 @@ pub fn answer(ctx_id: u32, cookie: u64, code: u32, runs: &[PageRun]) -> Vec<u8> 
         hdr: hdr(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id),
         cookie: cookie.into(),
         code: code.into(),
-        num_runs: u32::try_from(runs.len()).unwrap().into(),
+        num_runs: u16::try_from(runs.len()).unwrap().into(),
+        flags: 0.into(),
     };
     [cmd.as_bytes(), runs.as_bytes()].concat()
 }

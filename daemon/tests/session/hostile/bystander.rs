@@ -104,6 +104,7 @@ impl Work {
             cookie: fault.cookie,
             code: PAGE_RESP_SUCCESS.into(),
             num_runs: 1.into(),
+            flags: 0.into(),
         };
         let run = PageRun {
             va: (A + at).into(),

@@ -11,6 +11,7 @@ use virtio_gpu_svm::protocol::gpu::{
     CmdSubmit, CtrlHdr, CtxCreate, VIRTIO_GPU_CMD_CTX_CREATE, VIRTIO_GPU_CMD_CTX_DESTROY,
     VIRTIO_GPU_CMD_SUBMIT_3D,
 };
+use virtio_gpu_svm::protocol::pages::Told;
 use virtio_gpu_svm::protocol::{
     CAPSET_SVM, MAX_COMMAND_BYTES, MAX_RESPONSE_BYTES, VERSION_MAJOR, VERSION_MINOR,
 };
@@ -105,8 +106,9 @@ impl SvmDevice {
     /// As [`Self::call`].
     pub fn supply(&self, ctx_id: u32, runs: &[PageRun]) -> Result<SupplyResp> {
         let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-        let request = Supply { hdr, num_runs: count(runs)?.into(), reserved: 0.into() };
-        let response = self.call(request.as_bytes(), runs.as_bytes(), size_of::<SupplyResp>())?;
+        let Told { num_runs, flags, bytes } = told(runs)?;
+        let request = Supply { hdr, num_runs, flags, ..Supply::default() };
+        let response = self.call(request.as_bytes(), &bytes, size_of::<SupplyResp>())?;
         response.parse(VIRTIO_GPU_CMD_SVM_SUPPLY)
     }
 
@@ -123,10 +125,9 @@ impl SvmDevice {
         runs: &[PageRun],
     ) -> Result<()> {
         let hdr = header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id);
-        let num_runs = count(runs)?.into();
-        let head = PageResponse { hdr, cookie: cookie.into(), code: code.into(), num_runs };
-        let mut request = head.as_bytes().to_vec();
-        request.extend_from_slice(runs.as_bytes());
+        let Told { num_runs, flags, bytes } = told(runs)?;
+        let head = PageResponse { hdr, cookie: cookie.into(), code: code.into(), num_runs, flags };
+        let request = [head.as_bytes(), &bytes].concat();
         self.post(token, request, size_of::<SupplyResp>())
     }
 
@@ -158,7 +159,6 @@ fn hello_request(incarnation: u64) -> Hello {
     Hello { hdr, incarnation: incarnation.into(), version: version.into(), reserved: 0.into() }
 }
 
-fn count(runs: &[PageRun]) -> Result<u32> {
-    let bytes = runs.len().saturating_mul(size_of::<PageRun>());
-    u32::try_from(runs.len()).map_err(|_| Error::TooLarge { request: bytes, response: 0 })
+fn told(runs: &[PageRun]) -> Result<Told> {
+    Told::new(runs).ok_or(Error::TooLarge { request: size_of_val(runs), response: 0 })
 }

@@ -3,7 +3,7 @@
 use super::{DEPTH, memory_for, run, runs};
 use crate::bench::Bench;
 use crate::bench::events::{Events, Record};
-use crate::bench::ring::{Buffer, Driver, Wait};
+use crate::bench::ring::{Driver, Wait};
 use crate::bench::script::{Answer, Script};
 use crate::bench::svm::{Daemon, accepted, create_process, property};
 use crate::frontend::ram::GuestRam;
@@ -66,7 +66,7 @@ pub struct Ours {
     operations: usize,
 }
 
-/// Where runs of pages stand, so that their `as_of` can be written.
+/// Where each `as_of` stands, so that it can be written.
 struct Lists {
     ram: Arc<GuestRam>,
     /// By command.
@@ -76,7 +76,11 @@ struct Lists {
 
 #[derive(Clone, Copy)]
 enum Kind {
-    Supply { list: Buffer, runs: u64 },
+    /// Guest-physical address of the first `as_of`, and how many there are, a run apart.
+    Supply {
+        first: u64,
+        count: usize,
+    },
     Bind,
     Unmap,
     Invalidate,
@@ -97,12 +101,12 @@ impl Lists {
         match self.commands.get(place).copied().context("no such command")? {
             Kind::Bind | Kind::Unmap => {}
             Kind::Invalidate => self.invalidations += 1,
-            Kind::Supply { list, runs } => {
-                let bytes = size_of::<PageRun>() as u64;
-                let list = self.ram.slice(list.at + wire::SUPPLY_RUNS, runs * bytes)?;
-                let words = list.get_array_ref::<u64>(0, list.len() / size_of::<u64>())?;
-                for word in (wire::AS_OF / 8..).step_by(RUN_WORDS).take(usize::try_from(runs)?) {
-                    words.store(usize::try_from(word)?, self.invalidations);
+            Kind::Supply { first, count } => {
+                let words = (count - 1) * RUN_WORDS + 1;
+                let words = self.ram.slice(first, (words * size_of::<u64>()) as u64)?;
+                let words = words.get_array_ref::<u64>(0, words.len() / size_of::<u64>())?;
+                for word in (0..).step_by(RUN_WORDS).take(count) {
+                    words.store(word, self.invalidations);
                 }
             }
         }
@@ -137,9 +141,14 @@ impl Ours {
         let bytes = pages * PAGE_SIZE;
         let from = self.operations as u64 * bytes.next_multiple_of(LEAF);
         for runs in runs(self.driver.ram(), A + from, pages, run).chunks(RUNS) {
-            let list = self.driver.place(&wire::supply(CTX, runs))?;
+            let supply = if run == 1 { wire::supply_list(CTX, runs) } else { wire::supply(CTX, runs) };
+            let list = self.driver.place(&supply)?;
             self.script.add(&self.driver, &[list], ROOM, Answer::Accepted)?;
-            self.lists.commands.push(Kind::Supply { list, runs: runs.len() as u64 });
+            let (first, count) = match run {
+                1 => (wire::LIST_AS_OF, 1),
+                _ => (wire::SUPPLY_RUNS + wire::AS_OF, runs.len()),
+            };
+            self.lists.commands.push(Kind::Supply { first: list.at + first, count });
         }
         for first in (0..pages).step_by(usize::try_from(BIND_PAGES)?) {
             let offset = from + first * PAGE_SIZE;

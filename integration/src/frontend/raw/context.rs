@@ -164,7 +164,8 @@ impl RawGuest {
             hdr: header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, fault.ctx_id.get()),
             cookie: fault.cookie,
             code: code.into(),
-            num_runs: u32::try_from(runs.len())?.into(),
+            num_runs: u16::try_from(runs.len())?.into(),
+            flags: 0.into(),
         };
         // A refusal has no more than the head.
         let answer: SvmResp = self.send(&answer, runs.as_bytes())?;
