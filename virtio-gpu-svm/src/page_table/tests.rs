@@ -468,3 +468,41 @@ fn few_emptied_tables_are_kept() {
     let kept = std::iter::from_fn(|| spares.take_leaf()).count();
     assert!((1..=16).contains(&kept), "{kept}");
 }
+
+/// For people; nothing here depends on time.
+#[test]
+#[ignore = "measures; run it in release with --nocapture"]
+fn what_lookups_take() {
+    const PAGES: u64 = 1 << 18;
+    let (table, mut random) = (PageTable::new(48, UNBOUNDED), Random(1));
+    let mut flat = vec![0_u64; PAGES as usize];
+    for page in 0..PAGES {
+        // No page follows the one before.
+        let host = 1 + 2 * random.below(1 << 30);
+        bind(&table, page, run(host, 1)).unwrap();
+        flat[page as usize] = host << PAGE_SHIFT;
+    }
+    let order: Vec<u64> = (0..PAGES).map(|_| random.below(PAGES)).collect();
+    let through_table = |pages: &mut dyn Iterator<Item = u64>| {
+        let (begin, mut walk) = (std::time::Instant::now(), table.walk());
+        let sum = pages.fold(0, |sum, page| walk.lookup(page).ok().unwrap().host ^ sum);
+        (begin.elapsed().as_nanos() as f64 / PAGES as f64, sum)
+    };
+    let through_flat = |pages: &mut dyn Iterator<Item = u64>| {
+        let begin = std::time::Instant::now();
+        let sum = pages.fold(0, |sum, page| flat[page as usize] ^ sum);
+        (begin.elapsed().as_nanos() as f64 / PAGES as f64, sum)
+    };
+    for round in 0..5 {
+        let (table_in_order, sum) = through_table(&mut (0..PAGES));
+        let (flat_in_order, same) = through_flat(&mut (0..PAGES));
+        assert_eq!(sum, same);
+        let (table_random, sum) = through_table(&mut order.iter().copied());
+        let (flat_random, same) = through_flat(&mut order.iter().copied());
+        assert_eq!(sum, same);
+        println!(
+            "round {round}: ns a lookup: in order {table_in_order:.1}, a flat array {flat_in_order:.1}; at random \
+             {table_random:.1}, a flat array {flat_random:.1}"
+        );
+    }
+}
