@@ -23,7 +23,7 @@ pub const MAX_VA_BITS: u32 = 57;
 /// Most address bits of `hostmmu`: above is the worker's own memory.
 const MAX_HOSTMMU_VA_BITS: u32 = 46;
 const DEFAULT_JOB_LIMIT_MS: u32 = 60_000;
-/// Microseconds that an engine looks for work, when nothing is said and at most.
+/// Microseconds that an engine or a queue thread looks for work, when nothing is said and at most.
 const DEFAULT_BUSY_POLL_US: u32 = 50;
 const MAX_BUSY_POLL_US: u32 = 1000;
 /// Most workers of one device: what a machine has process numbers for.

@@ -66,7 +66,7 @@ impl Limits {
         fault_deadline_ms: 60_000,
         log_lines: 60,
         sessions: 600,
-        busy_poll_us: 50,
+        busy_poll_us: crate::DEFAULT_BUSY_POLL_US,
     };
 }
 
@@ -103,7 +103,7 @@ impl Limits {
         ("fault_deadline_ms", 0, u32::MAX as u64),
         ("log_lines", 1, 1 << 20),
         ("sessions", 1, 1 << 20),
-        ("busy_poll_us", 0, 1000),
+        ("busy_poll_us", 0, crate::MAX_BUSY_POLL_US as u64),
     ];
 
     fn number(&mut self, name: &str) -> Option<Number<'_>> {

@@ -5,7 +5,7 @@
 use config::{Device as DeviceConfig, DeviceKind};
 use std::io::Result;
 use std::sync::{Arc, Weak};
-use std::thread::{JoinHandle, available_parallelism};
+use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::device::soft::{SoftConfig, SoftDevice};
 use virtio_gpu_svm::device::{AddressModel, Device, Events, FaultModel};
@@ -30,12 +30,13 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Makes devices and a host that owns them, and starts their engines. The configuration has been checked.
+    /// Makes devices and a host that owns them, and starts their engines. The configuration has been checked. `cpus` is how
+    /// many the daemon may use, for `engines_may_look`.
     ///
     /// # Errors
     /// When a thread cannot be started, or the machine lacks what a device needs; then none is left.
-    pub fn start(configs: &[DeviceConfig]) -> Result<(Arc<Host>, Self)> {
-        let looks = engines_may_look(configs);
+    pub fn start(configs: &[DeviceConfig], cpus: usize) -> Result<(Arc<Host>, Self)> {
+        let looks = engines_may_look(configs, cpus);
         let make = |(index, config)| make(index, config, looks);
         let running: Vec<_> = configs.iter().enumerate().map(make).collect::<Result<_>>()?;
         let host = Host::new(running.iter().map(Running::device).collect());
@@ -99,12 +100,12 @@ impl Running {
 
 /// Whether engines may look for work before they sleep: not where none of the daemon's CPUs would be left to queue
 /// threads, whom they would keep from bringing it.
-fn engines_may_look(configs: &[DeviceConfig]) -> bool {
+fn engines_may_look(configs: &[DeviceConfig], cpus: usize) -> bool {
     let engines =
         configs.iter().filter(|config| config.kind == DeviceKind::Soft).map(|config| config.engines);
     let engines =
         engines.map(|engines| usize::try_from(engines).unwrap_or(usize::MAX)).fold(0, usize::saturating_add);
-    available_parallelism().is_ok_and(|cpus| cpus.get() > engines)
+    cpus > engines
 }
 
 fn make(index: usize, config: &DeviceConfig, looks: bool) -> Result<Running> {

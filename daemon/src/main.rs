@@ -18,6 +18,7 @@ use daemon::registry::{AddError, Endpoint, GuestSpec, Options, Registry, Registr
 use daemon::sandbox::{self, Profile};
 use daemon::socket::{ListeningSocket, PRIVATE};
 use rustix::fs::Mode;
+use std::num::NonZero;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,11 +81,13 @@ fn run(args: &Args) -> Result<(), Failure> {
     // Sockets are made with a mode of their own each; nothing else is made, so this takes away what none of them has.
     let modes = control_mode(&config.daemon) | read_only_mode(&config.daemon) | PRIVATE;
     rustix::process::umask(Mode::from_raw_mode(0o777) - modes);
+    // While limits of CPU time can be read: the kernel tells them in files.
+    let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
     // Before any other thread: they are confined as the one that starts them.
     confine(&config)?;
     let runtime = start_runtime().map_err(Failure::Runtime)?;
 
-    let (host, devices) = Devices::start(&config.devices()).map_err(|e| Failure::Runtime(e.into()))?;
+    let (host, devices) = Devices::start(&config.devices(), cpus).map_err(|e| Failure::Runtime(e.into()))?;
     #[cfg(feature = "sabotage")]
     if args.sabotage == Some(args::Sabotage::SwapAsid) {
         host.sabotage_swap_asids();

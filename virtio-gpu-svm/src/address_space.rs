@@ -95,7 +95,7 @@ impl Run {
 pub struct Runs<I> {
     /// One after the other.
     pub each: I,
-    /// What they are within, if somebody has looked.
+    /// What they are within, if somebody has looked. It is believed: where it lies in guest memory, no run is looked at.
     pub bounds: Option<Bounds>,
 }
 

@@ -17,6 +17,7 @@ pub mod addr;
 pub mod address_space;
 #[cfg(feature = "device")]
 mod backlog;
+#[cfg(feature = "device")]
 pub mod busy_poll;
 #[cfg(feature = "device")]
 pub mod clock;
@@ -52,7 +53,7 @@ pub mod page_table;
 pub mod population;
 #[cfg(feature = "device")]
 pub mod quota;
-#[cfg(test)]
+#[cfg(all(test, feature = "device"))]
 mod random;
 #[cfg(feature = "device")]
 pub mod resource;

@@ -81,7 +81,7 @@ impl Daemon {
         let one = exclusive();
         let dir = tempfile::tempdir().unwrap();
         let devices = config::Config::parse(DEVICES, "test").unwrap().devices();
-        let (host, devices) = Devices::start(&devices).unwrap();
+        let (host, devices) = Devices::start(&devices, 8).unwrap();
         let runtime_dirs = vec![dir.path().to_owned()];
         let registry =
             Registry::new(host, Options { runtime_dirs, limits: LIMITS, allow_unsealed: false }).unwrap();

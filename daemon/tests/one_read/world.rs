@@ -52,7 +52,7 @@ impl World {
             busy_poll_us: None,
             workers: None,
         };
-        let (host, devices) = Devices::start(&[device]).unwrap();
+        let (host, devices) = Devices::start(&[device], 1).unwrap();
         let limits = Limits {
             contexts: 8,
             pending_faults: 8,

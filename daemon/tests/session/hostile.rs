@@ -87,7 +87,7 @@ impl Scene {
             busy_poll_us: None,
             workers: None,
         };
-        let (host, devices) = Devices::start(&[device]).unwrap();
+        let (host, devices) = Devices::start(&[device], 1).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let limits = Limits {
             contexts: 16,

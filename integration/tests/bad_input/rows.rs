@@ -315,7 +315,7 @@ fn bad_runs(scene: &Scene) -> Vec<Row> {
         row("list with more than its end", EINVAL, [&list[..], &[0]].concat()),
         row("list that is no more than a head", EINVAL, list[..48].to_vec()),
         row("list without a head", EINVAL, list[..40].to_vec()),
-        row("SUPPLY with an unknown flag", EINVAL, word(24, 2 << 16 | 2)),
+        row("SUPPLY with an unknown flag", EINVAL, word(24, 3 << 16 | 2)),
     ]);
     rows.extend([
         row("SUPPLY of no runs", EINVAL, supply(1, &[])),

@@ -69,7 +69,8 @@ pub struct SoftConfig {
     pub ledger: Option<usize>,
     /// How long a job may be on engines and wait for semaphores in all; then it ends with -ETIMEDOUT.
     pub job_limit: Option<Duration>,
-    /// How long an engine looks for work before it sleeps, at most; one of them at a time does.
+    /// How long an engine looks for work before it sleeps, at most; one of them at a time does. Semaphores that nobody on this
+    /// device signals may be looked at so much later. Zero: none looks.
     pub busy_poll: Duration,
 }
 

@@ -1,6 +1,6 @@
 //! Pages as SUPPLY and PAGE_RESPONSE tell them. PROTOCOL 4.3.
 
-use super::control::{PageList, PageRun, SUPPLY_LIST};
+use super::control::{PageList, PageRun, RUN_READONLY, SUPPLY_LIST};
 use super::{MAX_RUNS, PAGE_SIZE};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U64};
@@ -17,8 +17,8 @@ pub struct Told {
 }
 
 impl Told {
-    /// Runs as they are, or as a [`PageList`] if they can be one and it is shorter. None if they are more than
-    /// [`MAX_RUNS`].
+    /// Runs as they are, or as a [`PageList`] if they can be one and it is shorter; then `detail`, `installed` and `refused` of
+    /// the answer count pages. None if they are more than [`MAX_RUNS`].
     pub fn new(runs: &[PageRun]) -> Option<Self> {
         let count = u16::try_from(runs.len()).ok().filter(|count| u32::from(*count) <= MAX_RUNS)?;
         let as_runs = || Self { num_runs: count.into(), flags: 0.into(), bytes: runs.as_bytes().to_vec() };
@@ -27,6 +27,12 @@ impl Told {
 
     fn list(runs: &[PageRun]) -> Option<Self> {
         let (first, last) = (runs.first()?, runs.last()?);
+        // What the device would refuse as a run must not become another page as an entry.
+        let fits = |run: &PageRun| {
+            let end = u64::from(run.pages.get()).checked_mul(PAGE_SIZE)?.checked_add(run.gpa.get())?;
+            let low = (end & PAGE_SIZE.wrapping_sub(1)) | u64::from(run.flags.get() & !RUN_READONLY);
+            (low == 0 && run.pages.get() > 0).then_some(())
+        };
         let follows = |pair: &[PageRun]| match pair {
             [one, next] => one.as_of == next.as_of && end(one) == Some(next.va.get()),
             _ => true,
@@ -34,7 +40,10 @@ impl Told {
         let pages = end(last)?.checked_sub(first.va.get())?.checked_div(PAGE_SIZE)?;
         let pages = u16::try_from(pages).ok().filter(|pages| u32::from(*pages) <= MAX_RUNS)?;
         let bytes = usize::from(pages).checked_mul(size_of::<U64>())?.checked_add(size_of::<PageList>())?;
-        if bytes >= size_of_val(runs) || !runs.windows(2).all(follows) {
+        if bytes >= size_of_val(runs)
+            || !runs.windows(2).all(follows)
+            || runs.iter().any(|run| fits(run).is_none())
+        {
             return None;
         }
         let mut list = Vec::with_capacity(bytes);
@@ -61,7 +70,6 @@ fn end(run: &PageRun) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::control::RUN_READONLY;
 
     fn run(page: u64, gpa_page: u64, pages: u32) -> PageRun {
         let (va, gpa) = ((page * PAGE_SIZE).into(), (gpa_page * PAGE_SIZE).into());
@@ -96,6 +104,22 @@ mod tests {
             let count = u16::try_from(runs.len()).unwrap();
             let expected = Told { num_runs: count.into(), flags: 0.into(), bytes: runs.as_bytes().to_vec() };
             assert_eq!(told(runs), expected);
+        }
+    }
+
+    #[test]
+    fn what_the_device_refuses_stays_as_it_is() {
+        let unaligned = PageRun { gpa: 0x5001.into(), ..run(10, 5, 1) };
+        let flag = PageRun { flags: (1 << 12).into(), ..run(10, 4, 1) };
+        let far = PageRun { gpa: (u64::MAX << 12).into(), ..run(11, 0, 3) };
+        let cases = [
+            vec![unaligned],
+            vec![flag],
+            vec![run(10, 5, 1), far],
+            vec![run(10, 5, 1), run(11, 9, 0), run(11, 7, 1)],
+        ];
+        for runs in cases {
+            assert_eq!((told(&runs).flags.get(), &told(&runs).bytes[..]), (0, runs.as_bytes()));
         }
     }
 

@@ -242,9 +242,9 @@ impl Sched {
         self.looking && (self.stopping || !self.turns.is_empty())
     }
 
-    /// An engine that found nothing is about to look for work, unless another one does.
+    /// An engine that found nothing is about to look for work, unless another one does or none may work yet.
     pub fn begin_look(&mut self) -> bool {
-        !std::mem::replace(&mut self.looking, true)
+        self.started && !std::mem::replace(&mut self.looking, true)
     }
 
     /// It has looked.

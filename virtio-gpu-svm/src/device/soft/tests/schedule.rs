@@ -44,8 +44,11 @@ fn engines_that_look_find_jobs_and_return() {
     for engines in [1, 3] {
         let busy_poll = Duration::from_secs(3600);
         let rig = Rig::with(SoftConfig { busy_poll, ..config(engines) });
-        rig.go();
         let vms = [vm_with_memory(&rig, 1).0, vm_with_memory(&rig, 2).0];
+        let before = rig.submit(vms[0], 0, &[fill(C, 8, 1)]);
+        std::thread::sleep(Duration::from_millis(10));
+        rig.go();
+        rig.end_of(before);
         for n in 0..200 {
             let jobs = vms.map(|vm| rig.submit(vm, n % 4, &[fill(C, 8, 1)]));
             jobs.into_iter().for_each(|job| assert_eq!(rig.end_of(job).errno, 0));
