@@ -174,8 +174,9 @@ async fn serve(
     let shutdown = Arc::new(Notify::new());
     let state = ControlState::new(Arc::clone(registry), Arc::clone(&shutdown));
 
-    let doors = Doors::open(&config.daemon)?;
     add_guests(registry, config)?;
+    // After the guests' sockets: whoever can connect to a control socket finds those of the configuration.
+    let doors = Doors::open(&config.daemon)?;
     if let Some((socket, number)) = inherited {
         if matches!(socket, Endpoint::Connected(_)) && doors.0.is_empty() && config.guest.is_empty() {
             end_with_its_only_guest(registry, &shutdown);

@@ -34,7 +34,7 @@ impl Svmd {
         while UnixStream::connect(svmd.socket()).is_err() {
             assert_eq!(svmd.child.try_wait().unwrap(), None, "svmd ended");
             assert!(Instant::now() < deadline, "svmd does not listen");
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(1));
         }
         svmd
     }
@@ -104,6 +104,22 @@ fn guests_are_added_listed_and_removed() {
     assert_eq!(svmd.svmctl(&["guest", "add", "vm0", "/elsewhere/vm0.sock"]).status.code(), Some(1));
     assert_eq!(svmd.json(&["guest", "remove", "vm0"]), json!({"removed": true}));
     assert!(!guest_socket.exists());
+}
+
+/// So many guests that it would be seen if they were made while the control socket is there.
+#[test]
+fn control_socket_comes_after_those_of_the_guests() {
+    const GUESTS: usize = 200;
+    let svmd = Svmd::start_with(|command, dir| {
+        let config = dir.join("svmd.toml");
+        let guest =
+            |n: usize| format!("[[guest]]\nname = 'vm{n}'\nsocket = '{}/vm{n}.sock'\n", dir.display());
+        std::fs::write(&config, (0..GUESTS).map(guest).collect::<String>()).unwrap();
+        command.arg("--log=warn");
+        command.arg("--config").arg(config);
+    });
+    let missing: Vec<usize> = (0..GUESTS).filter(|n| !svmd.path(&format!("vm{n}.sock")).exists()).collect();
+    assert_eq!(missing, [0; 0]);
 }
 
 #[test]
