@@ -4,16 +4,18 @@
 //! the ledger of answers. Called by the broker on behalf of processes; its own thread pumps the device.
 //!
 //! Rules that keep the device out of memory that is somebody else's:
-//! * An arena is released only when no engine can use it: after its invalidation is done, after its context is retired,
-//!   or, when the daemon has lost everything, after the next life has heard that all is quiet.
-//! * An answer carries the invalidation sequence that its context held before the table was read. An arena leaves the
-//!   table before its invalidation is sent. So an answer from an old table is refused by the device.
+//! * An arena is released only when no engine can use it: after the invalidation of its last part is done, after its
+//!   context is retired, or, when the daemon has lost everything, after the next life has heard that all is quiet.
+//! * An answer carries the invalidation sequence that its context held before the table was read. What is withdrawn is
+//!   covered by no answer before its invalidation is sent. So an answer from an old table is refused by the device.
 //! * An arena is owned by exactly one entry of `State`; whoever removes the entry releases it.
 //!
 //! The state's lock is never held over a command to the device or a call of [`ArenaMemory`].
 
 mod answer;
+mod arenas;
 mod epoch;
+mod lanes;
 mod ledger;
 mod pump;
 mod status;
@@ -21,23 +23,25 @@ mod table;
 
 pub use epoch::new_incarnation;
 pub use ledger::{Answer, Ledger, LedgerEntry, LedgerReport};
-pub use status::{AgentStatus, ContextReport, DeviceReport};
-pub use table::{Arena, ArenaTable};
+pub use status::{AgentStatus, ArenaReport, ContextReport, DeviceReport, MapReport, TrustLevel};
+pub use table::{Arena, ArenaTable, Window, Withdrawal};
 
 use crate::driver::{self, SvmDevice};
+use crate::memory_file::MemoryFile;
+use crate::trust::Trust;
 use answer::PendingAnswer;
 use epoch::Life;
+use lanes::Lanes;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use virtio_gpu_svm::protocol::control::{GetDeviceResp, INVAL_UNMAP};
+use virtio_gpu_svm::protocol::control::GetDeviceResp;
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
-use virtio_gpu_svm::protocol::{GUEST_VA_END, PAGE_SIZE};
 
 /// How long the first HELLO's predecessors may take to become quiet before [`Agent::start`] gives up.
 const OPEN_DEADLINE: Duration = Duration::from_secs(60);
@@ -57,6 +61,15 @@ pub struct ArenaPages {
     pub pages: Vec<u64>,
 }
 
+/// Memory of a process that an [`ArenaMemory`] has pinned, so that `pages` stay true until it is released.
+#[derive(Debug)]
+pub struct ImportedPages {
+    /// Names it towards who pinned it.
+    pub id: u64,
+    /// Guest-physical address of each page.
+    pub pages: Vec<u64>,
+}
+
 /// Makes memory that processes map and devices reach. In a guest the keeper does ([`crate::keeper`]).
 pub trait ArenaMemory: Send + Sync {
     /// Makes `len` bytes of zeros, a multiple of the page size.
@@ -64,6 +77,23 @@ pub trait ArenaMemory: Send + Sync {
     /// # Errors
     /// When there is not enough memory, or the maker is gone.
     fn create(&self, len: u64) -> std::io::Result<ArenaPages>;
+
+    /// Pins memory that a process brings.
+    ///
+    /// # Errors
+    /// When it cannot be pinned, the maker is gone, or (`Unsupported`) the maker has no way to: one whose guest memory is
+    /// all of its own making.
+    fn import(&self, _file: &MemoryFile) -> std::io::Result<ImportedPages> {
+        Err(std::io::Error::from(std::io::ErrorKind::Unsupported))
+    }
+
+    /// Keeps what pins memory of a trusted process, so that it stays when this process ends. Returns its name.
+    ///
+    /// # Errors
+    /// When the maker is gone, or (`Unsupported`) is one that cannot.
+    fn hold(&self, _ring: OwnedFd) -> std::io::Result<u64> {
+        Err(std::io::Error::from(std::io::ErrorKind::Unsupported))
+    }
 
     /// Takes the memory back. Called once for each, when no engine can use it any more.
     fn release(&self, id: u64);
@@ -97,10 +127,18 @@ pub struct AgentOptions {
     pub ledger_entries: usize,
     /// Bytes of arenas that one context may have.
     pub context_arena_bytes: u64,
+    /// Bytes of arenas that all contexts of one user may have.
+    pub user_arena_bytes: u64,
     /// Bytes of arenas in all.
     pub total_arena_bytes: u64,
     /// Arenas that one context may have: each costs its maker a descriptor, whatever its size.
     pub context_arenas: usize,
+    /// Parts that the arenas of one context may be in once something was cut away.
+    pub context_parts: usize,
+    /// Whose processes are trusted.
+    pub trust: Trust,
+    /// Threads that act on what the device says, the one that listens to it included.
+    pub serving_threads: usize,
     /// How often a device with contexts is asked for a sign of life.
     pub pulse: Duration,
 }
@@ -112,8 +150,12 @@ impl Default for AgentOptions {
             hold_answers: false,
             ledger_entries: 65_536,
             context_arena_bytes: 256 << 20,
+            user_arena_bytes: 3 << 30,
             total_arena_bytes: 4 << 30,
             context_arenas: 1024,
+            context_parts: 8192,
+            trust: Trust::default(),
+            serving_threads: std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4)),
             pulse: Duration::from_secs(2),
         }
     }
@@ -161,15 +203,28 @@ pub enum Error {
         /// The quota.
         limit: u64,
     },
-    /// Too many arenas.
-    #[error("a context may have {limit} arenas")]
+    /// Some of the range was cut away before.
+    #[error("not all of {offset:#x}+{len:#x} of the arena is left")]
+    CutBefore {
+        /// From the arena's beginning.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Too many of something.
+    #[error("a context may have {limit} {what}")]
     TooMany {
+        /// Of what.
+        what: &'static str,
         /// The quota.
         limit: usize,
     },
     /// Memory could not be made.
     #[error("arena memory")]
     Memory(#[source] std::io::Error),
+    /// Memory that a process brings could not be pinned.
+    #[error("the process' memory cannot be pinned")]
+    Import(#[source] std::io::Error),
     /// The daemon has lost this guest's state and has not opened a new life yet.
     #[error("the daemon is being asked for a new life")]
     NotOpen,
@@ -188,11 +243,13 @@ impl Error {
             Error::Driver(driver::Error::TooLarge { .. }) => Errno::MSGSIZE,
             Error::Driver(_) | Error::NoContext(_) | Error::NotOpen => Errno::PIPE,
             Error::Refused { status, .. } => return *status,
-            Error::NoArena(_) => Errno::NOENT,
+            Error::NoArena(_) | Error::CutBefore { .. } => Errno::NOENT,
             Error::BadRange { .. } => Errno::INVAL,
             Error::Overlap { .. } => Errno::EXIST,
             Error::Quota { .. } | Error::TooMany { .. } => Errno::NOSPC,
             Error::Memory(_) | Error::Thread(_) => Errno::NOMEM,
+            Error::Import(error) if error.kind() == std::io::ErrorKind::Unsupported => Errno::OPNOTSUPP,
+            Error::Import(error) => Errno::from_io_error(error).unwrap_or(Errno::NOMEM),
         };
         -errno.raw_os_error()
     }
@@ -214,23 +271,11 @@ struct Context {
     lost: i32,
     sink: Arc<dyn EventSink>,
     arenas: ArenaTable,
-    /// Arenas whose invalidation is under way.
-    withdrawn: Vec<Arena>,
+    /// Bytes and number of arenas being made.
+    reserved: (u64, usize),
     faults: u64,
     /// A group of page requests whose last record has not come: its cookie and first CPU address.
     group: Option<(u64, u64)>,
-}
-
-impl Context {
-    fn arena_bytes(&self) -> u64 {
-        self.arenas.bytes() + self.withdrawn.iter().map(|arena| arena.len).sum::<u64>()
-    }
-
-    fn take_arenas(&mut self) -> Vec<Arena> {
-        let mut arenas = std::mem::take(&mut self.withdrawn);
-        arenas.extend(self.arenas.take_all());
-        arenas
-    }
 }
 
 struct State {
@@ -260,6 +305,7 @@ pub struct Agent {
     stopping: AtomicBool,
     releaser: Mutex<Option<Sender<u64>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    lanes: Lanes,
     devices: Mutex<Devices>,
     /// As the last HELLO was answered.
     num_devices: AtomicU32,
@@ -297,7 +343,7 @@ impl Agent {
         };
         let agent = Arc::new(Self {
             device,
-            memory: memory.clone(),
+            memory,
             options,
             state: Mutex::new(state),
             life_changed: Condvar::new(),
@@ -305,22 +351,30 @@ impl Agent {
             stopping: AtomicBool::new(false),
             releaser: Mutex::new(Some(releaser)),
             threads: Mutex::new(Vec::new()),
+            lanes: Lanes::default(),
             devices: Mutex::new(Devices::default()),
             num_devices: AtomicU32::new(0),
         });
-        agent.spawn("svm-release", move |_| {
-            for id in released {
-                memory.release(id);
-            }
-        })?;
-        agent.spawn("svm-pump", Self::pump)?;
-        match agent.open() {
+        match agent.start_threads(released).and_then(|()| agent.open()) {
             Ok(()) => Ok(agent),
             Err(error) => {
                 agent.stop();
                 Err(error)
             }
         }
+    }
+
+    fn start_threads(self: &Arc<Self>, released: Receiver<u64>) -> Result<()> {
+        self.spawn("svm-release", move |agent| {
+            for id in released {
+                agent.memory.release(id);
+            }
+        })?;
+        self.spawn("svm-pump", Self::pump)?;
+        for _ in 0..self.helpers() {
+            self.spawn("svm-serve", Self::help)?;
+        }
+        Ok(())
     }
 
     fn spawn(self: &Arc<Self>, name: &str, body: impl FnOnce(&Self) + Send + 'static) -> Result<()> {
@@ -416,6 +470,11 @@ impl Agent {
         self.options.context_arena_bytes
     }
 
+    /// Whether processes of a user are trusted.
+    pub fn trusts(&self, uid: u32) -> bool {
+        self.options.trust.covers(uid)
+    }
+
     /// Creates a context; its records go to `sink`.
     ///
     /// # Errors
@@ -430,7 +489,7 @@ impl Agent {
             lost: 0,
             sink,
             arenas: ArenaTable::default(),
-            withdrawn: Vec::new(),
+            reserved: (0, 0),
             faults: 0,
             group: None,
         };
@@ -473,85 +532,6 @@ impl Agent {
         drop(self.device.ctx_destroy(ctx_id));
     }
 
-    /// Makes memory for a context, standing at `va` in its process.
-    ///
-    /// # Errors
-    /// A bad or overlapping range, a quota, no memory.
-    pub fn create_arena(&self, ctx_id: u32, va: u64, len: u64) -> Result<ArenaPages> {
-        let aligned = va.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
-        let in_range = va.checked_add(len).is_some_and(|end| end <= GUEST_VA_END);
-        if !aligned || !in_range || va == 0 || len == 0 {
-            return Err(Error::BadRange { va, len });
-        }
-        self.reserve(ctx_id, va, len)?;
-        let made = self.memory.create(len).map_err(Error::Memory);
-        let mut state = self.lock();
-        state.reserved_bytes -= len;
-        let made = made?;
-        let arena = Arena { id: made.id, va, len, pages: made.pages.clone().into() };
-        let inserted = state
-            .alive(ctx_id)
-            .and_then(|context| context.arenas.insert(arena.clone()).map_err(|_| Error::Overlap { va, len }));
-        drop(state);
-        if let Err(error) = inserted {
-            self.release([arena]);
-            return Err(error);
-        }
-        Ok(made)
-    }
-
-    fn reserve(&self, ctx_id: u32, va: u64, len: u64) -> Result<()> {
-        let mut state = self.lock();
-        let total = state.arena_bytes();
-        let context = state.alive(ctx_id)?;
-        let limit = self.options.context_arena_bytes;
-        if context.arena_bytes().saturating_add(len) > limit {
-            return Err(Error::Quota { limit });
-        }
-        let most = self.options.context_arenas;
-        if context.arenas.len() + context.withdrawn.len() >= most {
-            return Err(Error::TooMany { limit: most });
-        }
-        if context.arenas.overlaps(va, len) {
-            return Err(Error::Overlap { va, len });
-        }
-        let limit = self.options.total_arena_bytes;
-        if total.saturating_add(len) > limit {
-            return Err(Error::Quota { limit });
-        }
-        state.reserved_bytes += len;
-        Ok(())
-    }
-
-    /// Takes memory from a context. Returns when no engine can use it any more.
-    ///
-    /// # Errors
-    /// No such arena, or the context ended meanwhile (then the memory is released with it).
-    pub fn free_arena(&self, ctx_id: u32, arena_id: u64) -> Result<()> {
-        let (va, len) = {
-            let mut state = self.lock();
-            let context = state.alive(ctx_id)?;
-            let arena = context.arenas.take(arena_id).ok_or(Error::NoArena(arena_id))?;
-            let range = (arena.va, arena.len);
-            context.withdrawn.push(arena);
-            range
-        };
-        let response = self.device.invalidate(ctx_id, va, len, INVAL_UNMAP)?;
-        checked("INVALIDATE", response.resp.status.get())?;
-        let seq = response.seq.get();
-        let ended = || self.stopping.load(Ordering::Acquire) || self.lock().alive(ctx_id).is_err();
-        if !self.device.wait_done(ctx_id, seq, ended) {
-            return Err(Error::NoContext(ctx_id));
-        }
-        let mut state = self.lock();
-        let context = state.alive(ctx_id)?;
-        let position = context.withdrawn.iter().position(|arena| arena.id == arena_id);
-        let arena = position.map(|at| context.withdrawn.swap_remove(at));
-        drop(state);
-        self.release(arena);
-        Ok(())
-    }
-
     /// Passes a process' requests to the device: status, detail and reply area.
     ///
     /// # Errors
@@ -583,9 +563,15 @@ impl State {
         }
     }
 
+    /// Bytes of arenas of a user's contexts, those that are being made included.
+    fn user_bytes(&self, uid: u32) -> u64 {
+        let contexts = self.contexts.values().filter(|context| context.owner.uid == uid);
+        contexts.map(|context| context.arenas.bytes() + context.reserved.0).sum()
+    }
+
     /// Bytes of pinned memory, those on their way in and out included.
     fn arena_bytes(&self) -> u64 {
-        let contexts: u64 = self.contexts.values().map(Context::arena_bytes).sum();
+        let contexts: u64 = self.contexts.values().map(|context| context.arenas.bytes()).sum();
         let orphans: u64 = self.orphans.iter().map(|arena| arena.len).sum();
         contexts + orphans + self.reserved_bytes
     }

@@ -1,4 +1,5 @@
-//! Serves the processes of the guest over a unix socket: one connection, one context.
+//! Serves the processes of the guest over a unix socket: one connection, one context, unless a second connection of the
+//! same process joins it.
 //!
 //! Owns the listeners and one thread per connection (`connection`). A connection's context lives as long as the
 //! process that connected: it ends when the process exits (pidfd), when the socket hangs up, and when anything is wrong
@@ -12,7 +13,7 @@ mod connection;
 
 use crate::agent::Agent;
 use crate::socket::{MessageListener, MessageSocket};
-use connection::Connection;
+use connection::{Connection, Openers};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use std::collections::HashMap;
 use std::io;
@@ -20,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 pub use admin::{AdminError, Request as AdminRequest, ask as ask_admin};
 
@@ -58,12 +60,34 @@ struct Shared {
     /// Readable once the broker is to end.
     stop: OwnedFd,
     clients: Mutex<Clients>,
+    openers: Arc<Openers>,
 }
 
 #[derive(Default)]
 struct Clients {
     by_uid: HashMap<u32, usize>,
     total: usize,
+}
+
+impl Clients {
+    /// Takes a place for one more connection of a user, if there is one.
+    fn take(&mut self, uid: u32, limits: &BrokerOptions) -> bool {
+        let of_user = self.by_uid.get(&uid).copied().unwrap_or(0);
+        let has_room = self.total < limits.max_clients && of_user < limits.max_clients_per_uid;
+        if has_room {
+            self.total += 1;
+            self.by_uid.insert(uid, of_user + 1);
+        }
+        has_room
+    }
+
+    fn give_back(&mut self, uid: u32) {
+        self.total = self.total.saturating_sub(1);
+        match self.by_uid.get_mut(&uid) {
+            Some(of_user) if *of_user > 1 => *of_user -= 1,
+            _ => drop(self.by_uid.remove(&uid)),
+        }
+    }
 }
 
 impl Broker {
@@ -75,7 +99,8 @@ impl Broker {
         let listener = MessageListener::bind(&options.socket, 0o666)?;
         let admin = options.admin_socket.as_deref().map(admin::AdminListener::bind).transpose()?;
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        let shared = Arc::new(Shared { agent, options, stop, clients: Mutex::new(Clients::default()) });
+        let (clients, openers) = (Mutex::default(), Arc::default());
+        let shared = Arc::new(Shared { agent, options, stop, clients, openers });
         let mut threads = Vec::new();
         let serving = shared.clone();
         threads.push(spawn("svm-broker", move || accept_loop(&serving, &listener))?);
@@ -88,10 +113,27 @@ impl Broker {
     }
 }
 
+impl Broker {
+    /// Ends, but waits at most `patience` for connections: closing a descriptor that a process sent may wait for that
+    /// process, and a program that is going to end anyway need not.
+    pub fn close(mut self, patience: Duration) {
+        self.stop();
+        let deadline = Instant::now() + patience;
+        while !self.threads.iter().all(JoinHandle::is_finished) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.threads.clear();
+    }
+
+    fn stop(&self) {
+        // An eventfd takes 2^64-2 increments.
+        rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes()).ok();
+    }
+}
+
 impl Drop for Broker {
     fn drop(&mut self) {
-        // An eventfd takes 2^64-2 increments; this is the first.
-        rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes()).ok();
+        self.stop();
         for thread in self.threads.drain(..) {
             // A panic of that thread has been printed already.
             drop(thread.join());
@@ -158,7 +200,7 @@ fn start_connection(shared: &Arc<Shared>, socket: MessageSocket) -> io::Result<J
     let Some(seat) = Seat::take(shared, uid) else {
         return Err(io::Error::from(io::ErrorKind::QuotaExceeded));
     };
-    let connection = Arc::new(Connection::new(shared.agent.clone(), socket, peer)?);
+    let connection = Arc::new(Connection::new(shared.agent.clone(), shared.openers.clone(), socket, peer)?);
     spawn("svm-client", move || {
         connection.serve(seat.shared.stop.as_fd());
         drop(seat);
@@ -174,26 +216,36 @@ struct Seat {
 impl Seat {
     fn take(shared: &Arc<Shared>, uid: u32) -> Option<Self> {
         let mut clients = shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let total = clients.total;
-        let of_user = clients.by_uid.entry(uid).or_default();
-        if total >= shared.options.max_clients || *of_user >= shared.options.max_clients_per_uid {
+        if !clients.take(uid, &shared.options) {
             return None;
         }
-        *of_user += 1;
-        clients.total += 1;
         Some(Self { shared: shared.clone(), uid })
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut clients = self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        clients.total = clients.total.saturating_sub(1);
-        if let Some(of_user) = clients.by_uid.get_mut(&self.uid) {
-            *of_user = of_user.saturating_sub(1);
-            if *of_user == 0 {
-                clients.by_uid.remove(&self.uid);
-            }
+        self.shared.clients.lock().unwrap_or_else(PoisonError::into_inner).give_back(self.uid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn user_that_has_all_its_connections_leaves_some_to_others() {
+        let limits = BrokerOptions { max_clients: 5, max_clients_per_uid: 2, ..BrokerOptions::at("unused") };
+        let mut clients = Clients::default();
+        assert!(clients.take(1, &limits) && clients.take(1, &limits));
+        assert!(!clients.take(1, &limits));
+        assert!(clients.take(2, &limits) && clients.take(2, &limits) && clients.take(3, &limits));
+        assert!(!clients.take(4, &limits), "all are taken");
+        clients.give_back(1);
+        assert!(!clients.take(2, &limits) && clients.take(4, &limits));
+        for uid in [1, 2, 2, 3, 4] {
+            clients.give_back(uid);
         }
+        assert!(clients.total == 0 && clients.by_uid.is_empty(), "nothing is remembered of who has left");
     }
 }

@@ -12,35 +12,37 @@
 //! # }
 //! ```
 //!
-//! Owns the connection to the agent and the matching of replies and job records to those who wait for them: of several
-//! threads that wait, one reads and hands out. All calls block. A connection is one context; it ends with the
-//! [`Client`], and does not survive fork or exec.
+//! A connection is one context, which ends with the [`Client`] and does not survive fork or exec; or it joins the context of
+//! the allocator library ([`Client::of_process`]). Calls block until the agent has answered; a [`Job`] may also be asked,
+//! awaited or followed by an event loop ([`Events`]). Everything may be used by several threads.
 
 mod arena;
+mod connection;
 mod job;
+mod mirror;
+mod readiness;
+mod remedy;
+mod session;
 mod vm;
 
 pub use arena::Arena;
 pub use job::{Job, JobError};
+pub use mirror::{Mirror, Window};
+pub use readiness::Events;
 pub use virtio_gpu_svm::protocol::request::FencePoint;
 pub use vm::{Submission, Vm, VmState, packet};
 
-use crate::message::{
-    self, ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, DEVICES, DeviceEntry, HELLO, Head,
-    Hello, HelloReply, MAX_MESSAGE_BYTES, MESSAGE_VERSION, SUBMIT, Submit, SubmitReply,
-};
-use crate::socket::{MessageSocket, Received};
-use std::collections::{HashMap, HashSet};
+use crate::message::{DEFAULT_SOCKET, DEVICES, DeviceEntry, HELLO, Hello, HelloReply, MESSAGE_VERSION};
+use connection::{Connection, parsed};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use virtio_gpu_svm::protocol::errno;
-use virtio_gpu_svm::protocol::event::{
-    EVENT_BIND_DONE, EVENT_CONTEXT_LOST, EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord, NoticeRecord,
-};
 use virtio_gpu_svm::protocol::limit::Limit;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Names the agent's socket where it is not [`DEFAULT_SOCKET`].
+pub const SOCKET_VARIABLE: &str = "SVM_AGENT_SOCKET";
 
 /// Why a call failed, in words that say what to do.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,11 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The program runs without the allocator library.
+    #[error(
+        "this program's memory is not in arenas: start it by `svm-agent run`, or with LD_PRELOAD=libsvm_alloc.so, where an agent listens"
+    )]
+    NoAllocator,
     /// The connection broke, and the context with it.
     #[error("the agent hung up, this context is gone: connect again")]
     HungUp,
@@ -95,6 +102,51 @@ pub enum Error {
         /// Negative errno.
         status: i32,
     },
+    /// This process was forked from the one that connected.
+    #[error("this connection is the parent process': connect again after a fork")]
+    Forked,
+    /// No such device.
+    #[error("this guest has no device {dev_id}: `svm-agent status` lists those that it has")]
+    NoDevice {
+        /// As it was asked for.
+        dev_id: u32,
+    },
+    /// No device can mirror.
+    #[error(
+        "this guest has no device that can mirror a process: bind arenas, or have the operator of the host grant one with faults"
+    )]
+    NothingToMirrorOn,
+    /// The device cannot follow a process' memory.
+    #[error("{device} has no page faults, so it cannot mirror a process: bind each arena with bind_userptr")]
+    NoFaults {
+        /// Its name.
+        device: String,
+    },
+    /// The process' memory stands too far apart, or is too much.
+    #[error(
+        "{device} has {va_bits} address bits, which {used:#x} bytes of arenas and what comes next do not fit at the addresses where they stand: bind the arenas that it needs with bind_userptr, or take a device with more bits"
+    )]
+    DoesNotFit {
+        /// Its name.
+        device: String,
+        /// GPU addresses are below `1 << va_bits`.
+        va_bits: u32,
+        /// Bytes of arenas.
+        used: u64,
+    },
+    /// A pointer that a mirror does not show.
+    #[error(
+        "{device} does not see address {address:#x}: it came after the mirror was made, beyond its windows. End the mirror and make it again"
+    )]
+    OutOfReach {
+        /// The address.
+        address: u64,
+        /// The device's name.
+        device: String,
+    },
+    /// It cannot be told where this process has memory.
+    #[error("cannot read /proc/self/maps: mount /proc")]
+    Maps(#[source] io::Error),
     /// A job ended with an error.
     #[error(transparent)]
     Job(#[from] JobError),
@@ -131,45 +183,8 @@ fn hint(status: i32) -> &'static str {
     }
 }
 
-/// What became of a payload.
-struct SubmitStatus {
-    status: i32,
-    detail: u32,
-    limit: Option<Limit>,
-}
-
-/// A message from the agent that was waited for.
-struct Reply {
-    status: i32,
-    body: Vec<u8>,
-    fd: Option<OwnedFd>,
-}
-
-#[derive(Default)]
-struct Inbox {
-    /// A thread is reading on everybody's behalf.
-    reading: bool,
-    /// Replies that nobody has taken yet, by the request's number.
-    replies: HashMap<u32, Reply>,
-    jobs: HashMap<u64, JobRecord>,
-    /// Jobs whose end nobody will ask for.
-    forgotten: HashSet<u64>,
-    /// Why the context is lost: negative errno.
-    lost: Option<i32>,
-    hung_up: bool,
-}
-
-/// What the parts of a client share.
-struct Connection {
-    socket: MessageSocket,
-    /// Held while a request is sent and until its reply is there: the agent takes one at a time.
-    sending: Mutex<u32>,
-    inbox: Mutex<Inbox>,
-    arrived: Condvar,
-}
-
 /// A connection to the agent: one context, with its own address space on every device.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Client {
     connection: Arc<Connection>,
     hello: HelloReply,
@@ -197,23 +212,34 @@ pub struct Device {
 }
 
 impl Client {
+    /// Where an agent listens: what `SVM_AGENT_SOCKET` names, or [`DEFAULT_SOCKET`].
+    pub fn default_socket() -> PathBuf {
+        std::env::var_os(SOCKET_VARIABLE).map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
+    }
+
     /// Connects and opens a context.
     ///
     /// # Errors
     /// [`Error::NotReachable`] where no agent listens, or what it says.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let not_reachable = |source| Error::NotReachable { path: path.to_owned(), source };
-        let socket = MessageSocket::connect(path).map_err(not_reachable)?;
-        // The agent asks for the sender of each message; this covers the first ones too.
-        socket.pass_credentials().map_err(Error::Socket)?;
-        let connection = Arc::new(Connection {
-            socket,
-            sending: Mutex::new(0),
-            inbox: Mutex::new(Inbox::default()),
-            arrived: Condvar::new(),
-        });
-        let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+        Self::open(path.as_ref(), 0)
+    }
+
+    /// Joins the context in which the allocator library (svm-alloc) has this process' memory: what malloc gives, globals
+    /// and the stacks of new threads are arenas already, and [`Self::mirror`] is all that plain pointers need. A forked
+    /// child has a context of its own to join.
+    ///
+    /// # Errors
+    /// [`Error::NoAllocator`] where the library is not loaded or has no agent; what the agent says, EBUSY if another part
+    /// of the program has joined.
+    pub fn of_process() -> Result<Self> {
+        let session = session::Session::of_process().ok_or(Error::NoAllocator)?;
+        Self::open(session.path(), session.ctx_id())
+    }
+
+    fn open(path: &Path, join: u32) -> Result<Self> {
+        let connection = Connection::open(path, join != 0)?;
+        let hello = Hello { version: MESSAGE_VERSION.into(), join: join.into() };
         let reply = connection.ask("HELLO", HELLO, &[hello.as_bytes()])?;
         let hello = parsed("HELLO", &reply.body)?;
         Ok(Self { connection, hello })
@@ -270,6 +296,46 @@ impl Client {
         Vm::create(&self.connection, dev_id)
     }
 
+    /// This process' memory on a device, at its own addresses where the device has room for them: a pointer means the same
+    /// on both sides then, and no call is needed for each. On a device with fewer address bits it is shown elsewhere, and
+    /// [`Mirror::device_address`] says where. What is no arena stays out of reach.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`], [`Error::NoFaults`] or [`Error::DoesNotFit`] where the device cannot, what it says, EEXIST where
+    /// the context has a GPU VM there.
+    pub fn mirror(&self, dev_id: u32) -> Result<Mirror> {
+        let device = self.devices()?.into_iter().find(|device| device.dev_id == dev_id);
+        Mirror::create(self, device.ok_or(Error::NoDevice { dev_id })?)
+    }
+
+    /// This process' memory on every device that can mirror it, in the order of their ids: all, or none and an error.
+    /// Devices without page faults are left out.
+    ///
+    /// # Errors
+    /// [`Error::NothingToMirrorOn`] where there is none; as [`Self::mirror`].
+    pub fn mirror_all(&self) -> Result<Vec<Mirror>> {
+        let mut mirrors: Vec<Mirror> = Vec::new();
+        for device in self.devices()?.into_iter().filter(mirror::can_mirror) {
+            match Mirror::create(self, device) {
+                Ok(mirror) => mirrors.push(mirror),
+                Err(error) => {
+                    // The first error is the one that matters; what is left ends with the context.
+                    mirrors.into_iter().for_each(|mirror| drop(mirror.end()));
+                    return Err(error);
+                }
+            }
+        }
+        if mirrors.is_empty() { Err(Error::NothingToMirrorOn) } else { Ok(mirrors) }
+    }
+
+    /// What an event loop waits for, so that no call has to block: see [`Events`].
+    ///
+    /// # Errors
+    /// When descriptors are used up.
+    pub fn events(&self) -> Result<Events> {
+        Events::new(&self.connection)
+    }
+
     /// Sends a raw SUBMIT_3D payload (PROTOCOL 5): the status, its detail, and the reply area.
     ///
     /// # Errors
@@ -292,142 +358,4 @@ fn device(entry: &DeviceEntry) -> Device {
         num_engines: entry.num_engines.get(),
         flags: entry.flags.get(),
     }
-}
-
-impl Connection {
-    fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One request and its reply; a refusal is an error.
-    fn ask(&self, what: &'static str, kind: u32, body: &[&[u8]]) -> Result<Reply> {
-        let reply = self.exchange(what, kind, body)?;
-        if reply.status == 0 {
-            Ok(reply)
-        } else {
-            Err(Error::Refused { what, status: reply.status, detail: 0, limit: None })
-        }
-    }
-
-    fn exchange(&self, what: &'static str, kind: u32, body: &[&[u8]]) -> Result<Reply> {
-        let mut last = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        *last = last.wrapping_add(1);
-        let seqno = *last;
-        let head = Head { kind: kind.into(), seqno: seqno.into(), status: 0.into(), reserved: 0.into() };
-        let mut parts = vec![head.as_bytes()];
-        parts.extend_from_slice(body);
-        match self.socket.send(&parts, &[], true) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(self.ended()),
-            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                return Err(Error::Refused { what, status: -errno::ENOBUFS, detail: 0, limit: None });
-            }
-            Err(error) => return Err(Error::Socket(error)),
-        }
-        self.wait_for(|inbox| inbox.replies.remove(&seqno))
-    }
-
-    fn submit(&self, payload: &[&[u8]], reply_len: u32) -> Result<(SubmitStatus, Vec<u8>)> {
-        let submit = Submit { reply_len: reply_len.into(), reserved: 0.into() };
-        let mut body = vec![submit.as_bytes()];
-        body.extend_from_slice(payload);
-        let reply = self.exchange("SUBMIT", SUBMIT, &body)?;
-        match SubmitReply::read_from_prefix(&reply.body) {
-            Ok((head, area)) => {
-                let (detail, limit) = (head.detail.get().into(), Limit::from_wire(head.limit.get()));
-                Ok((SubmitStatus { status: reply.status, detail, limit }, area.to_vec()))
-            }
-            // The agent itself refused, before the device was asked.
-            Err(_) if reply.status != 0 => {
-                Ok((SubmitStatus { status: reply.status, detail: 0, limit: None }, Vec::new()))
-            }
-            Err(_) => Err(Error::BadReply { what: "SUBMIT" }),
-        }
-    }
-
-    /// The error of a connection that has ended.
-    fn ended(&self) -> Error {
-        self.inbox().lost.map_or(Error::HungUp, |status| Error::Lost { status })
-    }
-
-    /// Waits until `take` finds what it wants. One waiting thread reads the socket for all.
-    fn wait_for<T>(&self, mut take: impl FnMut(&mut Inbox) -> Option<T>) -> Result<T> {
-        let mut inbox = self.inbox();
-        loop {
-            if let Some(found) = take(&mut inbox) {
-                return Ok(found);
-            }
-            if inbox.hung_up {
-                drop(inbox);
-                return Err(self.ended());
-            }
-            if inbox.reading {
-                inbox = self.arrived.wait(inbox).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
-            inbox.reading = true;
-            drop(inbox);
-            let mut buf = vec![0; MAX_MESSAGE_BYTES];
-            let received = self.socket.receive(&mut buf, true);
-            inbox = self.inbox();
-            inbox.reading = false;
-            inbox.on_received(received, &buf);
-            self.arrived.notify_all();
-        }
-    }
-
-    fn create_arena(&self, len: u64, va: u64) -> Result<(ArenaReply, OwnedFd)> {
-        let request = ArenaCreate { len: len.into(), va: va.into() };
-        let reply = self.ask("ARENA_CREATE", ARENA_CREATE, &[request.as_bytes()])?;
-        let fd = reply.fd.ok_or(Error::BadReply { what: "ARENA_CREATE" })?;
-        Ok((parsed("ARENA_CREATE", &reply.body)?, fd))
-    }
-
-    fn free_arena(&self, arena_id: u64) -> Result<()> {
-        let request = ArenaFree { arena_id: arena_id.into() };
-        self.ask("ARENA_FREE", ARENA_FREE, &[request.as_bytes()]).map(|_| ())
-    }
-}
-
-impl Inbox {
-    fn on_received(&mut self, received: io::Result<Received>, buf: &[u8]) {
-        let Ok(mut received) = received else {
-            self.hung_up = true;
-            return;
-        };
-        let message = buf.get(..received.len).unwrap_or_default();
-        let Ok((head, body)) = Head::read_from_prefix(message) else {
-            self.hung_up = true;
-            return;
-        };
-        if head.kind.get() == message::EVENTS {
-            for record in body.chunks_exact(EVENT_RECORD_BYTES) {
-                self.on_record(record);
-            }
-            return;
-        }
-        let reply = Reply { status: head.status.get(), body: body.to_vec(), fd: received.fds.pop() };
-        self.replies.insert(head.seqno.get(), reply);
-    }
-
-    fn on_record(&mut self, record: &[u8]) {
-        let Ok(notice) = NoticeRecord::read_from_bytes(record) else { return };
-        match notice.kind.get() {
-            EVENT_JOB_DONE | EVENT_BIND_DONE => {
-                if let Ok(job) = JobRecord::read_from_bytes(record)
-                    && !self.forgotten.remove(&job.job_id.get())
-                {
-                    self.jobs.insert(job.job_id.get(), job);
-                }
-            }
-            // Of a GPU VM that became unusable the ends of its work tell, and the others go on.
-            EVENT_CONTEXT_LOST if notice.value.get() == 0 => self.lost = Some(notice.status.get()),
-            // Kinds of later versions.
-            _ => {}
-        }
-    }
-}
-
-fn parsed<T: FromBytes + Immutable + KnownLayout>(what: &'static str, body: &[u8]) -> Result<T> {
-    T::read_from_bytes(body).map_err(|_| Error::BadReply { what })
 }

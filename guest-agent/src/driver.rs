@@ -16,7 +16,7 @@ pub mod transport;
 pub mod virtqueue;
 
 pub use dma::DmaRegion;
-pub use svm::{Completion, Event, Pump, RingConfig, Rings, SvmDevice};
+pub use svm::{Completion, Event, Posted, Pump, RingConfig, Rings, SvmDevice};
 pub use transport::Transport;
 
 /// Why the device cannot be driven.

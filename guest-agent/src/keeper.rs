@@ -25,6 +25,8 @@ use crate::driver::{self, DmaRegion, Event, Rings, SvmDevice, Transport};
 use crate::pin::{self, Hold, Pinned, Pinner};
 use crate::socket::MessageSocket;
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -265,7 +267,7 @@ impl<H: Hardware> Keeper<H> {
         let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
         match rustix::event::poll(&mut fds, None) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Turn::Serving,
+            Err(Errno::INTR) => return Turn::Serving,
             Err(_) => return Turn::Ended,
         }
         let [ready, stopping] = fds.map(|fd| !fd.revents().is_empty());
@@ -281,31 +283,82 @@ impl<H: Hardware> Keeper<H> {
             _ => return Turn::Ended,
         };
         let request = serde_json::from_slice(buf.get(..received.len).unwrap_or_default());
-        let answered = match request {
-            Ok(Request::Create { len }) => self.create(socket, len),
-            Ok(Request::Release { id }) => self.release(socket, id),
+        let mut fds = received.fds.into_iter();
+        let answered = match (request, fds.next(), fds.next()) {
+            (Ok(Request::Create { len }), None, _) => self.create(socket, len),
+            (Ok(Request::Import { offset, len }), Some(file), None) => {
+                self.import(socket, file.as_fd(), offset, len)
+            }
+            (Ok(Request::Hold { fd }), Some(pidfd), None) => self.hold(socket, pidfd.as_fd(), fd),
+            (Ok(Request::Release { id }), None, _) => self.release(socket, id),
             // Not a serving process of this version: it is replaced.
-            Err(_) => return Turn::Ended,
+            _ => return Turn::Ended,
         };
         if answered.is_ok() { Turn::Serving } else { Turn::Ended }
     }
 
     fn create(&mut self, socket: &MessageSocket, len: u64) -> io::Result<()> {
-        let len = usize::try_from(len).ok().filter(|len| *len > 0 && len.is_multiple_of(PAGE_BYTES));
-        let made =
-            len.and_then(|len| self.pinner.pin(len).map_err(|error| (self.log)(&error.to_string())).ok());
+        let made = whole_pages(len)
+            .and_then(|len| self.pinner.pin(len).map_err(|error| (self.log)(&error.to_string())).ok());
         // Running out of anything is the fault of one process, and must not end the service of all.
         let listed = made.and_then(|pinned| Some((wire::pages_to_file(&pinned.pages).ok()?, pinned)));
         let Some((pages, pinned)) = listed else {
             return socket.send(&[&serde_json::to_vec(&Reply::Refused)?], &[], true);
         };
-        let id = self.next_arena;
-        self.next_arena += 1;
+        let id = self.next_id();
         let reply = serde_json::to_vec(&Reply::Created { id })?;
         let sent = socket.send(&[&reply], &[pinned.fd.as_fd(), pages.as_fd()], true);
         // Kept even if it could not be told: then the serving process is gone, and the cleansing lets it go.
         self.arenas.insert(id, pinned.into_hold());
         sent
+    }
+
+    /// Pins memory that a process brings. The process hears why not, and nobody else: it can fail as often as it likes.
+    fn import(
+        &mut self,
+        socket: &MessageSocket,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        let held = whole_pages(len)
+            .ok_or(Errno::INVAL)
+            .and_then(|len| self.pinner.import(file, offset, len).map_err(|error| error.errno()));
+        let listed = held.and_then(|held| match wire::pages_to_file(&held.pages) {
+            Ok(pages) => Ok((pages, held.hold)),
+            Err(_) => Err(Errno::NOMEM),
+        });
+        let (pages, hold) = match listed {
+            Ok(listed) => listed,
+            Err(errno) => {
+                let reply = Reply::NotImported { errno: errno.raw_os_error() };
+                return socket.send(&[&serde_json::to_vec(&reply)?], &[], true);
+            }
+        };
+        let id = self.next_id();
+        let sent = socket.send(&[&serde_json::to_vec(&Reply::Imported { id })?], &[pages.as_fd()], true);
+        // Kept even if it could not be told, as in `create`.
+        self.arenas.insert(id, hold);
+        sent
+    }
+
+    fn hold(&mut self, socket: &MessageSocket, pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<()> {
+        let reply = match pidfd_getfd(pidfd, fd, PidfdGetfdFlags::empty()) {
+            Ok(ring) => {
+                let id = self.next_id();
+                // Before it is told, as in `create`: whoever asked may be gone.
+                self.arenas.insert(id, Box::new(ring));
+                Reply::Held { id }
+            }
+            Err(errno) => Reply::NotImported { errno: errno.raw_os_error() },
+        };
+        socket.send(&[&serde_json::to_vec(&reply)?], &[], true)
+    }
+
+    fn next_id(&mut self) -> u64 {
+        let id = self.next_arena;
+        self.next_arena += 1;
+        id
     }
 
     /// The serving process says that the device is through with an arena.
@@ -323,6 +376,10 @@ impl<H> Drop for Keeper<H> {
             );
         }
     }
+}
+
+fn whole_pages(len: u64) -> Option<usize> {
+    usize::try_from(len).ok().filter(|len| *len > 0 && len.is_multiple_of(PAGE_BYTES))
 }
 
 fn is_quiet(event: &Event, incarnation: u64) -> bool {

@@ -1,8 +1,11 @@
 //! `svm-agent`: the command line of the agent.
 //!
-//! `serve` is the keeper, which starts a serving process; the others ask a running agent over its operator's socket.
+//! `serve` is the keeper, which starts a serving process; `run` starts a program with its memory in arenas; the others ask
+//! a running agent over its operator's socket.
 //! Exit codes are part of the interface: see [`EXIT_HELP`].
 
+mod processes;
+mod run;
 mod serve;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -20,7 +23,8 @@ Exit codes:
   1  failed; the reason is on standard error
   2  wrong usage
   3  no agent is running at the operator's socket
-  4  no virtio-gpu device, or it cannot be driven";
+  4  no virtio-gpu device, or it cannot be driven
+`run` exits as the program does; 126 and 127 also say, as in a shell, that it cannot be started or is not there.";
 const EXIT_FAILED: u8 = 1;
 const EXIT_NO_AGENT: u8 = 3;
 const EXIT_NO_DEVICE: u8 = 4;
@@ -40,6 +44,30 @@ struct Cli {
 enum Verb {
     /// Drive the device and serve processes until SIGTERM or SIGINT; needs root
     Serve(ServeArgs),
+    /// Run a program with its memory where GPUs reach it: what malloc gives, globals, the stacks of new threads
+    ///
+    /// The program stays as it is, and hands plain pointers into that memory to GPUs. It must be linked dynamically, since
+    /// libsvm_alloc.so is loaded before the C library. Processes that it starts run so too.
+    Run(run::RunArgs),
+    /// Show which processes have memory that GPUs reach, and how much
+    Ps {
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show where a process has memory that GPUs reach, and which of it they have asked for
+    Map {
+        /// The process
+        #[arg(value_name = "PID")]
+        pid: i32,
+        #[command(flatten)]
+        admin: AdminArgs,
+        /// Print one JSON object on one line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
     /// Show devices, contexts, pinned memory and fault counts of the running agent
     Status {
         #[command(flatten)]
@@ -138,9 +166,20 @@ struct AgentArgs {
     /// MiB of pinned memory that one connection may have
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     process_memory: u32,
+    /// MiB of pinned memory that all connections of one user may have [default: three quarters of all]
+    #[arg(long, value_name = "MIB")]
+    user_memory: Option<u32>,
     /// MiB of pinned memory in all [default: half of the guest's memory]
     #[arg(long, value_name = "MIB")]
     total_memory: Option<u32>,
+    /// Threads that answer faults and pass records on, at most 64 [default: one for each CPU, at most 4]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u8).range(1..=64))]
+    serving_threads: Option<u8>,
+    /// File that says whose processes are trusted: `trusted_uids = [..]`; of root's, and not writable by others. Trusted
+    /// processes may have GPUs reach their memory where it stands, and can so harm others [default: /etc/svm-agent.toml
+    /// if it is there, else nobody is trusted]
+    #[arg(long, value_name = "FILE")]
+    trust: Option<PathBuf>,
     /// Connections at once
     #[arg(long, value_name = "COUNT", default_value_t = 512)]
     max_clients: usize,
@@ -160,6 +199,9 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Verb::Serve(args) => serve::keep(&args),
         Verb::ServeForKeeper(args) => serve::serve(&args),
+        Verb::Run(args) => run::run(&args),
+        Verb::Ps { admin, json } => processes::ps(&admin, json),
+        Verb::Map { pid, admin, json } => processes::map(&admin, pid, json),
         Verb::Status { admin, json } => ask(&admin, AdminRequest::Status, json, print_status),
         Verb::Ledger { admin, json } => ask(&admin, AdminRequest::Ledger, json, print_ledger),
         Verb::Hold { admin, json } => ask(&admin, AdminRequest::Hold, json, print_holding),
@@ -188,19 +230,31 @@ fn ask<T>(
 where
     T: serde::Serialize + serde::de::DeserializeOwned,
 {
-    let answer: T = match ask_admin(&admin.admin_socket, request) {
-        Ok(answer) => answer,
-        Err(error) => {
-            complain(&error);
-            let no_agent = matches!(error, AdminError::NotReachable { .. });
-            return ExitCode::from(if no_agent { EXIT_NO_AGENT } else { EXIT_FAILED });
-        }
-    };
+    match answer(admin, request) {
+        Ok(answer) => show(&answer, json, print),
+        Err(code) => code,
+    }
+}
+
+/// The agent's answer; where there is none, that was said.
+fn answer<T: serde::de::DeserializeOwned>(admin: &AdminArgs, request: AdminRequest) -> Result<T, ExitCode> {
+    ask_admin(&admin.admin_socket, request).map_err(|error| {
+        complain(&error);
+        let no_agent = matches!(error, AdminError::NotReachable { .. });
+        ExitCode::from(if no_agent { EXIT_NO_AGENT } else { EXIT_FAILED })
+    })
+}
+
+fn show<T: serde::Serialize>(
+    answer: &T,
+    json: bool,
+    print: fn(&mut dyn Write, &T) -> std::io::Result<()>,
+) -> ExitCode {
     let mut out = std::io::stdout().lock();
     let printed = if json {
-        serde_json::to_writer(&mut out, &answer).map_err(std::io::Error::from).and_then(|()| writeln!(out))
+        serde_json::to_writer(&mut out, answer).map_err(std::io::Error::from).and_then(|()| writeln!(out))
     } else {
-        print(&mut out, &answer)
+        print(&mut out, answer)
     };
     // A reader that has seen enough is not an error of ours.
     if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILED) }
@@ -209,23 +263,28 @@ where
 fn print_status(out: &mut dyn Write, status: &AgentStatus) -> std::io::Result<()> {
     let holding = if status.holding_answers { ", holding answers back" } else { "" };
     writeln!(out, "agent {}{holding}; daemon epoch {:#x}", status.state, status.daemon_epoch)?;
+    match &status.trust_file {
+        Some(file) => writeln!(out, "trust: as {} says", file.display())?,
+        None => writeln!(out, "trust: nobody (no trust file)")?,
+    }
     for device in &status.devices {
         let (id, name, bits, engines) = (device.dev_id, &device.name, device.va_bits, device.engines);
         writeln!(out, "device {id}: {name}, {bits} address bits, {engines} engines")?;
     }
     writeln!(
         out,
-        "{:>6} {:>8} {:>6} {:<9} {:>6} {:>12} {:>8}  program",
-        "ctx", "pid", "uid", "state", "arenas", "bytes", "faults"
+        "{:>6} {:>8} {:>6} {:<9} {:<8} {:>6} {:>12} {:>8}  program",
+        "ctx", "pid", "uid", "state", "trust", "arenas", "bytes", "faults"
     )?;
     for context in &status.contexts {
         let (owner, state) = (&context.owner, &context.state);
         writeln!(
             out,
-            "{:>6} {:>8} {:>6} {state:<9} {:>6} {:>12} {:>8}  {}",
+            "{:>6} {:>8} {:>6} {state:<9} {:<8} {:>6} {:>12} {:>8}  {}",
             context.ctx_id,
             owner.pid,
             owner.uid,
+            context.trust.name(),
             context.arenas,
             context.arena_bytes,
             context.faults,

@@ -22,7 +22,7 @@ pub const MAX_REPLY_BYTES: u32 = 32 << 10;
 /// Most records in one [`EVENTS`] message.
 pub const MAX_RECORDS: usize = 128;
 
-/// Opens a connection's context. Body: [`Hello`]; reply: [`HelloReply`].
+/// Opens a connection's context, or joins one. Body: [`Hello`]; reply: [`HelloReply`].
 pub const HELLO: u32 = 1;
 /// Lists host devices. No body; reply: [`DeviceEntry`] each.
 pub const DEVICES: u32 = 2;
@@ -32,6 +32,37 @@ pub const ARENA_CREATE: u32 = 3;
 pub const ARENA_FREE: u32 = 4;
 /// Passes requests to the device. Body: [`Submit`], then the payload; reply: [`SubmitReply`], then the reply area.
 pub const SUBMIT: u32 = 5;
+/// Makes memory of the process' own that GPUs can reach: a file in memory, whose descriptor, and no other, comes with the
+/// message (SCM_RIGHTS). Body: [`ArenaImport`]; reply: [`ArenaReply`] with the offset of the request, and no descriptor.
+///
+/// The file is one of tmpfs (memfd, POSIX shared memory) or of hugetlbfs: any other is -EOPNOTSUPP, because pages of a
+/// disk or of a server may be written back or waited for. The descriptor is open for reading and writing (-EACCES), and
+/// a seal against writing is -EPERM. The range is in the file, in whole pages, on hugetlbfs in whole huge pages: -EINVAL,
+/// or -EFAULT where the file has become too short. -EAGAIN: pages of it were taken out of the file meanwhile.
+///
+/// Pages that the file does not have yet it gets, and all of the range stays in memory until the arena is gone. Who cuts
+/// the file short or punches a hole leaves GPUs with the pages that were there, and itself with others. Several processes
+/// may bring the same file, and so share memory through GPUs too.
+pub const ARENA_IMPORT: u32 = 6;
+/// Takes a part of it away from GPUs. Body: [`ArenaCut`]; no reply body. The reply says that no GPU uses the part any
+/// more, and that its addresses are free for another arena; its pages stay in memory, and count, until nothing of its
+/// arena is left. Then it is as after [`ARENA_FREE`]. -EINVAL: unaligned, empty or not all of it in the arena;
+/// -ENOENT: no such arena, or a part of the range was cut before; -ENOSPC: the context's arenas are in too many parts.
+pub const ARENA_CUT: u32 = 7;
+/// Makes anonymous memory of the process memory that GPUs can reach, where it stands. Only for processes of users that
+/// the operator trusts: else -EACCES. Body: [`ArenaPin`]; reply: [`ArenaReply`] with offset 0, and no descriptor.
+///
+/// The process has registered all of the range as buffers of an io_uring, which pins it, and names that io_uring; the
+/// agent takes a descriptor of it, so the pages stay when the process closes its own, or ends. -EBADF: no such
+/// descriptor; -EINVAL: it is no io_uring, or the range is unaligned; -EFAULT: not all of the range is registered and in
+/// memory; -EAGAIN: the io_uring is in use just now.
+///
+/// **Trust** is needed because the agent cannot see which pages are registered, only which stand there now. A process that
+/// maps something else there after it registered, or that takes the registration back before the reply to [`ARENA_FREE`],
+/// has GPUs write to memory that is anybody's.
+pub const ARENA_PIN: u32 = 8;
+/// In [`HelloReply`]: the process is trusted, so it may send [`ARENA_PIN`].
+pub const HELLO_TRUSTED: u32 = 1;
 /// Pushed: records of 96 bytes (PROTOCOL 7), of this context.
 pub const EVENTS: u32 = 0x100;
 
@@ -53,8 +84,10 @@ wire! {
     Hello, 8 {
         /// [`MESSAGE_VERSION`].
         version: U32,
-        /// Zero.
-        reserved: U32,
+        /// 0: a context of its own. Else the context that another connection of the same process opened: from now on its
+        /// records come here. It ends with the connection that opened it, and one connection at a time may join: -EBUSY.
+        /// -ENOENT: this process has no such context.
+        join: U32,
     }
 }
 wire! {
@@ -66,8 +99,10 @@ wire! {
         num_devices: U32,
         /// Bytes of arenas that the process may have.
         max_arena_bytes: U64,
+        /// [`HELLO_TRUSTED`]; other bits are zero.
+        flags: U32,
         /// Zero.
-        reserved: U64,
+        reserved: U32,
     }
 }
 wire! {
@@ -103,12 +138,36 @@ wire! {
     }
 }
 wire! {
-    /// Reply to [`ARENA_CREATE`]; the file descriptor comes with the message.
+    /// Reply to [`ARENA_CREATE`], with a file descriptor, and to [`ARENA_IMPORT`] and [`ARENA_PIN`], without.
     ArenaReply, 16 {
-        /// Names it in [`ARENA_FREE`].
+        /// Names it in [`ARENA_FREE`] and [`ARENA_CUT`].
         arena_id: U64,
         /// Offset of the memory in the file.
         offset: U64,
+    }
+}
+wire! {
+    /// Body of [`ARENA_IMPORT`]. The file comes with the message, open for reading and writing.
+    ArenaImport, 24 {
+        /// Bytes, a multiple of the page size.
+        len: U64,
+        /// Where the process has it in its address space (A), page aligned.
+        va: U64,
+        /// Where it begins in the file, page aligned.
+        offset: U64,
+    }
+}
+wire! {
+    /// Body of [`ARENA_PIN`].
+    ArenaPin, 24 {
+        /// First address (A), page aligned.
+        va: U64,
+        /// Bytes, a multiple of the page size.
+        len: U64,
+        /// The descriptor of the io_uring, as the process names it.
+        ring: I32,
+        /// Zero.
+        reserved: U32,
     }
 }
 wire! {
@@ -116,6 +175,17 @@ wire! {
     ArenaFree, 8 {
         /// From the reply.
         arena_id: U64,
+    }
+}
+wire! {
+    /// Body of [`ARENA_CUT`].
+    ArenaCut, 24 {
+        /// From the reply.
+        arena_id: U64,
+        /// Where the part begins, from the arena's beginning, page aligned.
+        offset: U64,
+        /// Bytes, a multiple of the page size.
+        len: U64,
     }
 }
 wire! {

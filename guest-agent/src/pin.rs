@@ -9,6 +9,11 @@
 //! harms nobody else: the hole's pages leave the file but stay pinned, so the device keeps reaching memory that is
 //! nobody's, while the process sees fresh pages that no device knows.
 //!
+//! A file that a process brings ([`Pinner::import`]) is its own to change, at any moment: so nothing here reads or writes
+//! a byte of it, faults come back as errors of madvise and of io_uring and never as a signal, and a page that is absent
+//! after the pin, because the file was cut short or a hole was punched, makes all of it be done again. What is present
+//! then was pinned: an entry that goes comes back only with a touch, and there is none.
+//!
 //! Dropping a [`Pinned`] lets the pages go. Its owner ([`crate::keeper`]) does so only when the device cannot use them.
 
 #![expect(unsafe_code, reason = "registers memory with io_uring")]
@@ -17,15 +22,19 @@ use crate::driver::dma::PAGE_BYTES;
 use crate::mapping::{self, Placement, SharedMapping};
 use io_uring::IoUring;
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use virtio_gpu_svm::protocol::PAGE_SIZE;
 
 /// Most bytes of one io_uring buffer.
 const MAX_BUFFER: usize = 1 << 30;
+/// How often an import begins again because a page went away after it was pinned.
+const MAX_ATTEMPTS: u32 = 4;
 /// Pagemap entry: the page is in memory.
 const PAGEMAP_PRESENT: u64 = 1 << 63;
 /// Pagemap entry: the page frame number.
@@ -61,7 +70,9 @@ pub enum Error {
     #[error("cannot read /proc/self/pagemap: is /proc mounted?")]
     Pagemap(#[source] io::Error),
     /// A page is not in memory though it was pinned.
-    #[error("page {index} is not in memory though it was pinned")]
+    #[error(
+        "page {index} is not in memory though it was pinned: is the file being cut short, or a hole punched?"
+    )]
     Absent {
         /// Its index.
         index: usize,
@@ -69,6 +80,26 @@ pub enum Error {
     /// The kernel hides page frame numbers.
     #[error("the kernel hides page frame numbers from this process: run as root")]
     Hidden,
+    /// Not by this pinner.
+    #[error(
+        "memory of a process' own cannot be pinned here: only a kernel with a pagemap can tell where it is"
+    )]
+    NoImports,
+}
+
+impl Error {
+    /// The error as the process hears it that asked for the memory.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Map(mapping::Error::Map { source, .. }) => *source,
+            Self::Create { source, .. } | Self::Pin { source, .. } => {
+                Errno::from_io_error(source).unwrap_or(Errno::NOMEM)
+            }
+            Self::Absent { .. } => Errno::AGAIN,
+            Self::NoImports => Errno::OPNOTSUPP,
+            Self::Map(mapping::Error::OutOfRange { .. }) | Self::Pagemap(_) | Self::Hidden => Errno::IO,
+        }
+    }
 }
 
 /// Result of this module.
@@ -98,6 +129,14 @@ impl Pinned {
     }
 }
 
+/// Pages of somebody's file, and what holds them in place.
+pub struct Held {
+    /// Guest-physical address of each page.
+    pub pages: Vec<u64>,
+    /// They stay until it is dropped.
+    pub hold: Hold,
+}
+
 /// Makes pinned memory. The kernel does ([`KernelPinner`]), and harnesses have their own.
 pub trait Pinner: Send {
     /// Makes `len` bytes of zeros, a multiple of the page size.
@@ -105,6 +144,15 @@ pub trait Pinner: Send {
     /// # Errors
     /// When there is not enough memory, or it cannot be pinned.
     fn pin(&self, len: usize) -> Result<Pinned>;
+
+    /// Pins `len` bytes of a file in memory from `offset`, both multiples of its page size. Whoever else has the file may
+    /// change it meanwhile in any way.
+    ///
+    /// # Errors
+    /// When the range is not in the file, cannot be written, or cannot be pinned.
+    fn import(&self, _file: BorrowedFd<'_>, _offset: u64, _len: usize) -> Result<Held> {
+        Err(Error::NoImports)
+    }
 }
 
 /// Pins by io_uring, looks up in the pagemap. Needs root.
@@ -125,15 +173,46 @@ impl KernelPinner {
 impl Pinner for KernelPinner {
     fn pin(&self, len: usize) -> Result<Pinned> {
         let fd = sealed_memfd(len).map_err(|source| Error::Create { len, source })?;
-        let mapping = SharedMapping::new(fd.as_fd(), 0, len, Placement::Anywhere)?;
-        mapping.populate()?;
-        let hold = register(&mapping).map_err(|source| Error::Pin { len, source })?;
-        // From here to the end of the lookup nothing touches the memory.
-        let pages = look_up(&mapping)?;
-        // The registration holds the pages, and the file its contents: this mapping is not needed any more.
-        drop(mapping);
-        Ok(Pinned::new(fd, pages, Box::new(hold)))
+        let Held { pages, hold } = hold(fd.as_fd(), 0, len, &mut |_| {})?;
+        Ok(Pinned::new(fd, pages, hold))
     }
+
+    fn import(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Held> {
+        import(file, offset, len, &mut |_| {})
+    }
+}
+
+/// What has just been done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Mapped,
+    Populated,
+    Pinned,
+}
+
+fn import(file: BorrowedFd<'_>, offset: u64, len: usize, after: &mut dyn FnMut(Step)) -> Result<Held> {
+    let mut attempts = 1;
+    loop {
+        match hold(file, offset, len, after) {
+            Err(Error::Absent { .. }) if attempts < MAX_ATTEMPTS => attempts += 1,
+            held => return held,
+        }
+    }
+}
+
+/// Pins a range of a file. `after` is told of each step; a test changes the file there.
+fn hold(file: BorrowedFd<'_>, offset: u64, len: usize, after: &mut dyn FnMut(Step)) -> Result<Held> {
+    let mapping = SharedMapping::new(file, offset, len, Placement::Anywhere)?;
+    after(Step::Mapped);
+    mapping.populate()?;
+    after(Step::Populated);
+    let ring = register(&mapping).map_err(|source| Error::Pin { len, source })?;
+    // From here to the end of the lookup nothing touches the memory.
+    after(Step::Pinned);
+    let pages = look_up_mapping(&mapping)?;
+    // The registration holds the pages: this mapping is not needed any more.
+    drop(mapping);
+    Ok(Held { pages, hold: Box::new(ring) })
 }
 
 fn sealed_memfd(len: usize) -> io::Result<OwnedFd> {
@@ -158,83 +237,24 @@ fn register(mapping: &SharedMapping) -> io::Result<IoUring> {
     Ok(ring)
 }
 
-/// Guest-physical addresses of the mapping's pages.
-fn look_up(mapping: &SharedMapping) -> Result<Vec<u64>> {
+fn look_up_mapping(mapping: &SharedMapping) -> Result<Vec<u64>> {
     let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
-    let count = mapping.len() / PAGE_BYTES;
+    let address = u64::try_from(mapping.address()).unwrap_or(u64::MAX);
+    look_up(&pagemap, address, mapping.len() / PAGE_BYTES)
+}
+
+/// Guest-physical addresses of `count` pages from `address`.
+pub(crate) fn look_up(pagemap: &File, address: u64, count: usize) -> Result<Vec<u64>> {
     let mut bytes = vec![0; count * 8];
-    let first = u64::try_from(mapping.address() / PAGE_BYTES * 8).unwrap_or(u64::MAX);
-    pagemap.read_exact_at(&mut bytes, first).map_err(Error::Pagemap)?;
+    pagemap.read_exact_at(&mut bytes, address / PAGE_SIZE * 8).map_err(Error::Pagemap)?;
     let entries = bytes.as_chunks::<8>().0.iter().map(|entry| u64::from_ne_bytes(*entry));
     let address = |(index, entry): (usize, u64)| match entry & PAGEMAP_PFN {
         _ if entry & PAGEMAP_PRESENT == 0 => Err(Error::Absent { index }),
         0 => Err(Error::Hidden),
-        frame => Ok(frame * 4096),
+        frame => Ok(frame * PAGE_SIZE),
     };
     entries.enumerate().map(address).collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Where page frame numbers are hidden, or io_uring is forbidden, nothing can be pinned: that is said, and no more
-    /// can be asked for.
-    fn pin_or_say_why_not(len: usize) -> Option<Pinned> {
-        use std::io::Write;
-        let why = match KernelPinner.pin(len) {
-            Ok(pinned) => return Some(pinned),
-            Err(Error::Hidden) if !sees_frames() => "needs CAP_SYS_ADMIN".to_owned(),
-            Err(Error::Pin { source, .. }) if forbidden(&source) => format!("io_uring: {source}"),
-            Err(other) => panic!("{other}: {other:?}"),
-        };
-        // Not by eprintln, which the test harness captures.
-        writeln!(io::stderr(), "not tested: pages are looked up after the pin ({why})").unwrap();
-        None
-    }
-
-    fn forbidden(error: &io::Error) -> bool {
-        matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
-    }
-
-    /// CAP_SYS_ADMIN, and not only in a user namespace.
-    fn sees_frames() -> bool {
-        const CAP_SYS_ADMIN: u32 = 21;
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
-        let mask = u64::from_str_radix(mask.trim(), 16).unwrap();
-        let users = std::fs::read_to_string("/proc/self/uid_map").unwrap();
-        let first = users.split_whitespace().eq(["0", "0", "4294967295"]);
-        first && mask & 1 << CAP_SYS_ADMIN != 0
-    }
-
-    /// A second lookup, through another mapping, finds the same pages, all distinct.
-    #[test]
-    fn pages_are_looked_up_after_the_pin() {
-        let Some(pinned) = pin_or_say_why_not(64 * PAGE_BYTES) else { return };
-        let mut pages = pinned.pages.clone();
-        pages.sort_unstable();
-        pages.dedup();
-        assert_eq!(pages.len(), 64);
-        let again = SharedMapping::new(pinned.fd.as_fd(), 0, 64 * PAGE_BYTES, Placement::Anywhere).unwrap();
-        again.populate().unwrap();
-        assert_eq!(look_up(&again).unwrap(), pinned.pages);
-    }
-
-    #[test]
-    fn the_file_can_neither_shrink_nor_grow() {
-        let fd = sealed_memfd(2 * PAGE_BYTES).unwrap();
-        for len in [PAGE_BYTES as u64, 3 * PAGE_BYTES as u64] {
-            assert_eq!(rustix::fs::ftruncate(&fd, len), Err(rustix::io::Errno::PERM));
-        }
-    }
-
-    /// The process that the file is for writes through it, so this seal must not be there.
-    #[test]
-    fn the_file_can_be_mapped_writable_later() {
-        let fd = sealed_memfd(PAGE_BYTES).unwrap();
-        let seals = rustix::fs::fcntl_get_seals(&fd).unwrap();
-        assert_eq!(seals, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL);
-        SharedMapping::new(fd.as_fd(), 0, PAGE_BYTES, Placement::Anywhere).unwrap();
-    }
-}
+mod tests;

@@ -9,6 +9,7 @@ use guest_agent::driver::pci::{PciDevice, PciHandover, PciTransport};
 use guest_agent::keeper::{Keeper, serving};
 use guest_agent::pin::KernelPinner;
 use guest_agent::socket::{MessageSocket, unlink_dead};
+use guest_agent::trust::Trust;
 use rustix::net::SocketType;
 use rustix::process::Resource;
 use std::fs::File;
@@ -21,6 +22,9 @@ use std::time::Duration;
 
 /// finit_module: the file is compressed.
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
+
+/// How long connections are waited for when the device is lost.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Descriptors that the keeper and the serving process may have: one for each arena, three for each connection.
 const DESCRIPTORS: u64 = 1 << 19;
@@ -50,17 +54,25 @@ pub fn keep(args: &ServeArgs) -> ExitCode {
             return ExitCode::from(EXIT_FAILED);
         }
     };
-    let ended = keeper.run(&mut |socket| serving::spawn(socket, &arguments), stop.as_fd());
-    for socket in [&args.agent.socket, &args.agent.admin_socket] {
-        // A serving process that was killed leaves them; there may be none.
-        std::fs::remove_file(socket).ok();
-    }
+    let mut spawn = |socket| {
+        remove_sockets(&args.agent);
+        serving::spawn(socket, &arguments)
+    };
+    let ended = keeper.run(&mut spawn, stop.as_fd());
+    remove_sockets(&args.agent);
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
             ExitCode::from(EXIT_NO_DEVICE)
         }
+    }
+}
+
+/// A serving process that was killed leaves them, and one that cannot end even listens there. There may be none.
+fn remove_sockets(args: &AgentArgs) {
+    for socket in [&args.socket, &args.admin_socket] {
+        std::fs::remove_file(socket).ok();
     }
 }
 
@@ -91,6 +103,8 @@ fn prepare(args: &ServeArgs) -> Result<OwnedFd, Box<dyn std::error::Error>> {
             _ => format!("cannot use {}: {error}", path.display()),
         })?;
     }
+    // The serving process reads it too; here it is said before anything is touched.
+    Trust::load(args.agent.trust.as_deref())?;
     let stop = termination_fd()?;
     if let Err(error) = raise_descriptors() {
         log(&format!("the limit of open files stays as it is ({error}); fewer processes and arenas fit"));
@@ -178,7 +192,7 @@ fn serve_for_keeper(args: &AgentArgs) -> Result<(), Box<dyn std::error::Error>> 
     let fd = io::stdin().as_fd().try_clone_to_owned()?;
     // Any other process is the better victim than the keeper, and this one is replaced. Best effort.
     std::fs::write("/proc/self/oom_score_adj", "0").ok();
-    let watch = fd.try_clone()?;
+    let (watch, keeper) = (fd.try_clone()?, fd.try_clone()?);
     let socket = MessageSocket::from(fd);
     let (handover, dma, fds) = serving::take_over(&socket)?;
     let hardware: PciHandover = serde_json::from_value(handover.hardware.clone())?;
@@ -188,13 +202,15 @@ fn serve_for_keeper(args: &AgentArgs) -> Result<(), Box<dyn std::error::Error>> 
     std::thread::Builder::new().name("svm-watch".into()).spawn(move || end_with_keeper(&watch, &stopping))?;
     let device = serving::drive(&handover, dma, transport.clone())?;
     let memory = Arc::new(serving::KeeperMemory::new(socket));
-    let agent = Agent::start(Arc::new(device), memory, args.agent_options())?;
+    let agent = Agent::start(Arc::new(device), memory, args.agent_options()?)?;
     let broker = Broker::start(agent.clone(), args.broker_options())?;
     log(&format!("serving processes at {}", args.socket.display()));
     while !agent.has_failed() {
         std::thread::sleep(Duration::from_millis(200));
     }
-    drop(broker);
+    broker.close(CLOSE_PATIENCE);
+    // Before this process has ended, which may take longer: the keeper waits for nothing else.
+    rustix::net::shutdown(&keeper, rustix::net::Shutdown::Both)?;
     Err("the device is lost".into())
 }
 
@@ -209,14 +225,20 @@ fn end_with_keeper(watch: &OwnedFd, transport: &PciTransport) {
 }
 
 impl AgentArgs {
-    fn agent_options(&self) -> AgentOptions {
-        AgentOptions {
+    fn agent_options(&self) -> Result<AgentOptions, guest_agent::trust::Error> {
+        let total = u64::from(self.total_memory.unwrap_or_else(half_of_memory)) << 20;
+        let of_user = self.user_memory.map(|mib| u64::from(mib) << 20);
+        let defaults = AgentOptions::default();
+        Ok(AgentOptions {
             fault_around_pages: self.fault_around,
             hold_answers: self.hold_answers,
             context_arena_bytes: u64::from(self.process_memory) << 20,
-            total_arena_bytes: u64::from(self.total_memory.unwrap_or_else(half_of_memory)) << 20,
-            ..AgentOptions::default()
-        }
+            user_arena_bytes: of_user.unwrap_or(total / 4 * 3),
+            total_arena_bytes: total,
+            serving_threads: self.serving_threads.map_or(defaults.serving_threads, usize::from),
+            trust: Trust::load(self.trust.as_deref())?,
+            ..defaults
+        })
     }
 
     fn broker_options(&self) -> BrokerOptions {
@@ -238,9 +260,13 @@ impl AgentArgs {
             format!("--max-clients={}", self.max_clients),
             format!("--max-clients-per-user={}", self.max_clients_per_user),
         ];
-        if let Some(total) = self.total_memory {
-            arguments.push(format!("--total-memory={total}"));
-        }
+        let some = [
+            self.user_memory.map(|mib| format!("--user-memory={mib}")),
+            self.total_memory.map(|mib| format!("--total-memory={mib}")),
+            self.serving_threads.map(|threads| format!("--serving-threads={threads}")),
+            self.trust.as_ref().map(|file| format!("--trust={}", file.display())),
+        ];
+        arguments.extend(some.into_iter().flatten());
         if self.hold_answers {
             arguments.push("--hold-answers".into());
         }

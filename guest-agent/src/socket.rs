@@ -8,6 +8,7 @@
     reason = "recvmsg with control messages and SO_PEERPIDFD have no safe wrapper that fits"
 )]
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType,
@@ -42,6 +43,15 @@ pub struct Peer {
     pub credentials: Credentials,
     /// Becomes readable when the process has exited.
     pub pidfd: OwnedFd,
+}
+
+impl Peer {
+    /// Whether the process has exited. What cannot be asked is not trusted.
+    pub fn has_exited(&self) -> bool {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&now)) != Ok(0)
+    }
 }
 
 /// A message that was received.

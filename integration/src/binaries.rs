@@ -24,26 +24,26 @@ const GUEST_FLAGS: &str = "-C target-feature=+crt-static -C strip=debuginfo";
 /// Set by the cargo that runs us for its own child; some would make build scripts run again.
 const INHERITED: [&str; 3] = ["CARGO_MANIFEST_", "CARGO_PKG_", "CARGO_BIN_"];
 
-/// Built programs by name.
+/// Built programs by name, and shared libraries by file name.
 #[derive(Clone, Debug, Default)]
 pub struct Binaries(HashMap<String, PathBuf>);
 
 impl Binaries {
-    /// The path of a program.
+    /// The path of a program, or of a shared library as `libNAME.so`.
     ///
     /// # Errors
-    /// Fails when no such program was built.
+    /// Fails when no such one was built.
     pub fn get(&self, name: &str) -> Result<&Path> {
-        self.0.get(name).map(PathBuf::as_path).with_context(|| format!("program {name} was not built"))
+        self.0.get(name).map(PathBuf::as_path).with_context(|| format!("{name} was not built"))
     }
 
-    /// Every program with its name.
+    /// Every one with its name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Path)> {
         self.0.iter().map(|(name, path)| (name.as_str(), path.as_path()))
     }
 }
 
-/// Builds all programs of the workspace for this host, with these features (`PACKAGE/FEATURE`) besides the default.
+/// Builds all programs and shared libraries of the workspace for this host, with these features (`PACKAGE/FEATURE`) besides the default.
 ///
 /// The whole workspace is selected, as by `cargo test --workspace` and `cargo demo`: the features of dependencies depend
 /// on the selection, and with another one everything that they reach would be compiled a second time.
@@ -52,7 +52,7 @@ impl Binaries {
 /// Fails when they do not compile; the compiler's messages are on stderr.
 pub fn build_host(features: &[&str]) -> Result<Binaries> {
     let mut command = cargo()?;
-    command.arg("--workspace");
+    command.args(["--workspace", "--lib"]);
     if !features.is_empty() {
         command.args(["--features", &features.join(",")]);
     }
@@ -122,7 +122,7 @@ fn build(mut command: Command, what: &str) -> Result<Binaries> {
     let mut next_report = Instant::now() + PROGRESS_INTERVAL;
     for line in BufReader::new(stdout).lines() {
         let line = line?;
-        programs.extend(executable(&line));
+        programs.extend(built(&line));
         compiled += u32::from(is_compiled(&line));
         if Instant::now() >= next_report {
             progress!("building {what} ... {compiled} crates compiled");
@@ -134,12 +134,18 @@ fn build(mut command: Command, what: &str) -> Result<Binaries> {
     Ok(Binaries(programs))
 }
 
-/// The program that a message of cargo announces.
-fn executable(line: &str) -> Option<(String, PathBuf)> {
+/// The program or shared library that a message of cargo announces.
+fn built(line: &str) -> Option<(String, PathBuf)> {
     let message: Value = serde_json::from_str(line).ok()?;
-    let path = message.get("executable")?.as_str()?;
-    let name = message.get("target")?.get("name")?.as_str()?;
-    Some((name.to_owned(), PathBuf::from(path)))
+    if let Some(path) = message.get("executable")?.as_str() {
+        let name = message.get("target")?.get("name")?.as_str()?;
+        return Some((name.to_owned(), PathBuf::from(path)));
+    }
+    let mut files = message.get("filenames")?.as_array()?.iter().filter_map(Value::as_str).map(PathBuf::from);
+    let library = files.find(|file| file.extension().is_some_and(|extension| extension == "so"))?;
+    let name = library.file_name()?.to_str()?.to_owned();
+    // Procedural macros are shared libraries too, with a number in their names.
+    (!name.contains('-')).then_some((name, library))
 }
 
 /// Whether a message of cargo says that a crate was compiled, rather than found.
@@ -153,13 +159,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn executable_is_taken_from_an_artifact_message_only() {
-        let artifact =
-            r#"{"reason":"compiler-artifact","target":{"name":"svmd"},"executable":"/t/debug/svmd"}"#;
-        assert_eq!(executable(artifact), Some(("svmd".into(), "/t/debug/svmd".into())));
-        let library = r#"{"reason":"compiler-artifact","target":{"name":"daemon"},"executable":null}"#;
-        assert_eq!(executable(library), None);
-        assert_eq!(executable("not json"), None);
+    fn programs_and_shared_libraries_are_taken_from_artifact_messages_only() {
+        let artifact = |executable: &str, files: &str| {
+            let target = r#"{"name":"svmd"}"#;
+            format!(
+                r#"{{"reason":"compiler-artifact","target":{target},"executable":{executable},"filenames":[{files}]}}"#
+            )
+        };
+        let program = artifact(r#""/t/debug/svmd""#, r#""/t/debug/svmd""#);
+        assert_eq!(built(&program), Some(("svmd".into(), "/t/debug/svmd".into())));
+        let library = artifact("null", r#""/t/debug/libgpusvm.so","/t/debug/libgpusvm.rlib""#);
+        assert_eq!(built(&library), Some(("libgpusvm.so".into(), "/t/debug/libgpusvm.so".into())));
+        let rust = artifact("null", r#""/t/debug/libdaemon.rlib""#);
+        let procedural_macro = artifact("null", r#""/t/debug/deps/libclap_derive-0123.so""#);
+        for nothing in [rust.as_str(), procedural_macro.as_str(), "not json"] {
+            assert_eq!(built(nothing), None);
+        }
     }
 
     #[test]

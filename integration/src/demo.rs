@@ -1,21 +1,22 @@
 //! `cargo demo`: sets the stage for the story on the kind of guests that was asked for, and tells it.
 
-use crate::binaries::{self, Binaries};
+use crate::binaries;
 use crate::frontend::Profile;
 use crate::frontend::ram::{GuestRam, Layout};
 use crate::frontend::vmm::Vmm;
+use crate::ordinary::{Ordinary, open_folder};
 use crate::provision::{Vm, progress};
-use crate::story::host::HostMachine;
+use crate::story::host::{HostMachine, Programs};
 use crate::story::qemu::QemuMachine;
 use crate::story::{Machine, Plan, Report, Story};
 use crate::svmd::{DeviceKind, Options, Svmd};
 use anyhow::{Context, Result};
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
-use tempfile::TempDir;
+use std::path::Path;
 
 /// Host devices of the story.
 const DEVICES: usize = 2;
+/// The small C program of the third act, from this package's folder.
+const LIST: &str = "../guest-agent/c/examples/list.c";
 /// Guest memory of a guest without QEMU.
 const RAM_BYTES: u64 = 64 << 20;
 
@@ -82,7 +83,15 @@ pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
         options.arguments = vec!["--sabotage".into(), "swap-asid".into()];
     }
     let daemon = Svmd::start(programs.get("svmd")?, folder.path(), &options)?;
-    let machines = machines(stage.vmm, vm.as_ref(), &names, &daemon, &programs, &folder)?;
+    let mut ordinary = Ordinary::new(&programs)?;
+    ordinary.compile(&[Path::new(env!("CARGO_MANIFEST_DIR")).join(LIST)])?;
+    let machines = match &vm {
+        Some(vm) => boot_all(vm, &names, &daemon, &ordinary)?,
+        None => {
+            let programs = Programs::of(&programs, &ordinary)?;
+            start_all(stage.vmm, &names, &daemon, &programs, folder.path())?
+        }
+    };
     let plan = Plan {
         vmm: stage.vmm.name(),
         processes: stage.processes,
@@ -95,17 +104,14 @@ pub fn show(stage: Stage, narrate: &dyn Fn(&str)) -> Result<Report> {
     Ok(report)
 }
 
-fn machines(
+/// Guests without QEMU.
+fn start_all(
     vmm: VmmKind,
-    vm: Option<&Vm>,
     names: &[String],
     daemon: &Svmd,
-    programs: &Binaries,
-    folder: &TempDir,
+    programs: &Programs,
+    folder: &Path,
 ) -> Result<Vec<Box<dyn Machine>>> {
-    if let Some(vm) = vm {
-        return boot_all(vm, names, daemon);
-    }
     let host = |name: &String| {
         let ram = GuestRam::new(Layout::Flat { bytes: RAM_BYTES }, 1)?;
         let socket = daemon.socket(name);
@@ -113,7 +119,7 @@ fn machines(
             VmmKind::Kvm => Vmm::with_vcpu(&socket, &ram, Profile::Qemu)?,
             VmmKind::Inproc | VmmKind::Qemu => Vmm::without_cpu(&socket, &ram, Profile::CloudHypervisor)?,
         };
-        let machine = HostMachine::start(name, vmm, folder.path(), programs.get("story-process")?)?;
+        let machine = HostMachine::start(name, vmm, folder, programs.clone())?;
         Ok(Box::new(machine) as Box<dyn Machine>)
     };
     names.iter().map(host).collect()
@@ -132,12 +138,12 @@ fn provision() -> Result<Vm> {
 }
 
 /// Boots all guests at the same time.
-fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd) -> Result<Vec<Box<dyn Machine>>> {
+fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd, programs: &Ordinary) -> Result<Vec<Box<dyn Machine>>> {
     progress!("booting {} guests", names.len());
     std::thread::scope(|scope| {
         let boot = |name: &String| {
             let (name, socket) = (name.clone(), daemon.socket(name));
-            scope.spawn(move || QemuMachine::boot(vm, &name, &socket))
+            scope.spawn(move || QemuMachine::boot(vm, &name, &socket, programs))
         };
         let booting: Vec<_> = names.iter().map(boot).collect();
         let join = |handle: std::thread::ScopedJoinHandle<'_, Result<QemuMachine>>| {
@@ -146,11 +152,4 @@ fn boot_all(vm: &Vm, names: &[String], daemon: &Svmd) -> Result<Vec<Box<dyn Mach
         };
         booting.into_iter().map(join).collect()
     })
-}
-
-/// A folder that processes of other users can enter.
-fn open_folder() -> Result<TempDir> {
-    let folder = tempfile::tempdir()?;
-    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
-    Ok(folder)
 }

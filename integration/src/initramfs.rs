@@ -2,6 +2,7 @@
 //!
 //! [`Initramfs::base`] has what every guest needs: the runner as `/init`, busybox with its commands, users, modules.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -28,6 +29,7 @@ pub struct Initramfs<W: Write> {
     out: W,
     position: u64,
     inode: u32,
+    folders: HashSet<String>,
 }
 
 struct Entry<'a> {
@@ -74,7 +76,7 @@ impl Initramfs<BufWriter<File>> {
 impl<W: Write> Initramfs<W> {
     /// Begins an empty archive.
     pub fn new(out: W) -> Self {
-        Self { out, position: 0, inode: 0 }
+        Self { out, position: 0, inode: 0, folders: HashSet::new() }
     }
 
     /// Adds a folder; its parent comes first.
@@ -82,7 +84,22 @@ impl<W: Write> Initramfs<W> {
     /// # Errors
     /// Fails when the archive cannot be written.
     pub fn directory(&mut self, path: &str) -> io::Result<()> {
+        self.folders.insert(path.to_owned());
         self.entry(&Entry { path, mode: DIRECTORY | 0o755, device: (0, 0), data: &[] })
+    }
+
+    /// Adds the folders that lead to `path` and are not there yet.
+    ///
+    /// # Errors
+    /// Fails when the archive cannot be written.
+    pub fn folders_of(&mut self, path: &str) -> io::Result<()> {
+        for (end, _) in path.match_indices('/') {
+            let folder = path.get(..end).unwrap_or_default();
+            if !self.folders.contains(folder) {
+                self.directory(folder)?;
+            }
+        }
+        Ok(())
     }
 
     /// Adds a file with these contents.

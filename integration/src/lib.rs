@@ -25,6 +25,7 @@ pub mod initramfs;
 pub mod instructions;
 pub mod ledger;
 pub mod library;
+pub mod ordinary;
 pub mod provision;
 pub mod qemu;
 pub mod random;

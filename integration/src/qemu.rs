@@ -36,6 +36,7 @@ use tempfile::TempDir;
 
 use crate::binaries;
 use crate::initramfs::Initramfs;
+use crate::ordinary::Ordinary;
 use crate::provision::{Kernel, Vm};
 use channel::{Channel, Command as GuestCommand, Output, Process};
 
@@ -62,6 +63,7 @@ pub struct Builder {
     cpus: u32,
     kernel: Option<Kernel>,
     files: Vec<(String, Vec<u8>)>,
+    ordinary: Vec<(String, PathBuf)>,
     gpu: Option<PathBuf>,
     parameters: String,
     console: Option<PathBuf>,
@@ -108,6 +110,15 @@ impl Builder {
     #[must_use]
     pub fn file(mut self, path: &str, contents: impl Into<Vec<u8>>) -> Self {
         self.files.push((path.trim_start_matches('/').to_owned(), contents.into()));
+        self
+    }
+
+    /// Puts dynamically linked programs into the guest, with all that they need.
+    #[must_use]
+    pub fn ordinary(mut self, programs: &Ordinary) -> Self {
+        let files =
+            programs.files().map(|(place, file)| (place.trim_start_matches('/').to_owned(), file.into()));
+        self.ordinary.extend(files);
         self
     }
 
@@ -186,6 +197,10 @@ impl Builder {
         for (name, program) in programs.iter().filter(|(name, _)| *name != "guest-runner") {
             archive.copy(&format!("bin/{name}"), program)?;
         }
+        for (place, file) in &self.ordinary {
+            archive.folders_of(place)?;
+            archive.copy(place, file)?;
+        }
         for (place, contents) in &self.files {
             archive.file(place, 0o644, contents)?;
         }
@@ -235,6 +250,7 @@ impl Guest {
             cpus: 1,
             kernel: None,
             files: Vec::new(),
+            ordinary: Vec::new(),
             gpu: None,
             parameters: String::new(),
             console: None,

@@ -6,9 +6,11 @@
 //! [`Actor`] ([`host`], [`qemu`]). Each step is asked of the daemon, the agents or the processes; nothing is assumed.
 
 pub mod host;
+mod pointers;
 pub mod qemu;
 mod report;
 
+pub use pointers::PlainPointers;
 pub use report::{Faults, Report};
 
 use crate::ledger::{self, Answered, Outcome, Touch};
@@ -33,6 +35,11 @@ const FIRST_UID: u32 = 1000;
 pub trait Machine {
     /// The guest's name at the daemon.
     fn name(&self) -> &Arc<str>;
+    /// Starts an ordinary program there, by `svm-agent run`, as an ordinary user.
+    ///
+    /// # Errors
+    /// It does not start.
+    fn start(&self, uid: u32, program: &[String]) -> Result<Box<dyn Actor>>;
     /// Starts the story's process there, as an ordinary user.
     ///
     /// # Errors
@@ -59,6 +66,11 @@ pub trait Actor {
     /// # Errors
     /// The process is gone.
     fn tell(&mut self, command: &str) -> Result<()>;
+    /// Waits for the next line that it writes.
+    ///
+    /// # Errors
+    /// The process ended or writes none in time.
+    fn line(&mut self) -> Result<String>;
     /// Waits for the answer to the oldest command without one.
     ///
     /// # Errors
@@ -132,7 +144,14 @@ impl<'a> Story<'a> {
             self.leave_with_jobs()?;
             self.go_on()?;
         }
-        self.report(begin)
+        let (daemon, machines, narrate) = (self.daemon, self.machines, self.narrate);
+        let (devices, sabotaged) = (self.plan.devices, self.plan.sabotaged);
+        let mut report = self.report()?;
+        if !sabotaged {
+            report.plain_pointers = Some(pointers::tell(daemon, machines, devices, narrate)?);
+        }
+        report.seconds = begin.elapsed().as_secs_f64();
+        Ok(report)
     }
 
     fn say(&self, line: impl AsRef<str>) {
@@ -339,7 +358,7 @@ impl<'a> Story<'a> {
     }
 
     /// Compares the three ledgers.
-    fn report(self, begin: Instant) -> Result<Report> {
+    fn report(self) -> Result<Report> {
         let devices: Vec<usize> = (0..self.plan.devices).collect();
         let raised = self.daemon.ledgers()?;
         let mut answered = vec![];
@@ -366,7 +385,8 @@ impl<'a> Story<'a> {
             faults: Faults::from(&comparison),
             agrees: comparison.agrees(),
             data_mismatches: self.mismatches,
-            seconds: begin.elapsed().as_secs_f64(),
+            plain_pointers: None,
+            seconds: 0.0,
         })
     }
 

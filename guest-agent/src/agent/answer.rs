@@ -1,17 +1,24 @@
 //! A fault's way through the agent: looked up in its context's table, answered, and retried when the answer raced with
-//! an invalidation. Runs on the pump's thread, or on the one that lets held answers go; never waits.
+//! an invalidation. Runs on the threads that serve, or on the one that lets held answers go; never waits. Answers are
+//! gathered and go to the device together.
 
 use super::ledger::{Answer, LedgerEntry, LedgerReport};
-use super::{Agent, ContextState, State};
-use crate::driver::Completion;
+use super::table::Window;
+use super::{Agent, Context, ContextState, State};
+use crate::driver::{Completion, Posted, SvmDevice};
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::PAGE_SIZE;
-use virtio_gpu_svm::protocol::control::{PAGE_RESP_INVALID, PAGE_RESP_SUCCESS, PageRun};
+use virtio_gpu_svm::protocol::control::{PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
 use virtio_gpu_svm::protocol::errno::{EAGAIN, EEXIST, EFAULT, ENOSPC};
 use virtio_gpu_svm::protocol::event::{FAULT_LAST_PAGE, FAULT_PREFETCH, FaultRecord};
 
 /// After so many races the fault is given up: each retry needs a new invalidation of the same 2 MiB, so a process that
 /// gets here is doing it to itself.
 const MAX_RETRIES: u32 = 1000;
+
+/// Answers that are gathered before they are sent: few enough not to keep the first one waiting.
+const MAX_BATCH: usize = 32;
 
 /// A fault that is to be answered: a page, a group of pages or a range that is to be there before it is touched.
 #[derive(Clone, Copy)]
@@ -21,6 +28,8 @@ pub(super) struct Asked {
     /// CPU addresses `[start, end)`.
     start: u64,
     end: u64,
+    /// When that was known.
+    since: Instant,
 }
 
 /// An answer that the device has not taken yet.
@@ -31,10 +40,22 @@ pub(super) struct PendingAnswer {
     runs: u32,
     retries: u32,
     pid: i32,
+    /// From the record to the sending of the answer.
+    took: Duration,
+}
+
+/// Answers that go to the device together.
+#[derive(Default)]
+pub(super) struct Batch(Vec<(PendingAnswer, Posted)>);
+
+impl Batch {
+    pub(super) fn is_full(&self) -> bool {
+        self.0.len() >= MAX_BATCH
+    }
 }
 
 impl Agent {
-    pub(super) fn on_fault(&self, fault: FaultRecord) {
+    pub(super) fn on_fault(&self, fault: FaultRecord, batch: &mut Batch) {
         let mut state = self.lock();
         let Some(asked) = state.whole(fault) else { return };
         state.ledger.counts().faults += 1;
@@ -45,24 +66,31 @@ impl Agent {
             held.push(asked);
             return;
         }
-        drop(state);
-        self.answer(asked, 0, self.options.fault_around_pages);
+        self.answer(state, asked, 0, self.options.fault_around_pages, batch);
     }
 
     /// Translates and answers; a fault whose context is ending needs no answer, the device drops it. The table is read
     /// after the sequence, under one lock, so `as_of` is never too new. A window of 0 pages refuses the access.
-    fn answer(&self, asked: Asked, retries: u32, window_pages: u32) {
-        let (token, fault) = (self.token(), asked.fault);
-        let mut state = self.lock();
-        let as_of = self.device.accepted(fault.ctx_id.get());
-        let runs = state.pages_for(&asked, window_pages, as_of);
-        let code = if runs.is_empty() { Answer::Invalid } else { Answer::Success };
-        let context = state.contexts.get(&fault.ctx_id.get());
-        let living = context.filter(|context| context.state != ContextState::Retiring);
-        let Some(pid) = living.map(|context| context.owner.pid) else {
+    fn answer(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        asked: Asked,
+        retries: u32,
+        window_pages: u32,
+        batch: &mut Batch,
+    ) {
+        let (ctx_id, cookie) = (asked.fault.ctx_id.get(), asked.fault.cookie.get());
+        let as_of = self.device.accepted(ctx_id);
+        let Some((window, pid)) = state.window(&asked, window_pages) else {
             state.ledger.counts().unowned += 1;
             return;
         };
+        drop(state);
+        let (code, number) = match window.is_empty() {
+            true => (Answer::Invalid, PAGE_RESP_INVALID),
+            false => (Answer::Success, PAGE_RESP_SUCCESS),
+        };
+        let runs = window.runs(as_of);
         let pending = PendingAnswer {
             asked,
             code,
@@ -70,36 +98,59 @@ impl Agent {
             runs: u32::try_from(runs.len()).unwrap_or(u32::MAX),
             retries,
             pid,
+            took: Duration::ZERO,
         };
-        state.answers.insert(token, pending);
+        // A window has no more runs than fit.
+        if let Ok(posted) = SvmDevice::page_response(self.token(), (ctx_id, cookie), number, &runs) {
+            batch.0.push((pending, posted));
+        }
+    }
+
+    /// Sends a batch, but not what is for contexts that have ended meanwhile.
+    pub(super) fn send(&self, batch: Batch) {
+        if batch.0.is_empty() {
+            return;
+        }
+        let mut commands = Vec::with_capacity(batch.0.len());
+        let now = Instant::now();
+        let mut state = self.lock();
+        for (mut pending, posted) in batch.0 {
+            pending.took = now.saturating_duration_since(pending.asked.since);
+            if state.serves(pending.asked.fault.ctx_id.get()).is_none() {
+                state.ledger.counts().unowned += 1;
+                continue;
+            }
+            state.answers.insert(posted.token, pending);
+            commands.push(posted);
+        }
         drop(state);
-        let number = match code {
-            Answer::Success => PAGE_RESP_SUCCESS,
-            Answer::Invalid => PAGE_RESP_INVALID,
-        };
-        let (ctx_id, cookie) = (fault.ctx_id.get(), fault.cookie.get());
-        if self.device.post_page_response(token, ctx_id, cookie, number, &runs).is_err() {
+        let tokens: Vec<u64> = commands.iter().map(|posted| posted.token).collect();
+        if self.device.post_all(commands).is_err() {
             // The device is lost; the pump hears of it too and ends everything.
-            self.lock().answers.remove(&token);
+            let mut state = self.lock();
+            for token in tokens {
+                state.answers.remove(&token);
+            }
         }
     }
 
     /// The device's answer to something that was posted: a fault's answer or a HELLO.
-    pub(super) fn on_completion(&self, completion: &Completion) {
+    pub(super) fn on_completion(&self, completion: &Completion, batch: &mut Batch) {
         let status = completion.response.status();
         let pending = self.lock().answers.remove(&completion.token);
         let Some(pending) = pending else {
             return self.on_hello_completion(completion);
         };
         if status == -EAGAIN {
-            self.lock().ledger.counts().retries += 1;
+            let mut state = self.lock();
+            state.ledger.counts().retries += 1;
             let retries = pending.retries + 1;
             let window = if retries < MAX_RETRIES { self.options.fault_around_pages } else { 0 };
-            return self.answer(pending.asked, retries, window);
+            return self.answer(state, pending.asked, retries, window, batch);
         }
         // The device does not take these pages and never will, and the job waits (PROTOCOL 4.4): it must end.
         if pending.code == Answer::Success && matches!(-status, EFAULT | EEXIST | ENOSPC) {
-            return self.answer(pending.asked, pending.retries, 0);
+            return self.answer(self.lock(), pending.asked, pending.retries, 0, batch);
         }
         let fault = &pending.asked.fault;
         let entry = LedgerEntry {
@@ -118,6 +169,7 @@ impl Agent {
             status,
             retries: pending.retries,
             pid: pending.pid,
+            answer_ns: u64::try_from(pending.took.as_nanos()).unwrap_or(u64::MAX),
         };
         self.lock().ledger.record(entry);
     }
@@ -131,8 +183,12 @@ impl Agent {
     pub fn release_answers(&self) -> usize {
         let held = self.lock().held.take().unwrap_or_default();
         let count = held.len();
-        for asked in held {
-            self.answer(asked, 0, self.options.fault_around_pages);
+        for some in held.chunks(MAX_BATCH) {
+            let mut batch = Batch::default();
+            for asked in some {
+                self.answer(self.lock(), *asked, 0, self.options.fault_around_pages, &mut batch);
+            }
+            self.send(batch);
         }
         count
     }
@@ -165,14 +221,17 @@ impl State {
             _ => u64::from(fault.length_hint.get()).max(PAGE_SIZE),
         };
         let start = begun.map_or(page, |(_, first)| first);
-        is_last.then(|| Asked { fault, start, end: page.saturating_add(bytes) })
+        is_last.then(|| Asked { fault, start, end: page.saturating_add(bytes), since: Instant::now() })
     }
 
-    fn pages_for(&self, asked: &Asked, window_pages: u32, as_of: u64) -> Vec<PageRun> {
-        let context = self.contexts.get(&asked.fault.ctx_id.get());
-        let Some(context) = context.filter(|context| context.state != ContextState::Retiring) else {
-            return Vec::new();
-        };
-        context.arenas.window(asked.start..asked.end, window_pages, as_of)
+    /// A context whose faults are answered.
+    fn serves(&self, ctx_id: u32) -> Option<&Context> {
+        self.contexts.get(&ctx_id).filter(|context| context.state != ContextState::Retiring)
+    }
+
+    /// Pages for a fault, and the process that they are of.
+    fn window(&self, asked: &Asked, window_pages: u32) -> Option<(Window, i32)> {
+        let context = self.serves(asked.fault.ctx_id.get())?;
+        Some((context.arenas.window(asked.start..asked.end, window_pages), context.owner.pid))
     }
 }

@@ -164,7 +164,7 @@ impl State {
         }
         let mut lost: Vec<(u32, Context)> = self.contexts.drain().collect();
         for (_, context) in &mut lost {
-            self.orphans.extend(context.take_arenas());
+            self.orphans.extend(context.arenas.take_all());
         }
         lost
     }

@@ -47,6 +47,8 @@ pub struct LedgerEntry {
     pub retries: u32,
     /// Process that owns the context; 0 if there was none.
     pub pid: i32,
+    /// Nanoseconds from the fault's record to the sending of this answer; what was held back counts.
+    pub answer_ns: u64,
 }
 
 /// Counts and the newest entries.

@@ -1,11 +1,15 @@
-//! The agent's own thread: takes what the device says and hands it on, and asks for a sign of life now and then.
+//! The agent's own threads. The pump takes what the device says, and asks for a sign of life now and then; records are
+//! acted on by the pump and by helpers, each context's by one at a time ([`super::lanes`]).
 //!
 //! A daemon that has lost this guest's state, or has died, need not say so by itself, and processes that only wait for
 //! their jobs ask it nothing. So while there are contexts the pump posts a small command every now and then: the answer
 //! names the daemon's epoch, and no answer at all means that the device is lost.
 
+use super::answer::Batch;
+use super::lanes::Record;
 use super::{Agent, Context, ContextState};
 use crate::driver::{self, Event};
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_LOST, EVENT_CONTEXT_RETIRED, EVENT_QUIET, NoticeRecord};
@@ -24,11 +28,12 @@ struct Pulse {
     waiting: Option<u64>,
 }
 
-/// Whatever ends the pump, be it a panic: nobody may wait for it any more.
+/// Whatever ends one of the threads, be it a panic: nobody may wait for it any more.
 struct Ending<'a>(&'a Agent);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
+        self.0.lanes.end();
         self.0.device.close();
         if !self.0.stopping.load(Ordering::Acquire) {
             self.0.on_device_failed();
@@ -47,23 +52,59 @@ impl Agent {
         }
     }
 
+    /// A helper of the pump.
+    pub(super) fn help(&self) {
+        let _ending = Ending(self);
+        while let Some(lane) = self.lanes.wait() {
+            self.serve(lane, &mut Batch::default());
+        }
+    }
+
     fn turn(&self, pulse: &mut Pulse) -> driver::Result<()> {
         let pump = self.device.pump(PUMP_TIMEOUT.min(self.options.pulse))?;
+        let mut batch = Batch::default();
         for completion in pump.completions {
             if pulse.waiting == Some(completion.token) {
                 pulse.waiting = None;
             } else {
-                self.on_completion(&completion);
+                self.on_completion(&completion, &mut batch);
             }
         }
         // After the answers: one of them may be that to HELLO, and another one newer than it.
         if pump.foreign_epoch.is_some() {
             self.on_epoch_lost();
         }
-        for (epoch, event) in pump.events {
-            self.on_event(epoch, &event);
+        let (quiet, records): (Vec<Record>, Vec<Record>) =
+            pump.events.into_iter().partition(|(_, event)| is_quiet(event));
+        for (_, event) in quiet {
+            if let Event::Notice(notice) = event {
+                self.on_quiet(notice.value.get());
+            }
         }
+        self.lanes.add(records, self.helpers());
+        while let Some(lane) = self.lanes.take() {
+            self.serve(lane, &mut batch);
+        }
+        self.send(batch);
         self.feel(pulse)
+    }
+
+    /// Acts on the records of a lane, and of others that are ready, and sends what it leads to before it gives them back.
+    fn serve(&self, lane: (u32, VecDeque<Record>), batch: &mut Batch) {
+        let mut lanes = Vec::new();
+        let mut next = Some(lane);
+        while let Some((ctx_id, records)) = next {
+            lanes.push(ctx_id);
+            for (epoch, event) in records {
+                self.on_event(epoch, &event, batch);
+                if batch.is_full() {
+                    self.send(std::mem::take(batch));
+                }
+            }
+            next = self.lanes.take();
+        }
+        self.send(std::mem::take(batch));
+        self.lanes.give_back(&lanes);
     }
 
     fn feel(&self, pulse: &mut Pulse) -> driver::Result<()> {
@@ -80,17 +121,12 @@ impl Agent {
         self.device.post_get_device(token, 0)
     }
 
-    fn on_event(&self, epoch: u64, event: &Event) {
-        if let Event::Notice(notice) = event
-            && notice.kind.get() == EVENT_QUIET
-        {
-            return self.on_quiet(notice.value.get());
-        }
+    fn on_event(&self, epoch: u64, event: &Event, batch: &mut Batch) {
         if epoch != self.device.epoch() {
             return;
         }
         match event {
-            Event::Fault(fault) => self.on_fault(*fault),
+            Event::Fault(fault) => self.on_fault(*fault, batch),
             Event::Job(job) => self.forward(job.ctx_id.get(), job.as_bytes()),
             Event::Notice(notice) => self.on_notice(notice),
         }
@@ -103,7 +139,7 @@ impl Agent {
                 let mut state = self.lock();
                 let retiring = |context: &Context| context.state == ContextState::Retiring;
                 if state.contexts.get(&ctx_id).is_some_and(retiring) {
-                    let arenas = state.contexts.remove(&ctx_id).map(|mut context| context.take_arenas());
+                    let arenas = state.contexts.remove(&ctx_id).map(|mut context| context.arenas.take_all());
                     drop(state);
                     self.device.forget_progress(ctx_id);
                     self.release(arenas.into_iter().flatten());
@@ -122,10 +158,19 @@ impl Agent {
         }
     }
 
+    pub(super) fn helpers(&self) -> usize {
+        self.options.serving_threads.saturating_sub(1)
+    }
+
     fn forward(&self, ctx_id: u32, record: &[u8]) {
         let sink = self.lock().contexts.get(&ctx_id).map(|context| context.sink.clone());
         if let (Some(sink), Ok(record)) = (sink, record.try_into()) {
             sink.push(record);
         }
     }
+}
+
+/// Of the driver's life, not of a context; it has no order with the records of any.
+fn is_quiet(event: &Event) -> bool {
+    matches!(event, Event::Notice(notice) if notice.kind.get() == EVENT_QUIET)
 }

@@ -25,22 +25,25 @@ pub enum Request {
     Hold,
     /// Lets held answers go: `{"released": n}`.
     Release,
+    /// The memory of a process: [`crate::agent::MapReport`] for each of its contexts. `map PID` on the wire.
+    Map(i32),
 }
 
 impl Request {
-    fn name(self) -> &'static str {
+    fn line(self) -> String {
         match self {
-            Self::Status => "status",
-            Self::Ledger => "ledger",
-            Self::Hold => "hold",
-            Self::Release => "release",
+            Self::Status => "status".into(),
+            Self::Ledger => "ledger".into(),
+            Self::Hold => "hold".into(),
+            Self::Release => "release".into(),
+            Self::Map(pid) => format!("map {pid}"),
         }
     }
 
     fn parse(line: &str) -> Option<Self> {
-        [Self::Status, Self::Ledger, Self::Hold, Self::Release]
-            .into_iter()
-            .find(|request| request.name() == line)
+        let plain = [Self::Status, Self::Ledger, Self::Hold, Self::Release];
+        let map = || line.strip_prefix("map ")?.parse().ok().map(Self::Map);
+        plain.into_iter().find(|request| request.line() == line).or_else(map)
     }
 }
 
@@ -112,8 +115,10 @@ fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
         Some(Request::Release) => {
             serde_json::to_vec(&serde_json::json!({ "released": agent.release_answers() }))?
         }
+        Some(Request::Map(pid)) => serde_json::to_vec(&agent.map(pid))?,
         None => {
-            serde_json::to_vec(&serde_json::json!({ "error": "ask for status, ledger, hold or release" }))?
+            let error = "ask for status, ledger, hold, release or map PID";
+            serde_json::to_vec(&serde_json::json!({ "error": error }))?
         }
     };
     stream.write_all(&document)
@@ -131,7 +136,7 @@ pub fn ask<T: serde::de::DeserializeOwned>(path: &Path, request: Request) -> Res
     let mut stream = UnixStream::connect(path).map_err(not_reachable)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    writeln!(stream, "{}", request.name())?;
+    writeln!(stream, "{}", request.line())?;
     let mut document = Vec::new();
     stream.read_to_end(&mut document)?;
     Ok(serde_json::from_slice(&document)?)

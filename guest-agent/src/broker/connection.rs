@@ -3,20 +3,30 @@
 //! A thread of its own reads one request after another and replies in order. Records are pushed by the agent's pump,
 //! which must never wait: they are sent if the socket has room, else queued up to a bound; a process that does not read
 //! loses its connection, and with it its context, and delays nobody.
+//!
+//! A descriptor that a process sends is looked at and closed on its own connection's thread: where it is one of a FUSE
+//! server that does not answer, that thread waits, and nobody else ([`super::Broker::close`]).
+//!
+//! A second connection of the same process may join the context: an allocator owns it and a library launches jobs in it,
+//! and neither has to read the other's messages. The one that joins gets the records; the one that opened it, and nobody
+//! else, ends it.
 
-use crate::agent::{Agent, EventSink, Owner};
+use crate::agent::{self, Agent, EventSink, Owner};
+use crate::memory_file::MemoryFile;
 use crate::message::{
-    ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, DEVICES, DeviceEntry, EVENTS, HELLO, Head,
-    Hello, HelloReply, MAX_MESSAGE_BYTES, MAX_RECORDS, MAX_REPLY_BYTES, MESSAGE_VERSION, SUBMIT, Submit,
+    ARENA_CREATE, ARENA_CUT, ARENA_FREE, ARENA_IMPORT, ARENA_PIN, ArenaCreate, ArenaCut, ArenaFree,
+    ArenaImport, ArenaPin, ArenaReply, DEVICES, DeviceEntry, EVENTS, HELLO, HELLO_TRUSTED, Head, Hello,
+    HelloReply, MAX_MESSAGE_BYTES, MAX_RECORDS, MAX_REPLY_BYTES, MESSAGE_VERSION, SUBMIT, Submit,
     SubmitReply,
 };
+use crate::process_memory::ProcessMemory;
 use crate::socket::{Credentials, MessageSocket, Peer, Received};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use virtio_gpu_svm::protocol::control::GetDeviceResp;
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -39,17 +49,47 @@ struct Outbox {
     dead: bool,
 }
 
+/// Connections that opened a context, by its number.
+#[derive(Default)]
+pub(super) struct Openers(Mutex<HashMap<u32, Weak<Connection>>>);
+
+impl Openers {
+    fn locked(&self) -> MutexGuard<'_, HashMap<u32, Weak<Connection>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The context that a connection speaks for.
+#[derive(Clone, Copy)]
+struct Place {
+    ctx_id: u32,
+    /// The context ends with this connection.
+    opened: bool,
+}
+
+/// Who gets a context's records.
+enum Reader {
+    Opener,
+    /// Who has joined; nobody any more once it has left.
+    Joined(Weak<Connection>),
+}
+
 pub(super) struct Connection {
     agent: Arc<Agent>,
+    openers: Arc<Openers>,
     socket: MessageSocket,
     peer: Peer,
     outbox: Mutex<Outbox>,
     /// Readable when something was queued.
     wake: OwnedFd,
+    /// For a process that is trusted.
+    memory: Option<ProcessMemory>,
     /// Sender of the first message.
     sender: OnceLock<Credentials>,
-    /// The context, once HELLO has made it.
-    ctx_id: Mutex<Option<u32>>,
+    /// The context, once HELLO has made or joined it.
+    place: Mutex<Option<Place>>,
+    /// Of the context that this connection opened.
+    reader: Mutex<Reader>,
 }
 
 /// A request's outcome.
@@ -65,26 +105,56 @@ impl Outcome {
         Self::Reply { status: 0, body: body.to_vec(), fd: None }
     }
 
+    fn done(result: agent::Result<()>) -> Self {
+        result.map_or_else(|error| Self::failed(error.status()), |()| Self::ok(&[]))
+    }
+
     fn failed(status: i32) -> Self {
         Self::Reply { status, body: Vec::new(), fd: None }
     }
 }
 
 impl Connection {
-    pub(super) fn new(agent: Arc<Agent>, socket: MessageSocket, peer: Peer) -> io::Result<Self> {
+    pub(super) fn new(
+        agent: Arc<Agent>,
+        openers: Arc<Openers>,
+        socket: MessageSocket,
+        peer: Peer,
+    ) -> io::Result<Self> {
+        let trusted = agent.trusts(peer.credentials.uid);
+        let memory = trusted.then(|| ProcessMemory::open(&peer)).transpose()?;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let outbox = Mutex::new(Outbox::default());
-        Ok(Self { agent, socket, peer, outbox, wake, sender: OnceLock::new(), ctx_id: Mutex::new(None) })
+        Ok(Self {
+            agent,
+            openers,
+            socket,
+            peer,
+            outbox: Mutex::new(Outbox::default()),
+            wake,
+            memory,
+            sender: OnceLock::new(),
+            place: Mutex::new(None),
+            reader: Mutex::new(Reader::Opener),
+        })
     }
 
     /// Serves until the process is gone or has done something wrong; then its context is destroyed.
     pub(super) fn serve(self: &Arc<Self>, stop: BorrowedFd<'_>) {
-        let mut buf = vec![0; MAX_MESSAGE_BYTES + 1];
+        let mut buf = vec![0; MAX_MESSAGE_BYTES];
         while self.turn(stop, &mut buf).is_some() {}
-        let ctx_id = self.ctx_id.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(ctx_id) = ctx_id {
+        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Place { ctx_id, opened: true }) = place {
+            self.openers.locked().remove(&ctx_id);
             self.agent.destroy_context(ctx_id);
         }
+    }
+
+    fn take_place(&self, place: Place) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Reader> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `None`: the connection ends.
@@ -118,7 +188,7 @@ impl Connection {
     }
 
     fn receive(self: &Arc<Self>, buf: &mut [u8]) -> Option<()> {
-        let received = match self.socket.receive(buf, false) {
+        let mut received = match self.socket.receive(buf, false) {
             Ok(received) if received.len == 0 => return None,
             Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(()),
@@ -127,7 +197,7 @@ impl Connection {
         let message = buf.get(..received.len)?;
         let (head, body) = Head::read_from_prefix(message).ok().unwrap_or((empty_head(), &[]));
         let outcome = match self.check(&received, &head) {
-            Ok(()) => self.carry_out(&head, body),
+            Ok(()) => self.carry_out(&head, body, received.fds.pop()),
             Err(errno) => Outcome::Refuse(errno),
         };
         let reply = |status: i32| Head { status: status.into(), reserved: 0.into(), ..head };
@@ -156,23 +226,36 @@ impl Connection {
         if *self.sender.get_or_init(|| sender) != sender {
             return Err(Errno::ACCESS);
         }
-        let clean = !received.truncated && received.fds.is_empty() && received.len >= size_of::<Head>();
+        // One message comes with a descriptor, and with one alone.
+        let wanted = usize::from(head.kind.get() == ARENA_IMPORT);
+        let clean = !received.truncated && received.fds.len() == wanted && received.len >= size_of::<Head>();
         if !clean || head.status.get() != 0 || head.reserved.get() != 0 {
             return Err(Errno::INVAL);
         }
         Ok(())
     }
 
-    fn carry_out(self: &Arc<Self>, head: &Head, body: &[u8]) -> Outcome {
-        let ctx_id = *self.ctx_id.lock().unwrap_or_else(PoisonError::into_inner);
+    fn carry_out(self: &Arc<Self>, head: &Head, body: &[u8], fd: Option<OwnedFd>) -> Outcome {
+        let place = *self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        let ctx_id = place.map(|place| place.ctx_id);
         match (head.kind.get(), ctx_id) {
             (HELLO, None) => parsed::<Hello>(body).map_or_else(Outcome::Refuse, |hello| self.on_hello(hello)),
             (DEVICES, Some(_)) if body.is_empty() => self.on_devices(),
             (ARENA_CREATE, Some(ctx_id)) => {
                 parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_create(ctx_id, request))
             }
+            (ARENA_IMPORT, Some(ctx_id)) => match (parsed(body), fd) {
+                (Ok(request), Some(fd)) => self.on_arena_import(ctx_id, request, fd),
+                _ => Outcome::Refuse(Errno::INVAL),
+            },
+            (ARENA_PIN, Some(ctx_id)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_pin(ctx_id, request))
+            }
             (ARENA_FREE, Some(ctx_id)) => {
                 parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_free(ctx_id, request))
+            }
+            (ARENA_CUT, Some(ctx_id)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_cut(ctx_id, request))
             }
             (SUBMIT, Some(ctx_id)) => self.on_submit(ctx_id, body),
             _ => Outcome::Refuse(Errno::INVAL),
@@ -183,26 +266,57 @@ impl Connection {
         if hello.version.get() != MESSAGE_VERSION {
             return Outcome::Refuse(Errno::OPNOTSUPP);
         }
-        if hello.reserved.get() != 0 {
-            return Outcome::Refuse(Errno::INVAL);
+        match hello.join.get() {
+            0 => self.open(),
+            ctx_id => match self.join(ctx_id) {
+                Ok(()) => self.hello_reply(ctx_id),
+                Err(errno) => Outcome::failed(-errno.raw_os_error()),
+            },
         }
+    }
+
+    fn open(self: &Arc<Self>) -> Outcome {
         let Credentials { pid, uid, .. } = self.peer.credentials;
         let owner = Owner { pid, uid, name: program_name(pid) };
         let sink: Arc<dyn EventSink> = self.clone();
         match self.agent.create_context(owner, sink) {
             Ok(ctx_id) => {
-                *self.ctx_id.lock().unwrap_or_else(PoisonError::into_inner) = Some(ctx_id);
-                let num_devices = u32::try_from(self.agent.devices().len()).unwrap_or(u32::MAX);
-                let reply = HelloReply {
-                    ctx_id: ctx_id.into(),
-                    num_devices: num_devices.into(),
-                    max_arena_bytes: self.agent.context_arena_bytes().into(),
-                    reserved: 0.into(),
-                };
-                Outcome::ok(reply.as_bytes())
+                self.take_place(Place { ctx_id, opened: true });
+                self.openers.locked().insert(ctx_id, Arc::downgrade(self));
+                self.hello_reply(ctx_id)
             }
             Err(error) => Outcome::failed(error.status()),
         }
+    }
+
+    /// Takes a place in a context of the same process. Contexts of others are not told from such as do not exist.
+    fn join(self: &Arc<Self>, ctx_id: u32) -> Result<(), Errno> {
+        let opener = self.openers.locked().get(&ctx_id).and_then(Weak::upgrade).ok_or(Errno::NOENT)?;
+        let same_names = opener.peer.credentials == self.peer.credentials && opener.sender == self.sender;
+        // While the process that opened it lives, its id names no other process.
+        if !same_names || opener.peer.has_exited() {
+            return Err(Errno::NOENT);
+        }
+        let mut reader = opener.reader();
+        if matches!(&*reader, Reader::Joined(other) if other.strong_count() > 0) {
+            return Err(Errno::BUSY);
+        }
+        *reader = Reader::Joined(Arc::downgrade(self));
+        drop(reader);
+        self.take_place(Place { ctx_id, opened: false });
+        Ok(())
+    }
+
+    fn hello_reply(&self, ctx_id: u32) -> Outcome {
+        let num_devices = u32::try_from(self.agent.devices().len()).unwrap_or(u32::MAX);
+        let reply = HelloReply {
+            ctx_id: ctx_id.into(),
+            num_devices: num_devices.into(),
+            max_arena_bytes: self.agent.context_arena_bytes().into(),
+            flags: if self.memory.is_some() { HELLO_TRUSTED } else { 0 }.into(),
+            reserved: 0.into(),
+        };
+        Outcome::ok(reply.as_bytes())
     }
 
     fn on_devices(&self) -> Outcome {
@@ -220,11 +334,39 @@ impl Connection {
         }
     }
 
-    fn on_arena_free(&self, ctx_id: u32, request: ArenaFree) -> Outcome {
-        match self.agent.free_arena(ctx_id, request.arena_id.get()) {
-            Ok(()) => Outcome::ok(&[]),
+    fn on_arena_import(&self, ctx_id: u32, request: ArenaImport, fd: OwnedFd) -> Outcome {
+        let (offset, len) = (request.offset.get(), request.len.get());
+        let file = match MemoryFile::new(fd, offset, len) {
+            Ok(file) => file,
+            Err(error) => return Outcome::failed(-error.errno().raw_os_error()),
+        };
+        match self.agent.import_arena(ctx_id, request.va.get(), &file) {
+            Ok(id) => Outcome::ok(ArenaReply { arena_id: id.into(), offset: offset.into() }.as_bytes()),
             Err(error) => Outcome::failed(error.status()),
         }
+    }
+
+    fn on_arena_pin(&self, ctx_id: u32, request: ArenaPin) -> Outcome {
+        let (va, len, ring) = (request.va.get(), request.len.get(), request.ring.get());
+        if request.reserved.get() != 0 {
+            return Outcome::Refuse(Errno::INVAL);
+        }
+        let Some(memory) = &self.memory else {
+            return Outcome::failed(-Errno::ACCESS.raw_os_error());
+        };
+        match self.agent.pin_arena(ctx_id, va, len, || memory.pinned(&self.peer, ring, va, len)) {
+            Ok(id) => Outcome::ok(ArenaReply { arena_id: id.into(), offset: 0.into() }.as_bytes()),
+            Err(error) => Outcome::failed(error.status()),
+        }
+    }
+
+    fn on_arena_free(&self, ctx_id: u32, request: ArenaFree) -> Outcome {
+        Outcome::done(self.agent.free_arena(ctx_id, request.arena_id.get()))
+    }
+
+    fn on_arena_cut(&self, ctx_id: u32, request: ArenaCut) -> Outcome {
+        let (offset, len) = (request.offset.get(), request.len.get());
+        Outcome::done(self.agent.cut_arena(ctx_id, request.arena_id.get(), offset, len))
     }
 
     fn on_submit(&self, ctx_id: u32, body: &[u8]) -> Outcome {
@@ -296,6 +438,23 @@ impl Connection {
 
 impl EventSink for Connection {
     fn push(&self, record: &Record) {
+        let joined = match &*self.reader() {
+            Reader::Opener => None,
+            Reader::Joined(other) => Some(other.clone()),
+        };
+        match joined {
+            None => self.push_here(record),
+            Some(other) => {
+                if let Some(other) = other.upgrade() {
+                    other.push_here(record);
+                }
+            }
+        }
+    }
+}
+
+impl Connection {
+    fn push_here(&self, record: &Record) {
         let mut outbox = self.outbox();
         if outbox.dead {
             return;

@@ -2,7 +2,8 @@
 
 #![expect(unsafe_code, reason = "maps memory at an address and lends it as slices")]
 
-use super::{Connection, Error, Result};
+use super::connection::Connection;
+use super::{Error, Result};
 use crate::mapping::{self, Placement, SharedMapping};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::io;
@@ -24,20 +25,14 @@ pub struct Arena {
     connection: Arc<Connection>,
 }
 
-impl std::fmt::Debug for Connection {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connection").finish_non_exhaustive()
-    }
-}
-
 /// An address range that nothing else can take while the agent is asked; given up before the real mapping takes it.
-struct Reservation {
+pub(super) struct Reservation {
     at: usize,
     len: usize,
 }
 
 impl Reservation {
-    fn new(at: Option<usize>, len: usize) -> Result<Self> {
+    pub(super) fn new(at: Option<usize>, len: usize) -> Result<Self> {
         let wanted = at.unwrap_or(0);
         let flags = if at.is_some() { MapFlags::FIXED_NOREPLACE } else { MapFlags::empty() };
         let flags = flags | MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -51,6 +46,11 @@ impl Reservation {
             return Err(taken(rustix::io::Errno::EXIST));
         }
         Ok(reservation)
+    }
+
+    /// Where it is.
+    pub(super) fn at(&self) -> usize {
+        self.at
     }
 }
 

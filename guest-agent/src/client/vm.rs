@@ -1,6 +1,7 @@
 //! A GPU VM: the context's address space on one device (the C side).
 
-use super::{Connection, Error, FencePoint, Job, Result, SubmitStatus};
+use super::connection::{Connection, SubmitStatus};
+use super::{Error, FencePoint, Job, Result, Window};
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::job::Packet;
 use virtio_gpu_svm::protocol::limit::Limit;
@@ -67,17 +68,20 @@ pub mod packet {
 pub type VmState = VmProperty;
 
 /// A GPU VM. Destroyed with its context at the latest.
+#[derive(Debug)]
 pub struct Vm {
     connection: Arc<Connection>,
     created: VmCreateRsp,
     dev_id: u32,
+    /// What it mirrors, for errors of jobs.
+    pub(super) shown: Arc<[Window]>,
 }
 
 impl Vm {
     pub(super) fn create(connection: &Arc<Connection>, dev_id: u32) -> Result<Self> {
         let request = VmCreate { dev_id: dev_id.into(), ..VmCreate::default() };
         let created = request_one(connection, "VM_CREATE", SVM_REQ_VM_CREATE, request.as_bytes(), &[])?;
-        Ok(Self { connection: connection.clone(), created, dev_id })
+        Ok(Self { connection: connection.clone(), created, dev_id, shown: Arc::default() })
     }
 
     /// Its number in the context.
@@ -236,7 +240,7 @@ impl Submission<'_> {
         let lists = [self.waits.as_bytes(), packets.as_bytes()].concat();
         let connection = &self.vm.connection;
         let reply: ExecRsp = request_one(connection, "EXEC", SVM_REQ_EXEC, request.as_bytes(), &lists)?;
-        Ok(Job::new(connection.clone(), reply.job_id.get()))
+        Ok(Job::new(connection.clone(), reply.job_id.get(), self.vm.shown.clone()))
     }
 
     /// Changes mappings in turn with what else is submitted to the ring; all of `ops` take effect or none. Where that
@@ -259,7 +263,7 @@ impl Submission<'_> {
         let connection = &self.vm.connection;
         let reply: VmBindRsp =
             request_one(connection, "VM_BIND", SVM_REQ_VM_BIND, request.as_bytes(), &lists)?;
-        Ok(Job::new(connection.clone(), reply.job_id.get()))
+        Ok(Job::new(connection.clone(), reply.job_id.get(), self.vm.shown.clone()))
     }
 }
 

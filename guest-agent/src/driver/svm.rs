@@ -148,6 +148,28 @@ pub enum Event {
     Notice(NoticeRecord),
 }
 
+impl Event {
+    /// The context that it is about; 0: none.
+    pub fn ctx_id(&self) -> u32 {
+        match self {
+            Self::Fault(fault) => fault.ctx_id.get(),
+            Self::Job(job) => job.ctx_id.get(),
+            Self::Notice(notice) => notice.ctx_id.get(),
+        }
+    }
+}
+
+/// A command that is posted: its answer comes back through the pump.
+#[derive(Clone, Debug)]
+pub struct Posted {
+    /// Names its answer.
+    pub token: u64,
+    /// Its bytes.
+    pub request: Vec<u8>,
+    /// Most bytes of its answer.
+    pub response_len: usize,
+}
+
 /// The answer to a posted command.
 #[derive(Clone, Debug)]
 pub struct Completion {
@@ -199,6 +221,17 @@ struct Control {
     backlog: VecDeque<Command>,
     next_serial: u64,
     broken: bool,
+}
+
+impl Control {
+    /// Puts a command at the end of the line; its serial number.
+    fn line_up(&mut self, waiter: Waiter, request: Vec<u8>, response_len: usize) -> u64 {
+        let (kind, ctx_id) = command_number(&request);
+        let serial = self.next_serial;
+        self.next_serial += 1;
+        self.backlog.push_back(Command { serial, waiter, kind, ctx_id, request, response_len });
+        serial
+    }
 }
 
 /// Sequences of a context's invalidations.
@@ -392,25 +425,42 @@ impl SvmDevice {
     /// # Errors
     /// [`Error::TooLarge`], [`Error::Broken`], or what the transport says.
     pub fn post(&self, token: u64, request: Vec<u8>, response_len: usize) -> Result<()> {
-        self.send(Waiter::Posted(token), request, response_len).map(|_| ())
+        self.post_all(vec![Posted { token, request, response_len }])
+    }
+
+    /// Sends commands whose answers the pump returns, with one doorbell for all that find room. Never waits.
+    ///
+    /// # Errors
+    /// As [`Self::post`]; none is sent if one is too large.
+    pub fn post_all(&self, posted: Vec<Posted>) -> Result<()> {
+        for command in &posted {
+            self.check_size(command.request.len(), command.response_len)?;
+        }
+        let mut control = self.usable()?;
+        for Posted { token, request, response_len } in posted {
+            control.line_up(Waiter::Posted(token), request, response_len);
+        }
+        self.ring(control)
     }
 
     fn send(&self, waiter: Waiter, request: Vec<u8>, response_len: usize) -> Result<u64> {
-        let (kind, ctx_id) = command_number(&request);
         self.check_size(request.len(), response_len)?;
-        let mut control = lock(&self.control);
-        if control.broken {
-            return Err(Error::Broken);
-        }
-        let serial = control.next_serial;
-        control.next_serial += 1;
-        control.backlog.push_back(Command { serial, waiter, kind, ctx_id, request, response_len });
+        let mut control = self.usable()?;
+        let serial = control.line_up(waiter, request, response_len);
+        self.ring(control)?;
+        Ok(serial)
+    }
+
+    fn usable(&self) -> Result<MutexGuard<'_, Control>> {
+        let control = lock(&self.control);
+        if control.broken { Err(Error::Broken) } else { Ok(control) }
+    }
+
+    /// Moves what waits into the ring, as far as there is room, and tells the device.
+    fn ring(&self, mut control: MutexGuard<'_, Control>) -> Result<()> {
         let kick = self.flush_backlog(&mut control)?;
         drop(control);
-        if kick {
-            self.notify(CONTROLQ)?;
-        }
-        Ok(serial)
+        if kick { self.notify(CONTROLQ) } else { Ok(()) }
     }
 
     fn check_size(&self, request: usize, response: usize) -> Result<()> {

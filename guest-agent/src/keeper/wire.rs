@@ -31,9 +31,22 @@ pub(super) enum Request {
         /// Bytes.
         len: u64,
     },
+    /// Pin memory of a process, whose descriptor comes with the request.
+    Import {
+        /// Where it begins in the file.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Keep a descriptor that pins memory of a process. A pidfd comes with the request, of the process that has it: the
+    /// kernel sends no io_uring over a socket.
+    Hold {
+        /// What that process calls it.
+        fd: i32,
+    },
     /// Let it go: no engine can use it any more.
     Release {
-        /// From [`Reply::Created`].
+        /// From [`Reply::Created`], [`Reply::Imported`] or [`Reply::Held`].
         id: u64,
     },
 }
@@ -45,6 +58,21 @@ pub(super) enum Reply {
     Created {
         /// Names it.
         id: u64,
+    },
+    /// Descriptor: a file with the address of each page.
+    Imported {
+        /// Names it.
+        id: u64,
+    },
+    /// Kept.
+    Held {
+        /// Names it.
+        id: u64,
+    },
+    /// Not imported.
+    NotImported {
+        /// Why, for the process.
+        errno: i32,
     },
     /// Done.
     Released,

@@ -1,12 +1,20 @@
 //! The agent's core against the mock.
 
-use crate::mock::{Mock, device, eventually, file};
-use guest_agent::agent::{Agent, AgentOptions, Answer, ArenaMemory, ArenaPages, Error, EventSink, Owner};
+use crate::mock::{Mock, device, device_with, eventually, file};
+use crate::virtqueue::Random;
+use guest_agent::agent::{
+    Agent, AgentOptions, Answer, ArenaMemory, ArenaPages, Error, EventSink, ImportedPages, Owner,
+};
+use guest_agent::driver::SvmDevice;
+use guest_agent::memory_file::MemoryFile;
+use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use virtio_gpu_svm::protocol::event::{
-    EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_QUIET, FAULT_LAST_PAGE, FAULT_PREFETCH, NoticeRecord,
+    EVENT_CONTEXT_LOST, EVENT_INVAL_DONE, EVENT_JOB_DONE, EVENT_QUIET, FAULT_LAST_PAGE, FAULT_PREFETCH,
+    NoticeRecord,
 };
 use zerocopy::FromBytes;
 
@@ -15,18 +23,50 @@ use zerocopy::FromBytes;
 pub struct TestMemory {
     made: Mutex<u64>,
     pub released: Mutex<Vec<u64>>,
+    /// What pins memory of trusted processes.
+    held: Mutex<HashMap<u64, OwnedFd>>,
+    /// What to refuse the next import with.
+    pub refusal: Mutex<Option<io::Error>>,
 }
 
-impl ArenaMemory for TestMemory {
-    fn create(&self, len: u64) -> io::Result<ArenaPages> {
+impl TestMemory {
+    /// Descriptors that pin memory of trusted processes.
+    pub fn rings_held(&self) -> usize {
+        self.held.lock().unwrap().len()
+    }
+
+    fn make(&self, len: u64) -> (u64, Vec<u64>) {
         let mut made = self.made.lock().unwrap();
         *made += 1;
         let base = *made << 24;
         let pages = (0..len / 4096).map(|page| base + page * 4096 + (page / 4) * 0x10_0000).collect();
-        Ok(ArenaPages { id: *made, fd: file(len), offset: 0, pages })
+        (*made, pages)
+    }
+}
+
+impl ArenaMemory for TestMemory {
+    fn create(&self, len: u64) -> io::Result<ArenaPages> {
+        let (id, pages) = self.make(len);
+        Ok(ArenaPages { id, fd: file(len), offset: 0, pages })
+    }
+
+    fn import(&self, file: &MemoryFile) -> io::Result<ImportedPages> {
+        let refusal = self.refusal.lock().unwrap().take();
+        if let Some(refusal) = refusal {
+            return Err(refusal);
+        }
+        let (id, pages) = self.make(file.len());
+        Ok(ImportedPages { id, pages })
+    }
+
+    fn hold(&self, ring: OwnedFd) -> io::Result<u64> {
+        let (id, _) = self.make(0);
+        self.held.lock().unwrap().insert(id, ring);
+        Ok(id)
     }
 
     fn release(&self, id: u64) {
+        self.held.lock().unwrap().remove(&id);
         self.released.lock().unwrap().push(id);
     }
 }
@@ -48,7 +88,10 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(options: AgentOptions) -> Self {
-        let (mock, device) = device();
+        Self::on(device(), options)
+    }
+
+    fn on((mock, device): (Arc<Mock>, Arc<SvmDevice>), options: AgentOptions) -> Self {
         let memory = Arc::new(TestMemory::default());
         let agent = Agent::start(device, memory.clone(), options).unwrap();
         Self { mock, memory, agent }
@@ -60,7 +103,7 @@ impl Bench {
         (self.agent.create_context(owner, sink.clone()).unwrap(), sink)
     }
 
-    fn answered(&self, cookie: u64) -> crate::mock::Answered {
+    pub fn answered(&self, cookie: u64) -> crate::mock::Answered {
         let done = |answer: &crate::mock::Answered| answer.cookie == cookie && answer.status == 0;
         eventually("an answer", || self.mock.look().answers.iter().any(done));
         self.mock.look().answers.iter().find(|answer| done(answer)).cloned().unwrap()
@@ -225,6 +268,190 @@ fn arena_is_released_only_after_its_invalidation_is_done() {
     let cookie = bench.mock.script(|script| script.fault(ctx_id, 0x10_0000));
     let answer = bench.answered(cookie);
     assert_eq!((answer.code, answer.runs[0].as_of.get()), (0, 1));
+}
+
+impl Bench {
+    /// What a fault is answered with: first address, first page and pages of each run; `None`: it is refused.
+    fn pages_at(&self, ctx_id: u32, address: u64) -> Option<Vec<(u64, u64, u32)>> {
+        let cookie = self.mock.script(|script| script.fault(ctx_id, address));
+        let answer = self.answered(cookie);
+        let runs = answer.runs.iter().map(|run| (run.va.get(), run.gpa.get(), run.pages.get()));
+        (answer.code == 0).then(|| runs.collect())
+    }
+
+    fn invalidations(&self) -> usize {
+        self.mock.look().log.iter().filter(|line| line.starts_with("invalidate")).count()
+    }
+}
+
+/// What is cut away is supplied no more, at once; its addresses are free when no engine can use it; its pages stay until
+/// the last part has gone.
+#[test]
+fn part_of_an_arena_goes_before_the_rest() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4 * 4096).unwrap();
+    let cut = |offset, len| bench.agent.cut_arena(ctx_id, arena.id, offset, len);
+    bench.mock.script(|script| script.hold_done = true);
+    std::thread::scope(|scope| {
+        let cutting = scope.spawn(|| cut(4096, 4096));
+        eventually("invalidated", || bench.invalidations() == 1);
+        assert_eq!(bench.pages_at(ctx_id, 0x10_1000), None);
+        let taken = bench.agent.create_arena(ctx_id, 0x10_1000, 4096);
+        assert_eq!(taken.map_err(|error| error.status()).unwrap_err(), -17);
+        assert!(!cutting.is_finished(), "an engine may still use it");
+        bench.mock.script(|script| {
+            script.hold_done = false;
+            script.notice(EVENT_INVAL_DONE, ctx_id, 1);
+        });
+        cutting.join().unwrap().unwrap();
+    });
+    let second = bench.agent.create_arena(ctx_id, 0x10_1000, 4096).unwrap();
+    assert_eq!(bench.pages_at(ctx_id, 0x10_0000), Some(vec![(0x10_0000, 1 << 24, 1)]));
+    assert_eq!(bench.pages_at(ctx_id, 0x10_1000), Some(vec![(0x10_1000, 2 << 24, 1)]));
+    assert_eq!(bench.pages_at(ctx_id, 0x10_3000), Some(vec![(0x10_2000, (1 << 24) + 2 * 4096, 2)]));
+    assert_eq!(cut(0, 2 * 4096).unwrap_err().status(), -2, "a part is not there");
+    assert_eq!(cut(0, 5 * 4096).unwrap_err().status(), -22);
+    assert_eq!(cut(1, 4096).unwrap_err().status(), -22);
+    assert_eq!(cut(0, 100).unwrap_err().status(), -22);
+    cut(0, 4096).unwrap();
+    assert_eq!((bench.released(), bench.agent.status().pinned_bytes), (vec![], 5 * 4096));
+    // The last part: the arena goes, as if it had been freed.
+    cut(2 * 4096, 2 * 4096).unwrap();
+    eventually("released", || bench.released() == [arena.id]);
+    assert_eq!(bench.agent.free_arena(ctx_id, arena.id).unwrap_err().status(), -2);
+    assert_eq!(bench.agent.status().pinned_bytes, 4096);
+    bench.agent.free_arena(ctx_id, second.id).unwrap();
+}
+
+/// Two connections of a process cut and free the same arena: the last one to end lets its pages go.
+#[test]
+fn arena_freed_while_a_part_is_being_cut_goes_once() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4 * 4096).unwrap();
+    bench.mock.script(|script| script.hold_done = true);
+    std::thread::scope(|scope| {
+        let cutting = scope.spawn(|| bench.agent.cut_arena(ctx_id, arena.id, 4096, 4096));
+        eventually("the part is on its way", || bench.invalidations() == 1);
+        let freeing = scope.spawn(|| bench.agent.free_arena(ctx_id, arena.id));
+        eventually("and the rest", || bench.invalidations() == 2);
+        bench.mock.script(|script| script.notice(EVENT_INVAL_DONE, ctx_id, 1));
+        cutting.join().unwrap().unwrap();
+        assert!(bench.released().is_empty());
+        bench.mock.script(|script| script.notice(EVENT_INVAL_DONE, ctx_id, 2));
+        freeing.join().unwrap().unwrap();
+    });
+    eventually("released", || bench.released() == [arena.id]);
+    assert_eq!(bench.agent.status().pinned_bytes, 0);
+}
+
+/// A context that ends in the middle of a cut has its memory until it is retired, and then gives it back once.
+#[test]
+fn context_that_ends_while_a_part_is_being_cut_gives_the_arena_back_once() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4 * 4096).unwrap();
+    bench.agent.cut_arena(ctx_id, arena.id, 0, 4096).unwrap();
+    bench.mock.script(|script| (script.hold_done, script.hold_retired) = (true, true));
+    std::thread::scope(|scope| {
+        let cutting = scope.spawn(|| bench.agent.cut_arena(ctx_id, arena.id, 2 * 4096, 4096));
+        eventually("on its way", || bench.invalidations() == 2);
+        bench.agent.destroy_context(ctx_id);
+        assert!(matches!(cutting.join().unwrap(), Err(Error::NoContext(_))));
+    });
+    assert!(bench.released().is_empty());
+    bench
+        .mock
+        .script(|script| script.notice(virtio_gpu_svm::protocol::event::EVENT_CONTEXT_RETIRED, ctx_id, 0));
+    eventually("released", || bench.released() == [arena.id]);
+    bench.heard();
+    assert_eq!(bench.released(), [arena.id]);
+}
+
+/// An answer made from what stood there before the cut is refused, and then the access is.
+#[test]
+fn answer_that_raced_with_a_cut_covers_nothing_of_it() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 4 * 4096).unwrap();
+    let cookie = bench.mock.script(|script| {
+        script.stalled = true;
+        script.fault(ctx_id, 0x10_1000)
+    });
+    eventually("an answer is on its way", || bench.agent.ledger(false).pending == 1);
+    std::thread::scope(|scope| {
+        let cutting = scope.spawn(|| bench.agent.cut_arena(ctx_id, arena.id, 4096, 4096));
+        // The device hears of the cut before the answer.
+        bench.mock.script(|script| *script.contexts.get_mut(&ctx_id).unwrap() += 1);
+        bench.mock.script(|script| script.stalled = false);
+        cutting.join().unwrap().unwrap();
+    });
+    let answer = bench.answered(cookie);
+    assert_eq!((answer.code, answer.runs.len()), (1, 0));
+    assert!(bench.agent.ledger(false).retries > 0);
+}
+
+#[test]
+fn parts_of_arenas_are_limited() {
+    let bench = Bench::new(AgentOptions { context_parts: 3, ..AgentOptions::default() });
+    let (ctx_id, _) = bench.context();
+    let arena = bench.agent.create_arena(ctx_id, 0x10_0000, 8 * 4096).unwrap();
+    let cut = |page: u64| bench.agent.cut_arena(ctx_id, arena.id, page * 4096, 4096);
+    cut(1).unwrap();
+    cut(2).unwrap();
+    assert_eq!(cut(5).unwrap_err().status(), -28);
+    bench.agent.create_arena(ctx_id, 0x20_0000, 4096).unwrap();
+    let fourth = bench.agent.create_arena(ctx_id, 0x30_0000, 4096);
+    assert_eq!(fourth.map_err(|error| error.status()).unwrap_err(), -28);
+    cut(0).unwrap();
+    bench.agent.create_arena(ctx_id, 0x30_0000, 4096).unwrap();
+}
+
+/// Memory that a process brings is served, cut and released as what was made for it, and counts as much.
+#[test]
+fn imported_arena_is_as_any_other() {
+    let options = AgentOptions { context_arena_bytes: 8 * 4096, ..AgentOptions::default() };
+    let bench = Bench::new(options);
+    let (ctx_id, _) = bench.context();
+    let brought = MemoryFile::new(file(8 * 4096), 4 * 4096, 4 * 4096).unwrap();
+    let import = |ctx_id, va| bench.agent.import_arena(ctx_id, va, &brought).map_err(|error| error.status());
+    let id = import(ctx_id, 0x10_0000).unwrap();
+    assert_eq!(bench.pages_at(ctx_id, 0x10_1000), Some(vec![(0x10_0000, 1 << 24, 4)]));
+    assert_eq!((import(ctx_id, 0x10_3000), import(ctx_id, 0x10_0001)), (Err(-17), Err(-22)));
+    let second = import(ctx_id, 0x20_0000).unwrap();
+    assert_eq!(import(ctx_id, 0x30_0000), Err(-28), "the quota is used up");
+    bench.agent.cut_arena(ctx_id, id, 0, 4096).unwrap();
+    assert_eq!(bench.pages_at(ctx_id, 0x10_0000), None);
+    bench.agent.free_arena(ctx_id, id).unwrap();
+    eventually("released", || bench.released() == [id]);
+    // Another process may bring the same file.
+    let (other, _) = bench.context();
+    let third = import(other, 0x10_0000).unwrap();
+    bench.agent.destroy_context(ctx_id);
+    eventually("released", || bench.released() == [id, second]);
+    assert!(bench.pages_at(other, 0x10_0000).is_some());
+    bench.agent.free_arena(other, third).unwrap();
+}
+
+/// The cause is told to the process; nothing is left of the attempt, also where the context has ended meanwhile.
+#[test]
+fn import_that_fails_leaves_nothing() {
+    let bench = Bench::new(AgentOptions::default());
+    let (ctx_id, _) = bench.context();
+    let brought = MemoryFile::new(file(4096), 0, 4096).unwrap();
+    for (refusal, status) in [
+        (io::Error::from_raw_os_error(libc::EFAULT), -14),
+        (io::Error::from(io::ErrorKind::Unsupported), -95),
+        (io::Error::from(io::ErrorKind::OutOfMemory), -12),
+    ] {
+        *bench.memory.refusal.lock().unwrap() = Some(refusal);
+        let refused = bench.agent.import_arena(ctx_id, 0x10_0000, &brought);
+        assert_eq!(refused.unwrap_err().status(), status);
+    }
+    assert_eq!((bench.agent.status().pinned_bytes, bench.agent.status().contexts[0].arenas), (0, 0));
+    bench.agent.destroy_context(ctx_id);
+    assert!(matches!(bench.agent.import_arena(ctx_id, 0x10_0000, &brought), Err(Error::NoContext(_))));
 }
 
 #[test]
@@ -444,6 +671,108 @@ fn many_threads_share_the_rings() {
     });
     eventually("all answered", || bench.agent.ledger(false).answered == 500);
     assert_eq!(bench.mock.look().submissions.len(), 400);
+}
+
+/// Records of many contexts at once: each context's come to its process in their order, and every fault is answered.
+#[test]
+fn records_of_a_context_keep_their_order_however_many_threads_serve() {
+    const CONTEXTS: usize = 12;
+    const ROUNDS: u64 = 200;
+    let bench = Bench::new(AgentOptions { serving_threads: 4, ..AgentOptions::default() });
+    let contexts: Vec<(u32, Arc<TestSink>)> = (0..CONTEXTS).map(|_| bench.context()).collect();
+    for (ctx_id, _) in &contexts {
+        bench.agent.create_arena(*ctx_id, 0x10_0000, 64 * 4096).unwrap();
+    }
+    let mut random = Random::seeded();
+    let mut cookies = Vec::new();
+    for round in 0..ROUNDS {
+        bench.mock.script(|script| {
+            for (ctx_id, _) in &contexts {
+                script.notice(EVENT_JOB_DONE, *ctx_id, round);
+                // A group of two, which only order keeps together.
+                let (cookie, page) = (script.cookie(), random.below(63));
+                let address = 0x10_0000 + page * 4096;
+                script.fault_record(*ctx_id, cookie, address, (0, 4096));
+                script.fault_record(*ctx_id, cookie, address + 4096, (FAULT_LAST_PAGE, 4096));
+                cookies.push((*ctx_id, cookie, address));
+            }
+        });
+    }
+    eventually("all answered", || bench.agent.ledger(false).answered == cookies.len() as u64);
+    for (ctx_id, sink) in &contexts {
+        eventually("all records", || sink.0.lock().unwrap().len() == ROUNDS as usize);
+        let values: Vec<u64> = sink.0.lock().unwrap().iter().map(|record| record.value.get()).collect();
+        assert_eq!(values, (0..ROUNDS).collect::<Vec<u64>>(), "context {ctx_id}");
+    }
+    let mut answers = bench.mock.look().answers.clone();
+    answers.sort_by_key(|answer| answer.cookie);
+    cookies.sort_by_key(|(_, cookie, _)| *cookie);
+    assert_eq!(answers.len(), cookies.len());
+    for (answer, (ctx_id, cookie, address)) in answers.iter().zip(cookies) {
+        assert_eq!((answer.ctx_id, answer.cookie, answer.code), (ctx_id, cookie, 0));
+        let (first, last) = (answer.runs.first().unwrap(), answer.runs.last().unwrap());
+        let end = last.va.get() + u64::from(last.pages.get()) * 4096;
+        assert!(first.va.get() <= address && end >= address + 2 * 4096, "both pages of the group");
+    }
+}
+
+/// A fault of the operator's holding, or of a burst, costs a command each, but not a doorbell each.
+#[test]
+fn answers_go_to_the_device_together() {
+    // Without a pulse, which rings too.
+    let pulse = Duration::from_secs(3600);
+    let options = AgentOptions { hold_answers: true, pulse, ..AgentOptions::default() };
+    let bench = Bench::on(device_with(false), options);
+    let (ctx_id, _) = bench.context();
+    bench.agent.create_arena(ctx_id, 0x10_0000, 64 * 4096).unwrap();
+    let faults = || {
+        bench.mock.script(|script| {
+            for page in 0..24 {
+                script.fault(ctx_id, 0x10_0000 + page * 4096);
+            }
+        });
+    };
+    faults();
+    eventually("held", || bench.agent.ledger(false).held == 24);
+    let before = bench.mock.doorbells();
+    assert_eq!(bench.agent.release_answers(), 24);
+    assert_eq!(bench.mock.doorbells() - before, 1);
+    eventually("answered", || bench.agent.ledger(false).answered == 24);
+    // As they come: the device delivers all of these in one buffer.
+    let before = bench.mock.doorbells();
+    faults();
+    eventually("answered", || bench.agent.ledger(false).answered == 48);
+    assert_eq!(bench.mock.doorbells() - before, 1);
+}
+
+/// The memory of one user's processes leaves some for those of others.
+#[test]
+fn memory_of_a_user_is_limited() {
+    let options = AgentOptions {
+        context_arena_bytes: 6 * 4096,
+        user_arena_bytes: 8 * 4096,
+        total_arena_bytes: 20 * 4096,
+        ..AgentOptions::default()
+    };
+    let bench = Bench::new(options);
+    let context = |uid| {
+        let owner = Owner { pid: 1, uid, name: "test".into() };
+        bench.agent.create_context(owner, Arc::new(TestSink::default())).unwrap()
+    };
+    let create = |ctx_id, va, pages: u64| {
+        bench.agent.create_arena(ctx_id, va, pages * 4096).map(|arena| arena.id).map_err(|e| e.status())
+    };
+    let (first, second, other) = (context(1), context(1), context(2));
+    create(first, 0x10_0000, 5).unwrap();
+    assert_eq!(create(second, 0x10_0000, 4), Err(-28));
+    let id = create(second, 0x10_0000, 3).unwrap();
+    create(other, 0x10_0000, 6).unwrap();
+    // What is still in use counts.
+    bench.mock.script(|script| script.hold_retired = true);
+    bench.agent.destroy_context(first);
+    assert_eq!(create(second, 0x20_0000, 1), Err(-28));
+    bench.agent.free_arena(second, id).unwrap();
+    create(second, 0x20_0000, 3).unwrap();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Processes at the broker, over real sockets: the library, and messages that no library would send.
 
 use crate::agent::Bench;
-use crate::mock::{FULL, eventually};
+use crate::mock::{FULL, eventually, file};
 use crate::virtqueue::Random;
 use guest_agent::agent::{AgentOptions, AgentStatus, LedgerReport};
 use guest_agent::broker::{AdminRequest, Broker, BrokerOptions, ask_admin};
@@ -16,14 +16,14 @@ use virtio_gpu_svm::protocol::request::{
 };
 use zerocopy::{FromBytes, IntoBytes};
 
-struct Served {
-    bench: Bench,
+pub struct Served {
+    pub bench: Bench,
     _broker: Broker,
     directory: tempfile::TempDir,
 }
 
 impl Served {
-    fn new(options: AgentOptions) -> Self {
+    pub fn new(options: AgentOptions) -> Self {
         Self::limited(options, 64)
     }
 
@@ -45,20 +45,20 @@ impl Served {
         Client::connect(self.socket()).unwrap()
     }
 
-    fn raw(&self) -> MessageSocket {
+    pub fn raw(&self) -> MessageSocket {
         let socket = MessageSocket::connect(&self.socket()).unwrap();
         socket.pass_credentials().unwrap();
         socket
     }
 }
 
-fn message(kind: u32, body: &[u8]) -> Vec<u8> {
+pub fn message(kind: u32, body: &[u8]) -> Vec<u8> {
     let head = Head { kind: kind.into(), seqno: 5.into(), status: 0.into(), reserved: 0.into() };
     [head.as_bytes(), body].concat()
 }
 
 /// Sends and returns the status of the reply; `None` when the agent hung up without one.
-fn exchange(socket: &MessageSocket, bytes: &[u8]) -> Option<i32> {
+pub fn exchange(socket: &MessageSocket, bytes: &[u8]) -> Option<i32> {
     socket.send(&[bytes], &[], true).unwrap();
     let mut buf = vec![0; MAX_MESSAGE_BYTES];
     let received = socket.receive(&mut buf, true).ok().filter(|received| received.len > 0)?;
@@ -66,7 +66,7 @@ fn exchange(socket: &MessageSocket, bytes: &[u8]) -> Option<i32> {
     Some(head.status.get())
 }
 
-fn hang_up(socket: &MessageSocket) -> bool {
+pub fn hang_up(socket: &MessageSocket) -> bool {
     let mut buf = [0; 256];
     // A reset also says that the other end is gone.
     socket.receive(&mut buf, true).map_or(true, |received| received.len == 0)
@@ -173,6 +173,52 @@ fn context_ends_with_its_connection() {
     eventually("released", || served.bench.memory.released.lock().unwrap().len() == 1);
 }
 
+fn hello_joining(ctx_id: u32) -> Vec<u8> {
+    message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: ctx_id.into() }.as_bytes())
+}
+
+/// One connection has the memory, another one launches jobs on it and gets the records.
+#[test]
+fn second_connection_of_a_process_joins_its_context() {
+    let served = Served::new(AgentOptions::default());
+    let owner = served.raw();
+    assert_eq!(exchange(&owner, &hello_joining(0)), Some(0));
+    let ctx_id = served.bench.agent.status().contexts[0].ctx_id;
+    let create = ArenaCreate { len: 4096.into(), va: 0x7000_0000.into() };
+    assert_eq!(exchange(&owner, &message(ARENA_CREATE, create.as_bytes())), Some(0));
+    for round in 0..3 {
+        let mut joined = served.raw();
+        eventually(&format!("room in round {round}"), || {
+            joined = served.raw();
+            exchange(&joined, &hello_joining(ctx_id)) == Some(0)
+        });
+        // One at a time.
+        assert_eq!(exchange(&served.raw(), &hello_joining(ctx_id)), Some(-16));
+        // The same memory.
+        assert_eq!(exchange(&joined, &message(ARENA_CREATE, create.as_bytes())), Some(-17));
+        served.bench.mock.script(|script| script.notice(EVENT_JOB_DONE, ctx_id, 1));
+        let mut buf = [0; 256];
+        let received = joined.receive(&mut buf, true).unwrap();
+        assert_eq!(Head::read_from_prefix(&buf[..received.len]).unwrap().0.kind.get(), EVENTS);
+        drop(joined);
+        // Its end ends nothing else. A record that comes now is nobody's.
+        eventually("room for another", || exchange(&served.raw(), &hello_joining(ctx_id)) == Some(0));
+        served.bench.mock.script(|script| script.notice(EVENT_JOB_DONE, ctx_id, 2));
+        eventually("and it has left", || {
+            let next = served.raw();
+            exchange(&next, &hello_joining(ctx_id)) == Some(0)
+        });
+    }
+    assert_eq!(exchange(&owner, &message(DEVICES, &[])), Some(0));
+    let joined = served.raw();
+    eventually("a last one", || exchange(&joined, &hello_joining(ctx_id)) == Some(0));
+    drop(owner);
+    eventually("the context ends with its opener", || served.bench.agent.status().contexts.is_empty());
+    assert_eq!(exchange(&joined, &message(ARENA_CREATE, create.as_bytes())), Some(-32));
+    assert_eq!(exchange(&served.raw(), &hello_joining(ctx_id)), Some(-2));
+    assert_eq!(exchange(&served.raw(), &hello_joining(ctx_id + 1)), Some(-2));
+}
+
 #[test]
 fn lost_context_is_told_to_the_program() {
     let served = Served::new(AgentOptions::default());
@@ -193,7 +239,7 @@ fn lost_context_is_told_to_the_program() {
 #[test]
 fn hostile_messages_end_the_connection() {
     let served = Served::new(AgentOptions::default());
-    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
     let good = message(HELLO, hello.as_bytes());
     let mut status_set = good.clone();
     status_set[8] = 1;
@@ -210,7 +256,6 @@ fn hostile_messages_end_the_connection() {
         ("body cut", good[..good.len() - 1].to_vec(), -22),
         ("body too long", [&good[..], &[0]].concat(), -22),
         ("other version", message(HELLO, Hello { version: 9.into(), ..hello }.as_bytes()), -95),
-        ("reserved", message(HELLO, Hello { reserved: 1.into(), ..hello }.as_bytes()), -22),
         ("request before HELLO", message(DEVICES, &[]), -22),
         ("unknown kind", message(77, &[]), -22),
         ("pushed kind", message(EVENTS, &[0; 96]), -22),
@@ -222,6 +267,8 @@ fn hostile_messages_end_the_connection() {
         ("DEVICES with a body", message(DEVICES, &[0]), -22),
         ("ARENA_CREATE cut", message(ARENA_CREATE, &[0; 15]), -22),
         ("ARENA_FREE too long", message(ARENA_FREE, &[0; 9]), -22),
+        ("ARENA_CUT cut", message(ARENA_CUT, &[0; 23]), -22),
+        ("ARENA_PIN cut", message(ARENA_PIN, &[0; 23]), -22),
         ("SUBMIT cut", message(SUBMIT, &[0; 7]), -22),
         ("SUBMIT without payload", submit(16, 0, &[]), -22),
         ("SUBMIT reply too large", submit(MAX_REPLY_BYTES + 1, 0, &[0; 16]), -22),
@@ -244,7 +291,7 @@ fn hostile_messages_end_the_connection() {
 fn refused_requests_leave_the_connection_alone() {
     let served = Served::new(AgentOptions::default());
     let socket = served.raw();
-    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
     assert_eq!(exchange(&socket, &message(HELLO, hello.as_bytes())), Some(0));
     let unaligned = ArenaCreate { len: 4096.into(), va: 1.into() };
     assert_eq!(exchange(&socket, &message(ARENA_CREATE, unaligned.as_bytes())), Some(-22));
@@ -252,6 +299,15 @@ fn refused_requests_leave_the_connection_alone() {
         exchange(&socket, &message(ARENA_FREE, ArenaFree { arena_id: 9.into() }.as_bytes())),
         Some(-2)
     );
+    let cut = |arena_id: u64, offset: u64, len: u64| {
+        let cut = ArenaCut { arena_id: arena_id.into(), offset: offset.into(), len: len.into() };
+        exchange(&socket, &message(ARENA_CUT, cut.as_bytes()))
+    };
+    assert_eq!(cut(9, 0, 4096), Some(-2));
+    let create = ArenaCreate { len: (8 * 4096).into(), va: 0x7000_0000.into() };
+    assert_eq!(exchange(&socket, &message(ARENA_CREATE, create.as_bytes())), Some(0));
+    assert_eq!((cut(1, 4096, u64::MAX), cut(1, 1, 4096), cut(1, 4096, 0)), (Some(-22), Some(-22), Some(-22)));
+    assert_eq!((cut(1, 4096, 4096), cut(1, 4096, 4096)), (Some(0), Some(-2)));
     assert_eq!(exchange(&socket, &message(DEVICES, &[])), Some(0));
 }
 
@@ -261,7 +317,7 @@ fn arena_of_another_program_does_not_exist() {
     let victim = served.client();
     let arena = victim.arena_as_if_at(4096, 0x7000_0000).unwrap();
     let socket = served.raw();
-    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() }.as_bytes());
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: 0.into() }.as_bytes());
     assert_eq!(exchange(&socket, &hello), Some(0));
     for arena_id in (0..64).chain([u64::MAX]) {
         let free = message(ARENA_FREE, ArenaFree { arena_id: arena_id.into() }.as_bytes());
@@ -302,7 +358,7 @@ fn message_with_a_descriptor_is_refused() {
     use std::os::fd::AsFd;
     let served = Served::new(AgentOptions::default());
     let socket = served.raw();
-    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
     let bytes = message(HELLO, hello.as_bytes());
     let stdin = std::io::stdin();
     socket.send(&[&bytes], &[stdin.as_fd()], true).unwrap();
@@ -312,13 +368,61 @@ fn message_with_a_descriptor_is_refused() {
     assert!(hang_up(&socket));
 }
 
+/// One message comes with one descriptor; what is wrong with it is told, and the connection goes on.
+#[test]
+fn memory_of_a_process_comes_with_its_message() {
+    use std::os::fd::{AsFd, BorrowedFd};
+    let served = Served::new(AgentOptions::default());
+    let import = |len: u64, offset: u64| {
+        let body = ArenaImport { len: len.into(), va: 0x7000_0000.into(), offset: offset.into() };
+        message(ARENA_IMPORT, body.as_bytes())
+    };
+    let greeted = || {
+        let socket = served.raw();
+        assert_eq!(exchange(&socket, &hello_joining(0)), Some(0));
+        socket
+    };
+    let send = |socket: &MessageSocket, bytes: &[u8], fds: &[BorrowedFd<'_>]| {
+        socket.send(&[bytes], fds, true).unwrap();
+        let mut buf = [0; 256];
+        let received = socket.receive(&mut buf, true).unwrap();
+        let (head, body) = Head::read_from_prefix(&buf[..received.len]).unwrap();
+        let reply = ArenaReply::read_from_bytes(body).ok();
+        assert!(received.fds.is_empty());
+        (head.status.get(), reply.map(|reply| (reply.arena_id.get(), reply.offset.get())))
+    };
+    let brought = file(3 * 4096);
+    let brought = brought.as_fd();
+    for (name, fds) in [("none", vec![]), ("two", vec![brought; 2]), ("eight", vec![brought; 8])] {
+        let socket = greeted();
+        assert_eq!(send(&socket, &import(4096, 0), &fds).0, -22, "{name}");
+        assert!(hang_up(&socket), "{name}");
+    }
+    let socket = greeted();
+    assert_eq!(send(&socket, &import(4096, 0)[..39], &[brought]).0, -22, "cut");
+    assert!(hang_up(&socket));
+
+    let socket = greeted();
+    let disk = std::fs::File::open("/proc/self/exe").unwrap();
+    assert_eq!(send(&socket, &import(4096, 0), &[disk.as_fd()]), (-13, None));
+    let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    assert_eq!(send(&socket, &import(4096, 0), &[event.as_fd()]), (-95, None));
+    assert_eq!(send(&socket, &import(4 * 4096, 0), &[brought]), (-22, None));
+    assert_eq!(send(&socket, &import(4096, 100), &[brought]), (-22, None));
+    *served.bench.memory.refusal.lock().unwrap() = Some(std::io::Error::from_raw_os_error(11));
+    assert_eq!(send(&socket, &import(4096, 0), &[brought]), (-11, None));
+    assert_eq!(send(&socket, &import(2 * 4096, 4096), &[brought]), (0, Some((1, 4096))));
+    let free = ArenaFree { arena_id: 1.into() };
+    assert_eq!(exchange(&socket, &message(ARENA_FREE, free.as_bytes())), Some(0));
+}
+
 /// A child process that inherited the socket is not the one that connected.
 #[test]
 fn inherited_socket_gives_no_right() {
     use std::os::fd::AsFd;
     let served = Served::new(AgentOptions::default());
     let socket = served.raw();
-    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() }.as_bytes());
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: 0.into() }.as_bytes());
     assert_eq!(exchange(&socket, &hello), Some(0));
     let directory = served.directory.path();
     std::fs::write(directory.join("message"), message(DEVICES, &[])).unwrap();
@@ -339,7 +443,7 @@ fn inherited_socket_gives_no_right() {
 fn program_that_does_not_read_is_disconnected() {
     let served = Served::new(AgentOptions::default());
     let socket = served.raw();
-    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() }.as_bytes());
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: 0.into() }.as_bytes());
     assert_eq!(exchange(&socket, &hello), Some(0));
     let ctx_id = served.bench.agent.status().contexts[0].ctx_id;
     let other = served.client();
@@ -355,20 +459,33 @@ fn program_that_does_not_read_is_disconnected() {
 /// One step of a program that means no good. False: it leaves.
 fn misbehave(socket: &MessageSocket, random: &mut Random) -> bool {
     use std::os::fd::AsFd;
-    let hello = Hello { version: MESSAGE_VERSION.into(), reserved: 0.into() };
+    let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
     let va = random.below(4) << 40 | random.below(64) << 12;
     let len = [4096, 1 << 20, 1 << 40, u64::MAX, 0, 5][random.below(6) as usize];
-    let bytes = match random.below(9) {
+    let bytes = match random.below(11) {
         0..3 => message(HELLO, hello.as_bytes()),
         3 => message(ARENA_CREATE, ArenaCreate { len: len.into(), va: va.into() }.as_bytes()),
         4 => message(ARENA_CREATE, ArenaCreate { len: 4096.into(), va: va.into() }.as_bytes()),
         5 => message(ARENA_FREE, ArenaFree { arena_id: random.below(40).into() }.as_bytes()),
         6 => message(SUBMIT, &vec![0xff; 9 + random.below(100_000) as usize]),
         7 => vec![0xff; random.below(64) as usize],
+        8 => {
+            let (arena_id, offset) = (random.below(40).into(), (random.below(4) << 12).into());
+            message(ARENA_CUT, ArenaCut { arena_id, offset, len: 4096.into() }.as_bytes())
+        }
+        9 => {
+            let body =
+                ArenaImport { len: 4096.into(), va: va.into(), offset: (random.below(4) << 12).into() };
+            message(ARENA_IMPORT, body.as_bytes())
+        }
         _ => return false,
     };
-    let inherited = std::io::stdin();
-    let fds = if random.below(20) == 0 { vec![inherited.as_fd(); 3] } else { Vec::new() };
+    let (inherited, memory) = (std::io::stdin(), file(2 * 4096));
+    let fds = match random.below(20) {
+        0 => vec![inherited.as_fd(); 3],
+        1..10 if bytes.first() == Some(&6) => vec![memory.as_fd()],
+        _ => Vec::new(),
+    };
     let sent = socket.send(&[&bytes], &fds, false);
     if random.below(2) == 0 {
         // Reads what is there, perhaps not what it asked for; otherwise never.
@@ -406,6 +523,17 @@ fn hostile_programs_do_not_disturb_another() {
     // The first arena is this one's.
     assert!(!served.bench.memory.released.lock().unwrap().contains(&1));
     arena.free().unwrap();
+}
+
+#[test]
+fn broker_that_closes_hangs_up_on_everybody() {
+    let Served { bench, _broker: broker, directory } = Served::new(AgentOptions::default());
+    let socket = MessageSocket::connect(&directory.path().join("agent.sock")).unwrap();
+    socket.pass_credentials().unwrap();
+    assert_eq!(exchange(&socket, &hello_joining(0)), Some(0));
+    broker.close(std::time::Duration::from_secs(60));
+    assert!(hang_up(&socket));
+    eventually("nothing is left", || bench.agent.status().contexts.is_empty());
 }
 
 #[test]

@@ -1,14 +1,50 @@
 //! Commands and waiting, below the agent.
 
-use crate::mock::{Mock, device, eventually};
-use guest_agent::driver::SvmDevice;
+use crate::mock::{Mock, device, device_with, eventually};
+use guest_agent::driver::{Error, Posted, SvmDevice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
+fn answer(token: u64) -> Posted {
+    SvmDevice::page_response(token, (0, token), 1, &[]).unwrap()
+}
+
 fn post(device: &SvmDevice, token: u64) {
-    device.post_page_response(token, 0, token, 1, &[]).unwrap();
+    device.post_all(vec![answer(token)]).unwrap();
+}
+
+#[test]
+fn commands_that_are_posted_together_ring_once() {
+    let (mock, device) = device_with(false);
+    let before = mock.doorbells();
+    device.post_all((0..30).map(answer).collect()).unwrap();
+    assert_eq!(mock.doorbells() - before, 1);
+    let mut tokens = Vec::new();
+    while tokens.len() < 30 {
+        let pump = device.pump(Duration::from_millis(20)).unwrap();
+        tokens.extend(pump.completions.iter().map(|completion| completion.token));
+    }
+    assert_eq!(tokens, (0..30).collect::<Vec<u64>>());
+    device.post_all(Vec::new()).unwrap();
+    assert_eq!(mock.doorbells() - before, 1, "nothing to tell");
+    mock.end();
+}
+
+#[test]
+fn command_that_is_too_large_is_not_sent_and_neither_are_those_beside_it() {
+    let (mock, device) = device();
+    let large = Posted { request: vec![0; 8 << 20], ..answer(2) };
+    assert!(matches!(device.post_all(vec![answer(1), large]), Err(Error::TooLarge { .. })));
+    device.post_all(vec![answer(3)]).unwrap();
+    let mut tokens = Vec::new();
+    while tokens.is_empty() {
+        let pump = device.pump(Duration::from_millis(20)).unwrap();
+        tokens.extend(pump.completions.iter().map(|completion| completion.token));
+    }
+    assert_eq!(tokens, [3]);
+    mock.end();
 }
 
 /// A thread that waits for its invalidation asks now and then whether to go on. Whoever is asked may need a lock under

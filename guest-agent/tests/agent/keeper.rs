@@ -8,15 +8,19 @@ use guest_agent::client::Client;
 use guest_agent::driver::dma::PAGE_BYTES;
 use guest_agent::driver::{DmaRegion, RingConfig, Rings, Transport};
 use guest_agent::keeper::{Hardware, Keeper, Serving, serving};
-use guest_agent::pin::{self, Pinned, Pinner};
+use guest_agent::memory_file::MemoryFile;
+use guest_agent::message::{ARENA_IMPORT, ArenaImport, HELLO, Head, Hello, MESSAGE_VERSION};
+use guest_agent::pin::{self, Held, Pinned, Pinner};
 use guest_agent::socket::MessageSocket;
 use rustix::event::EventfdFlags;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use virtio_gpu_svm::protocol::event::EVENT_QUIET;
+use zerocopy::{FromBytes, IntoBytes};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -69,6 +73,14 @@ impl Pinner for LoggingPinner {
         let fd = if *count == 1 { self.1.try_clone().unwrap() } else { file(len as u64) };
         Ok(Pinned::new(fd, pages, Box::new(Hold(self.0.clone(), *count))))
     }
+
+    fn import(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> pin::Result<Held> {
+        let mut count = self.2.lock().unwrap();
+        *count += 1;
+        let size = rustix::fs::fstat(file).unwrap().st_size.cast_unsigned();
+        assert!(offset + len as u64 <= size, "the descriptor is the process' file");
+        Ok(Held { pages: vec![*count << 32; len / PAGE_BYTES], hold: Box::new(Hold(self.0.clone(), *count)) })
+    }
 }
 
 /// A serving process played by this one: everything of it ends with `end`.
@@ -118,6 +130,24 @@ impl Serving for Threaded {
     }
 }
 
+/// A process that brings memory.
+fn import(path: &Path, va: u64) -> MessageSocket {
+    let socket = MessageSocket::connect(path).unwrap();
+    let exchange = |kind: u32, body: &[u8], fds: &[BorrowedFd<'_>]| {
+        let head = Head { kind: kind.into(), seqno: 1.into(), status: 0.into(), reserved: 0.into() };
+        socket.send(&[head.as_bytes(), body], fds, true).unwrap();
+        let mut buf = [0; 256];
+        let received = socket.receive(&mut buf, true).unwrap();
+        assert_eq!(Head::read_from_prefix(&buf[..received.len]).unwrap().0.status.get(), 0);
+    };
+    let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
+    exchange(HELLO, hello.as_bytes(), &[]);
+    let (brought, len) = (file(4 * PAGE_BYTES as u64), 2 * PAGE_BYTES as u64);
+    let body = ArenaImport { len: len.into(), va: va.into(), offset: len.into() };
+    exchange(ARENA_IMPORT, body.as_bytes(), &[brought.as_fd()]);
+    socket
+}
+
 #[test]
 fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
     let (mock, _thread) = Mock::start();
@@ -147,6 +177,7 @@ fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
     eventually("the first serving process", || Client::connect(&path).is_ok());
     let client = Client::connect(&path).unwrap();
     let _arena = client.arena_as_if_at(8 * PAGE_BYTES, 0x7000_0000).unwrap();
+    let _importing = import(&path, 0x7100_0000);
     let first_life = mock.look().incarnation;
 
     // It dies; the daemon still uses its memory.
@@ -165,7 +196,9 @@ fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
         let incarnation = script.incarnation;
         script.notice(EVENT_QUIET, 0, incarnation);
     });
-    eventually("unpinned", || mock.look().log.iter().any(|line| line == "unpin 2"));
+    for unpinned in ["unpin 2", "unpin 3"] {
+        eventually(unpinned, || mock.look().log.iter().any(|line| line == unpinned));
+    }
     let log = mock.look().log.clone();
     let at = |wanted: &str| log.iter().position(|line| line == wanted).unwrap();
     assert!(
@@ -198,6 +231,91 @@ fn memory_that_did_not_arrive_is_given_back() {
     assert_eq!(hear(), r#"{"Release":{"id":7}}"#);
     ours.send(&[br#""Released""#], &[], true).unwrap();
     assert!(asking.join().unwrap().is_err());
+}
+
+#[test]
+fn imported_memory_that_did_not_arrive_is_given_back_and_refusals_are_told() {
+    let (ours, theirs) = MessageSocket::pair().unwrap();
+    let asking = std::thread::spawn(move || {
+        let memory = serving::KeeperMemory::new(theirs);
+        let brought = MemoryFile::new(file(8192), 4096, 4096).unwrap();
+        [memory.import(&brought), memory.import(&brought)].map(|made| made.map(|_| ()).unwrap_err())
+    });
+    let hear = || {
+        let mut buf = [0; 256];
+        let received = ours.receive(&mut buf, true).unwrap();
+        (String::from_utf8(buf[..received.len].to_vec()).unwrap(), received.fds.len())
+    };
+    let asked = (r#"{"Import":{"offset":4096,"len":4096}}"#.to_owned(), 1);
+    assert_eq!(hear(), asked);
+    ours.send(&[br#"{"Imported":{"id":7}}"#], &[], true).unwrap();
+    assert_eq!(hear(), (r#"{"Release":{"id":7}}"#.to_owned(), 0));
+    ours.send(&[br#""Released""#], &[], true).unwrap();
+    assert_eq!(hear(), asked);
+    ours.send(&[br#"{"NotImported":{"errno":14}}"#], &[], true).unwrap();
+    let [lost, refused] = asking.join().unwrap();
+    assert_eq!((lost.kind(), refused.raw_os_error()), (io::ErrorKind::OutOfMemory, Some(14)));
+}
+
+/// Two sockets: what is read from one tells whether anybody has the other.
+fn pipe() -> (OwnedFd, OwnedFd) {
+    let (kind, flags) = (rustix::net::SocketType::STREAM, rustix::net::SocketFlags::NONBLOCK);
+    rustix::net::socketpair(rustix::net::AddressFamily::UNIX, kind, flags, None).unwrap()
+}
+
+fn io_uring(what: &str) -> Option<OwnedFd> {
+    use io::Write;
+    let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
+    match io_uring::IoUring::new(1) {
+        Ok(ring) => Some(pidfd_getfd(own, ring.as_raw_fd(), PidfdGetfdFlags::empty()).unwrap()),
+        Err(error) => {
+            let mut out = io::stderr();
+            writeln!(out, "not tested: {what} ({error})").unwrap();
+            None
+        }
+    }
+}
+
+/// A descriptor that pins memory of a process stays open in the keeper until it is released.
+#[test]
+fn descriptor_is_held_until_it_is_released() {
+    let (mock, _thread) = Mock::start();
+    let ring = Arc::new(file(Rings::BYTES as u64));
+    let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let (connected, connection) = std::sync::mpsc::channel();
+    let keeper = {
+        let (mock, ring, stop) = (mock.clone(), ring.clone(), stop.clone());
+        std::thread::spawn(move || {
+            let pinner = LoggingPinner(mock.clone(), ring.clone(), Mutex::new(0));
+            let mut keeper = Keeper::new(MockMachine(mock.clone(), ring), Box::new(pinner), |_| {}).unwrap();
+            let mut spawn = |socket: OwnedFd| -> io::Result<Box<dyn Serving>> {
+                connected.send(socket).map_err(io::Error::other)?;
+                let (_, played) = std::sync::mpsc::channel();
+                Ok(Box::new(Threaded { mock: mock.clone(), played }))
+            };
+            keeper.run(&mut spawn, stop.as_fd())
+        })
+    };
+    let socket = MessageSocket::from(connection.recv().unwrap());
+    serving::take_over(&socket).unwrap();
+    let memory = serving::KeeperMemory::new(socket);
+    let (reader, writer) = pipe();
+    let id = memory.hold(writer).unwrap();
+    let mut byte = [0];
+    assert_eq!(rustix::io::read(&reader, &mut byte), Err(rustix::io::Errno::AGAIN), "open");
+    memory.release(id);
+    assert_eq!(rustix::io::read(&reader, &mut byte), Ok(0), "closed");
+    let (reader, writer) = pipe();
+    memory.hold(writer).unwrap();
+    if let Some(ring) = io_uring("the keeper holds an io_uring, which no socket carries") {
+        memory.hold(ring).unwrap();
+    }
+    // The serving process ends: let go once the device is quiet.
+    drop(memory);
+    eventually("closed", || rustix::io::read(&reader, &mut byte) == Ok(0));
+    rustix::io::write(&*stop, &1u64.to_ne_bytes()).unwrap();
+    keeper.join().unwrap().unwrap();
+    mock.end();
 }
 
 /// After a reply that is not understood the next one may be somebody else's.

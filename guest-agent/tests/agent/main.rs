@@ -2,6 +2,7 @@
 //!
 //! * `ring`: the device's side of a split virtqueue.
 //! * `mock`: a device that answers commands and raises faults as a test tells it to.
+//! * `world`: devices of it whose engines execute packets.
 
 #![expect(
     clippy::unwrap_used,
@@ -12,8 +13,17 @@
 
 mod agent;
 mod broker;
+mod client;
+mod command;
 mod driver;
+mod hostile;
+mod hostile_files;
+mod hostile_lives;
+mod hostile_walk;
 mod keeper;
 mod mock;
 mod ring;
+mod table;
+mod trusted;
 mod virtqueue;
+mod world;

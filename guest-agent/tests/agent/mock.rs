@@ -7,13 +7,14 @@ use rustix::fs::MemfdFlags;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::gpu::*;
-use virtio_gpu_svm::protocol::job::{OP_NOP, Packet};
+use virtio_gpu_svm::protocol::job::{OP_NOP, OPCODES, Packet};
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES, PAGE_SIZE};
 use zerocopy::little_endian::U64;
@@ -41,12 +42,52 @@ pub struct Answered {
     pub status: i32,
 }
 
+/// What a host device says of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub va_bits: u32,
+    pub fault_model: u32,
+    pub address_model: u32,
+    pub opcodes: u64,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self { va_bits: 48, fault_model: 0, address_model: 0, opcodes: OPCODES }
+    }
+}
+
+/// A job that was launched where the test plays the engines.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    pub ctx_id: u32,
+    pub job_id: u64,
+    pub user_data: u64,
+    pub packets: Vec<Packet>,
+    /// Mappings of its GPU VM, the latest last.
+    pub mappings: Vec<BindOp>,
+}
+
+/// A GPU VM, as far as it is played.
+#[derive(Clone, Debug)]
+pub struct PlayedVm {
+    pub dev_id: u32,
+    pub mappings: Vec<BindOp>,
+}
+
 /// What a test may look at and set.
 pub struct Script {
     pub epoch: u64,
     pub incarnation: u64,
     /// Host devices.
     pub devices: u32,
+    /// Those of them that are not as usual, by their id.
+    pub shapes: HashMap<u32, Shape>,
+    /// GPU VMs by context and id.
+    pub vms: HashMap<(u32, u32), PlayedVm>,
+    /// The test plays the engines: jobs wait in `launched` until it ends them.
+    pub played: bool,
+    pub launched: VecDeque<Launch>,
     /// Contexts that HELLO says are still retiring.
     pub retiring: u32,
     /// Contexts alive, and the sequence of their last invalidation.
@@ -79,6 +120,10 @@ impl Default for Script {
             epoch: 77,
             incarnation: 0,
             devices: 2,
+            shapes: HashMap::new(),
+            vms: HashMap::new(),
+            played: false,
+            launched: VecDeque::new(),
             retiring: 0,
             contexts: HashMap::new(),
             answers: Vec::new(),
@@ -170,6 +215,7 @@ impl Script {
             }
             VIRTIO_GPU_CMD_CTX_DESTROY => {
                 self.contexts.remove(&ctx_id);
+                self.vms.retain(|(owner, _), _| *owner != ctx_id);
                 self.log.push(format!("destroy {ctx_id}"));
                 if !self.hold_retired {
                     self.notice(EVENT_CONTEXT_RETIRED, ctx_id, 0);
@@ -210,7 +256,11 @@ impl Script {
         }
         let mut device = GetDeviceResp { resp: self.head(0, 0), dev_id, ..GetDeviceResp::default() };
         device.name[..4].copy_from_slice(b"mock");
-        device.va_bits = 48.into();
+        let shape = self.shapes.get(&dev_id.get()).copied().unwrap_or_default();
+        device.va_bits = shape.va_bits.into();
+        device.fault_model = shape.fault_model.into();
+        device.address_model = shape.address_model.into();
+        device.opcodes = shape.opcodes.into();
         device.as_bytes().to_vec()
     }
 
@@ -259,45 +309,99 @@ impl Script {
         self.submissions.push(payload.to_vec());
         let mut response = self.head(ctx_id, 0).as_bytes().to_vec();
         let Ok((req, _)) = ReqHdr::read_from_prefix(payload) else { return response };
-        let hdr = |len: usize| RspHdr { len: (len as u32).into(), seqno: req.seqno, ..RspHdr::default() };
+        let hdr = |len: usize, ret: i32| RspHdr {
+            len: (len as u32).into(),
+            seqno: req.seqno,
+            ret: ret.into(),
+            ..RspHdr::default()
+        };
         match req.cmd.get() {
             SVM_REQ_VM_CREATE => {
-                let (vm_id, asid, va_bits) = (1.into(), 9.into(), 48.into());
-                let rsp = VmCreateRsp { hdr: hdr(32), vm_id, asid, va_bits, ..VmCreateRsp::default() };
-                response.extend_from_slice(rsp.as_bytes());
+                let dev_id = VmCreate::read_from_prefix(payload).unwrap().0.dev_id.get();
+                match self.create_vm(ctx_id, dev_id) {
+                    Ok((vm_id, va_bits)) => {
+                        let (vm_id, asid, va_bits) = (vm_id.into(), 9.into(), va_bits.into());
+                        let rsp =
+                            VmCreateRsp { hdr: hdr(32, 0), vm_id, asid, va_bits, ..VmCreateRsp::default() };
+                        response.extend_from_slice(rsp.as_bytes());
+                    }
+                    Err(errno) => response.extend_from_slice(hdr(16, errno).as_bytes()),
+                }
+            }
+            SVM_REQ_VM_DESTROY => {
+                let vm_id = VmRef::read_from_prefix(payload).unwrap().0.vm_id.get();
+                let known = self.vms.remove(&(ctx_id, vm_id)).is_some();
+                response.extend_from_slice(hdr(16, if known { 0 } else { -2 }).as_bytes());
             }
             SVM_REQ_EXEC => {
-                let (exec, lists) = Exec::read_from_prefix(payload).unwrap();
-                let packets = &lists[exec.num_waits.get() as usize * size_of::<FencePoint>()..];
-                let packet = Packet::read_from_prefix(packets).unwrap().0;
-                let status = if packet.opcode.get() == OP_NOP { 0 } else { -14 };
-                let job_id = self.submissions.len() as u64;
-                let job = JobRecord {
-                    kind: EVENT_JOB_DONE.into(),
-                    ctx_id: ctx_id.into(),
-                    job_id: job_id.into(),
-                    user_data: exec.user_data,
-                    status: status.into(),
-                    addr: packet.dst,
-                    perm: PERM_WRITE.into(),
-                    ..JobRecord::default()
-                };
-                self.records.push_back(job.as_bytes().to_vec());
-                response.extend_from_slice(ExecRsp { hdr: hdr(24), job_id: job_id.into() }.as_bytes());
+                let job_id = self.exec(ctx_id, payload);
+                response.extend_from_slice(ExecRsp { hdr: hdr(24, 0), job_id: job_id.into() }.as_bytes());
             }
             SVM_REQ_VM_BIND => {
                 let (bind, lists) = VmBind::read_from_prefix(payload).unwrap();
+                let ops = &lists[bind.num_waits.get() as usize * size_of::<FencePoint>()..];
+                let ops = <[BindOp]>::ref_from_bytes(ops).unwrap();
                 let in_turn = bind.flags.get() & VM_BIND_ASYNC != 0;
                 let job_id = if in_turn { self.submissions.len() as u64 } else { 0 };
                 if in_turn {
-                    let ops = &lists[bind.num_waits.get() as usize * size_of::<FencePoint>()..];
-                    self.end_bind(ctx_id, job_id, &bind, <[BindOp]>::ref_from_bytes(ops).unwrap());
+                    self.end_bind(ctx_id, job_id, &bind, ops);
+                } else if let Some(vm) = self.vms.get_mut(&(ctx_id, bind.vm_id.get())) {
+                    vm.mappings.extend_from_slice(ops);
                 }
-                response.extend_from_slice(VmBindRsp { hdr: hdr(24), job_id: job_id.into() }.as_bytes());
+                response.extend_from_slice(VmBindRsp { hdr: hdr(24, 0), job_id: job_id.into() }.as_bytes());
             }
-            _ => response.extend_from_slice(hdr(16).as_bytes()),
+            _ => response.extend_from_slice(hdr(16, 0).as_bytes()),
         }
         response
+    }
+
+    /// A GPU VM's id and address bits, or a negative errno. Where engines are played, a context has one on each device.
+    fn create_vm(&mut self, ctx_id: u32, dev_id: u32) -> Result<(u32, u32), i32> {
+        if dev_id >= self.devices {
+            return Err(-2);
+        }
+        let has_one = self.vms.iter().any(|((owner, _), vm)| (*owner, vm.dev_id) == (ctx_id, dev_id));
+        if self.played && has_one {
+            return Err(-17);
+        }
+        let vm_id = (1..).find(|vm_id| !self.vms.contains_key(&(ctx_id, *vm_id))).unwrap();
+        self.vms.insert((ctx_id, vm_id), PlayedVm { dev_id, mappings: Vec::new() });
+        Ok((vm_id, self.shapes.get(&dev_id).copied().unwrap_or_default().va_bits))
+    }
+
+    fn exec(&mut self, ctx_id: u32, payload: &[u8]) -> u64 {
+        let (exec, lists) = Exec::read_from_prefix(payload).unwrap();
+        let packets = &lists[exec.num_waits.get() as usize * size_of::<FencePoint>()..];
+        let packets = <[Packet]>::ref_from_bytes(packets).unwrap().to_vec();
+        let mappings = self.vms.get(&(ctx_id, exec.vm_id.get())).map(|vm| vm.mappings.clone());
+        let (job_id, user_data) = (self.submissions.len() as u64, exec.user_data.get());
+        let mappings = mappings.unwrap_or_default();
+        let launch = Launch { ctx_id, job_id, user_data, packets, mappings };
+        if self.played {
+            self.launched.push_back(launch);
+        } else {
+            let packet = launch.packets[0];
+            let failure = (packet.opcode.get() != OP_NOP).then_some((-14, 0, packet.dst.get(), PERM_WRITE));
+            self.end_job(&launch, failure);
+        }
+        job_id
+    }
+
+    /// Ends a job, well or with a negative errno, the packet, the address and the access.
+    pub fn end_job(&mut self, launch: &Launch, failure: Option<(i32, u32, u64, u32)>) {
+        let (status, packet, addr, perm) = failure.unwrap_or_default();
+        let job = JobRecord {
+            kind: EVENT_JOB_DONE.into(),
+            ctx_id: launch.ctx_id.into(),
+            job_id: launch.job_id.into(),
+            user_data: launch.user_data.into(),
+            status: status.into(),
+            packet: packet.into(),
+            addr: addr.into(),
+            perm: perm.into(),
+            ..JobRecord::default()
+        };
+        self.records.push_back(job.as_bytes().to_vec());
     }
 }
 
@@ -363,6 +467,7 @@ pub struct Mock {
     script: Mutex<Script>,
     queues: Mutex<Option<Queues>>,
     ended: Mutex<bool>,
+    doorbells: AtomicUsize,
 }
 
 impl Mock {
@@ -374,6 +479,7 @@ impl Mock {
             script: Mutex::new(Script::default()),
             queues: Mutex::new(None),
             ended: Mutex::new(false),
+            doorbells: AtomicUsize::new(0),
         });
         let device = mock.clone();
         let thread = std::thread::spawn(move || device.play());
@@ -383,6 +489,11 @@ impl Mock {
     pub fn end(&self) {
         *self.ended.lock().unwrap() = true;
         self.kick.raise();
+    }
+
+    /// Doorbells of the control queue so far.
+    pub fn doorbells(&self) -> usize {
+        self.doorbells.load(Ordering::Relaxed)
     }
 
     /// The driver sets the queues, or takes them away.
@@ -449,6 +560,9 @@ pub struct MockTransport(pub Arc<Mock>);
 impl Transport for MockTransport {
     fn notify(&self, queue: u16) -> io::Result<()> {
         assert_ne!(queue, CURSORQ);
+        if queue == CONTROLQ {
+            self.0.doorbells.fetch_add(1, Ordering::Relaxed);
+        }
         self.0.kick.raise();
         Ok(())
     }
@@ -464,12 +578,17 @@ impl Transport for MockTransport {
 
 /// A running mock with a driver on it.
 pub fn device() -> (Arc<Mock>, Arc<SvmDevice>) {
+    device_with(true)
+}
+
+/// The same; without `event_idx` every publication of commands rings.
+pub fn device_with(event_idx: bool) -> (Arc<Mock>, Arc<SvmDevice>) {
     let (mock, _thread) = Mock::start();
     let (fd, addresses) = memory(Rings::BYTES / 4096);
     let driver = region(&fd, &addresses);
-    let config = RingConfig { event_idx: true, ..RingConfig::default() };
+    let config = RingConfig { event_idx, ..RingConfig::default() };
     let rings = Rings::new(config).unwrap();
-    mock.set_queues(Some((region(&fd, &addresses), rings.addresses(&driver).unwrap(), true)));
+    mock.set_queues(Some((region(&fd, &addresses), rings.addresses(&driver).unwrap(), event_idx)));
     let transport = Arc::new(MockTransport(mock.clone()));
     let device = SvmDevice::new(transport, driver, &rings).unwrap();
     (mock, Arc::new(device))

@@ -2,12 +2,14 @@
 //! process, the story's processes are real ones of the host, each with the same A..B mapped to its own guest memory.
 
 use super::{Actor, Machine};
+use crate::binaries::Binaries;
 use crate::frontend::ram::GuestRam;
 use crate::frontend::vmm::Vmm;
 use crate::guest::SimulatedGuest;
 use crate::ledger::Answered;
-use anyhow::{Context, Result, ensure};
-use guest_agent::agent::{AgentOptions, ArenaMemory, ArenaPages};
+use crate::ordinary::Ordinary;
+use anyhow::{Context, Result, bail, ensure};
+use guest_agent::agent::{AgentOptions, ArenaMemory, ArenaPages, LedgerReport};
 use guest_agent::broker::{Broker, BrokerOptions};
 use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Write};
@@ -25,23 +27,56 @@ pub struct HostMachine {
     _broker: Broker,
     guest: SimulatedGuest,
     socket: PathBuf,
-    program: PathBuf,
+    programs: Programs,
+}
+
+/// What runs in such a guest.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// The story's process.
+    pub process: PathBuf,
+    /// `svm-agent`, which starts ordinary programs.
+    pub agent: PathBuf,
+    /// The allocator library.
+    pub allocator: PathBuf,
+    /// Where ordinary programs are.
+    pub folder: PathBuf,
+}
+
+impl Programs {
+    /// As they were built.
+    ///
+    /// # Errors
+    /// One was not.
+    pub fn of(built: &Binaries, ordinary: &Ordinary) -> Result<Self> {
+        Ok(Self {
+            process: built.get("story-process")?.to_owned(),
+            agent: built.get("svm-agent")?.to_owned(),
+            allocator: ordinary.allocator(),
+            folder: ordinary.folder().to_owned(),
+        })
+    }
 }
 
 impl HostMachine {
+    /// What the agent knows of its answers.
+    pub fn ledger(&self) -> LedgerReport {
+        self.guest.agent().ledger(true)
+    }
+
     /// A guest on a VMM, with an agent that holds its answers back. `folder` is for the agent's socket and must be open
-    /// to other users; `program` is the story's process.
+    /// to other users.
     ///
     /// # Errors
     /// The daemon refused, or the socket cannot be made.
-    pub fn start(name: &str, vmm: Vmm, folder: &Path, program: &Path) -> Result<Self> {
+    pub fn start(name: &str, vmm: Vmm, folder: &Path, programs: Programs) -> Result<Self> {
         let memory = Arc::new(ContiguousArenas { ram: vmm.ram().clone(), last_id: AtomicU64::new(0) });
         let options = AgentOptions { hold_answers: true, ..AgentOptions::default() };
         let guest = SimulatedGuest::start_with(name, vmm, memory, options)?;
         let socket = folder.join(format!("{name}-agent.sock"));
         let broker = Broker::start(guest.agent().clone(), BrokerOptions::at(&socket))
             .with_context(|| format!("no broker at {}", socket.display()))?;
-        Ok(Self { _broker: broker, guest, socket, program: program.to_owned() })
+        Ok(Self { _broker: broker, guest, socket, programs })
     }
 }
 
@@ -50,16 +85,17 @@ impl Machine for HostMachine {
         self.guest.name()
     }
     fn spawn(&self, uid: u32, arguments: &[String]) -> Result<Box<dyn Actor>> {
-        let mut command = Command::new(&self.program);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
-        // Only root can give a process another user.
-        if rustix::process::geteuid().is_root() {
-            command.uid(uid).gid(uid);
-        }
-        let mut child =
-            command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
-        let output = BufReader::new(child.stdout.take().context("no stdout")?);
-        Ok(Box::new(HostActor { child, output }))
+        let mut command = Command::new(&self.programs.process);
+        command.args(arguments);
+        HostActor::start(command, uid)
+    }
+    fn start(&self, uid: u32, program: &[String]) -> Result<Box<dyn Actor>> {
+        let [program, arguments @ ..] = program else { bail!("no program") };
+        let mut command = Command::new(&self.programs.agent);
+        command.arg("run").arg("--library").arg(&self.programs.allocator);
+        command.arg("--socket").arg(&self.socket);
+        command.arg("--").arg(self.programs.folder.join(program)).args(arguments);
+        HostActor::start(command, uid)
     }
     fn agent_socket(&self) -> String {
         self.socket.display().to_string()
@@ -100,14 +136,32 @@ struct HostActor {
     output: BufReader<ChildStdout>,
 }
 
+impl HostActor {
+    fn start(mut command: Command, uid: u32) -> Result<Box<dyn Actor>> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        // Only root can give a process another user.
+        if rustix::process::geteuid().is_root() {
+            command.uid(uid).gid(uid);
+        }
+        let program = command.get_program().to_owned();
+        let mut child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
+        let output = BufReader::new(child.stdout.take().context("no stdout")?);
+        Ok(Box::new(Self { child, output }))
+    }
+}
+
 impl Actor for HostActor {
     fn tell(&mut self, command: &str) -> Result<()> {
         let stdin = self.child.stdin.as_mut().context("no stdin")?;
         writeln!(stdin, "{command}").context("the process is gone; its error is above")
     }
-    fn answer(&mut self) -> Result<Value> {
+    fn line(&mut self) -> Result<String> {
         let mut line = String::new();
-        self.output.read_line(&mut line)?;
+        ensure!(self.output.read_line(&mut line)? > 0, "the process has ended; its error is above");
+        Ok(line.trim_end().to_owned())
+    }
+    fn answer(&mut self) -> Result<Value> {
+        let line = self.line()?;
         serde_json::from_str(&line)
             .with_context(|| format!("the process answers {line:?}; its error is above"))
     }

@@ -2,6 +2,7 @@
 
 use super::{Actor, Machine};
 use crate::ledger::Answered;
+use crate::ordinary::Ordinary;
 use crate::provision::Vm;
 use crate::qemu::channel::Process;
 use crate::qemu::{Guest, ROOT};
@@ -27,12 +28,15 @@ pub struct QemuMachine {
 }
 
 impl QemuMachine {
-    /// Boots a guest on the daemon's socket and starts an agent that holds its answers back.
+    /// Boots a guest with these programs on the daemon's socket and starts an agent that holds its answers back.
     ///
     /// # Errors
     /// It does not boot, or the agent does not come up; the console's tail is in the error.
-    pub fn boot(vm: &Vm, name: &str, socket: &Path) -> Result<Self> {
-        let guest = Guest::builder(name).kernel(vm.cloud_kernel()?).vhost_user_gpu(socket).boot(vm)?;
+    pub fn boot(vm: &Vm, name: &str, socket: &Path, programs: &Ordinary) -> Result<Self> {
+        let builder = Guest::builder(name).kernel(vm.cloud_kernel()?).vhost_user_gpu(socket);
+        let guest = builder.ordinary(programs).boot(vm)?;
+        // Without randomness, programs are at the same addresses: then only the context tells them apart.
+        guest.check(ROOT, ["sh", "-c", "echo 0 > /proc/sys/kernel/randomize_va_space"])?;
         let agent = guest.spawn(ROOT, "svm-agent serve --hold-answers")?;
         wait_for_agent(&guest, &agent)?;
         Ok(Self { name: name.into(), guest, _agent: agent })
@@ -50,6 +54,11 @@ impl Machine for QemuMachine {
     fn spawn(&self, uid: u32, arguments: &[String]) -> Result<Box<dyn Actor>> {
         let mut argv = vec!["story-process".to_owned()];
         argv.extend_from_slice(arguments);
+        Ok(Box::new(QemuActor(self.guest.spawn(uid, argv)?)))
+    }
+    fn start(&self, uid: u32, program: &[String]) -> Result<Box<dyn Actor>> {
+        let mut argv = ["svm-agent", "run", "--"].map(str::to_owned).to_vec();
+        argv.extend_from_slice(program);
         Ok(Box::new(QemuActor(self.guest.spawn(uid, argv)?)))
     }
     fn agent_socket(&self) -> String {
@@ -89,6 +98,9 @@ struct QemuActor(Process);
 impl Actor for QemuActor {
     fn tell(&mut self, command: &str) -> Result<()> {
         self.0.write_line(command)
+    }
+    fn line(&mut self) -> Result<String> {
+        self.0.wait_for_line(|line| Some(line.to_owned()))
     }
     fn answer(&mut self) -> Result<Value> {
         self.0.wait_for_line(|line| serde_json::from_str(line).ok())

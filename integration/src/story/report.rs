@@ -1,5 +1,6 @@
 //! What a telling came to: the demo's one JSON object.
 
+use super::PlainPointers;
 use crate::ledger::Comparison;
 use serde::Serialize;
 
@@ -57,6 +58,8 @@ pub struct Report {
     pub faults: Faults,
     /// Bytes that were not as they must be, over all processes.
     pub data_mismatches: u64,
+    /// The third act; none where the daemon misroutes on purpose.
+    pub plain_pointers: Option<PlainPointers>,
     /// From the first mapping to the last result.
     pub seconds: f64,
     /// Whether the three ledgers agree in everything.
@@ -73,5 +76,6 @@ impl Report {
             && self.faults.lost == 0
             && self.data_mismatches == 0
             && self.peak_pending_vms == vms as u64
+            && self.plain_pointers.as_ref().is_none_or(PlainPointers::holds)
     }
 }

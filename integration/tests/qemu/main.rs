@@ -1,7 +1,9 @@
 //! Real guests under QEMU, one at a time. What a test lacks is said on stderr and fails it.
 
 mod crowd;
+mod hostile;
 mod killed_agent;
+mod plain_pointers;
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -139,6 +141,24 @@ fn qemu_killed_agent_leaves_no_stray_write() -> Result<()> {
 fn qemu_thousand_contexts_have_their_own_faults() -> Result<()> {
     let _turn = one_at_a_time();
     crowd::each_has_its_own_faults(&Vm::open()?)
+}
+
+#[test]
+fn qemu_every_kind_of_memory_works_or_says_why_not() -> Result<()> {
+    let _turn = one_at_a_time();
+    plain_pointers::every_kind_of_memory(&Vm::open()?)
+}
+
+#[test]
+fn qemu_processes_live_and_no_byte_is_stale() -> Result<()> {
+    let _turn = one_at_a_time();
+    plain_pointers::processes_live_and_no_byte_is_stale(&Vm::open()?)
+}
+
+#[test]
+fn qemu_hostile_processes_reach_nothing_and_leave_nothing() -> Result<()> {
+    let _turn = one_at_a_time();
+    hostile::processes_reach_nothing_and_leave_nothing(&Vm::open()?)
 }
 
 fn as_it_must_be(report: &Report) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The commands of the control queue, typed. Each builds its request and hands it to the rings of [`super`].
 
 use super::super::{Error, Result};
-use super::{Response, SvmDevice};
+use super::{Posted, Response, SvmDevice};
 use virtio_gpu_svm::protocol::control::{
     GetDevice, GetDeviceResp, Hello, HelloResp, Invalidate, InvalidateResp, PageResponse, PageRun, Supply,
     SupplyResp, SvmResp, VIRTIO_GPU_CMD_SVM_GET_DEVICE, VIRTIO_GPU_CMD_SVM_HELLO,
@@ -112,23 +112,21 @@ impl SvmDevice {
         response.parse(VIRTIO_GPU_CMD_SVM_SUPPLY)
     }
 
-    /// Answers a fault; the device's answer comes back through the pump with `token`.
+    /// The answer to a fault, to be posted under `token`.
     ///
     /// # Errors
-    /// As [`Self::post`].
-    pub fn post_page_response(
-        &self,
+    /// [`Error::TooLarge`].
+    pub fn page_response(
         token: u64,
-        ctx_id: u32,
-        cookie: u64,
+        (ctx_id, cookie): (u32, u64),
         code: u32,
         runs: &[PageRun],
-    ) -> Result<()> {
+    ) -> Result<Posted> {
         let hdr = header(VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, ctx_id);
         let Told { num_runs, flags, bytes } = told(runs)?;
         let head = PageResponse { hdr, cookie: cookie.into(), code: code.into(), num_runs, flags };
         let request = [head.as_bytes(), &bytes].concat();
-        self.post(token, request, size_of::<SupplyResp>())
+        Ok(Posted { token, request, response_len: size_of::<SupplyResp>() })
     }
 
     /// Withdraws a range of a context. The answer says that no new use begins; [`Self::wait_done`] with its sequence

@@ -1,0 +1,35 @@
+/* What libsvm_alloc.so offers beside malloc and its relatives. */
+#ifndef SVM_ALLOC_H
+#define SVM_ALLOC_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The context of the agent that has this process' memory. Another connection of the process may join it. */
+struct svm_alloc_session {
+	uint32_t ctx_id;
+	/* The agent's socket, ended by a zero. */
+	char socket[108];
+};
+
+/* Returns 0, or ENOTCONN where GPUs do not reach this process' memory. A forked child has a context of its own. */
+int svm_alloc_session(struct svm_alloc_session *out);
+
+/* Memory that the program has mapped readable and writable, and that GPUs do not reach all the same: the agent refused
+ * it, or it is of a size that the library leaves alone. */
+struct svm_alloc_left {
+	/* Calls of mmap and mremap, since the program began. */
+	uint64_t mappings;
+	uint64_t bytes;
+};
+
+void svm_alloc_left(struct svm_alloc_left *out);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,151 @@
+//! The writable data of the program and its libraries, moved into arenas where it stands.
+//!
+//! Three objects keep theirs:
+//! * this library, whose table must stay the child's own when a fork copies arenas by it;
+//! * the loader and the C library: between the fork and the first handler in the child, the C library writes to both
+//!   (thread lists, locks of streams). If they were shared, it would write to its parent's.
+//!
+//! What the loader has made read-only after relocation (PT_GNU_RELRO) is nobody's variable and stays as well.
+//!
+//! Libraries that are loaded later have theirs moved when dlopen returns ([`crate::loaded`]). All this only while there
+//! is one thread.
+
+#![expect(unsafe_code, reason = "asks the loader for segments and moves them")]
+
+use crate::heap;
+use crate::piece::{PAGE, Purpose};
+use crate::say::say;
+use libc::{c_int, c_void, dl_phdr_info, size_t};
+use std::ops::Range;
+
+/// Most segments of one object.
+const MAX_SEGMENTS: usize = 64;
+
+/// What is being moved.
+struct Moving {
+    /// Objects that stay as they are, in the order in which they were loaded.
+    skipped: usize,
+    purpose: Purpose,
+}
+
+/// Moves them, if there is one thread.
+pub fn adopt() {
+    if !is_single_threaded() {
+        say(format_args!(
+            "a library started threads before this one was ready: globals stay where they are, out of the reach of GPUs"
+        ));
+        return;
+    }
+    adopt_objects(Moving { skipped: 0, purpose: Purpose::Globals });
+}
+
+/// Moves those of libraries that were loaded after the first `before` objects, if there is one thread.
+pub fn adopt_loaded(before: usize) {
+    if is_single_threaded() {
+        adopt_objects(Moving { skipped: before, purpose: Purpose::Loaded });
+    }
+}
+
+fn adopt_objects(mut moving: Moving) {
+    let blocked = Blocked::all();
+    // SAFETY: the callback takes what it is given here, and its signature is the one that is asked for.
+    unsafe { libc::dl_iterate_phdr(Some(adopt_object), (&raw mut moving).cast()) };
+    drop(blocked);
+}
+
+/// Signals held back, so that no handler sees or changes memory that is on its way.
+pub struct Blocked {
+    before: libc::sigset_t,
+}
+
+impl Blocked {
+    pub fn all() -> Self {
+        // SAFETY: a signal set is plain data for which all zeros is a value.
+        let mut before: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: as above.
+        let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the pointer is to a set that lives here.
+        unsafe { libc::sigfillset(&raw mut all) };
+        // SAFETY: both pointers are to sets that live here.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+        Self { before }
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // SAFETY: the set was filled in by the C library; no old set is asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+}
+
+fn is_single_threaded() -> bool {
+    // Without allocating: the number of links of the directory is the number of threads and 2.
+    rustix::fs::stat(c"/proc/self/task").is_ok_and(|stat| stat.st_nlink == 3)
+}
+
+/// What the loader says of an object: where its program headers put it, and those headers.
+pub fn headers_of(info: &dl_phdr_info) -> &[libc::Elf64_Phdr] {
+    let count = usize::from(info.dlpi_phnum).min(MAX_SEGMENTS);
+    // SAFETY: the loader's pointer is to as many headers, which stay as long as the object is loaded.
+    unsafe { std::slice::from_raw_parts(info.dlpi_phdr, count) }
+}
+
+/// Where a part of an object stands.
+pub fn place_of(info: &dl_phdr_info, header: &libc::Elf64_Phdr) -> Range<usize> {
+    let start = usize::try_from(info.dlpi_addr.wrapping_add(header.p_vaddr)).unwrap_or(0);
+    start..start.saturating_add(usize::try_from(header.p_memsz).unwrap_or(0))
+}
+
+extern "C" fn adopt_object(info: *mut dl_phdr_info, _size: size_t, moving: *mut c_void) -> c_int {
+    // SAFETY: it is what `adopt_objects` passes, which waits for this.
+    let moving = unsafe { &mut *moving.cast::<Moving>() };
+    if moving.skipped > 0 {
+        moving.skipped -= 1;
+        return 0;
+    }
+    // SAFETY: the loader passes a whole structure that lives until this returns.
+    let info = unsafe { info.read() };
+    let headers = headers_of(&info);
+    let at = |header: &libc::Elf64_Phdr| place_of(&info, header);
+    let segments = || headers.iter().filter(|header| header.p_type == libc::PT_LOAD);
+    // Code of each object that keeps its data.
+    let kept = [adopt_object as *const () as usize, libc::getpid as *const () as usize, loader()];
+    if segments().any(|segment| kept.iter().any(|address| at(segment).contains(address))) {
+        return 0;
+    }
+    let relro = headers.iter().find(|header| header.p_type == libc::PT_GNU_RELRO).map(at);
+    // The loader protects whole pages only.
+    let fixed = relro.map_or(0..0, |relro| floor(relro.start)..floor(relro.end));
+    for segment in segments().filter(|segment| segment.p_flags & libc::PF_W != 0) {
+        for part in without(pages_of(at(segment)), &fixed) {
+            // SAFETY: these are the object's writable pages; the only thread is here, on its stack, signals are held back.
+            unsafe { heap::lock().space().adopt(part.start, part.len(), moving.purpose) };
+        }
+    }
+    0
+}
+
+/// A segment is mapped in whole pages.
+pub fn pages_of(segment: Range<usize>) -> Range<usize> {
+    floor(segment.start)..segment.end.next_multiple_of(PAGE)
+}
+
+fn floor(address: usize) -> usize {
+    address - address % PAGE
+}
+
+/// What is left of `range`, in at most two parts.
+fn without(range: Range<usize>, hole: &Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let before = range.start..range.end.min(hole.start);
+    let after = range.start.max(hole.end)..range.end;
+    let parts = if hole.is_empty() { [range, 0..0] } else { [before, after] };
+    parts.into_iter().filter(|part| !part.is_empty())
+}
+
+/// An address in the loader's code.
+fn loader() -> usize {
+    // SAFETY: any type may be asked for; one that is not there gives 0.
+    let base = unsafe { libc::getauxval(libc::AT_BASE) };
+    usize::try_from(base).unwrap_or(0)
+}

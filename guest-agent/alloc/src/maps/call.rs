@@ -1,0 +1,161 @@
+//! The system calls behind mmap and its relatives, with errno as the C library sets it.
+
+#![expect(unsafe_code, reason = "makes system calls that change the address space")]
+
+use super::{DEV_ZERO, Kind, READ_WRITE};
+use crate::exports::set_errno;
+use crate::piece::Sharing;
+use libc::{c_int, off_t};
+use rustix::fs::FileType;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Bits of mmap's flags that say whether it is shared.
+const MAP_TYPE: c_int = 0x0f;
+/// Memory of which the library makes no arena, but which can be pinned where it is.
+const PINNABLE: c_int = libc::MAP_STACK | libc::MAP_HUGETLB;
+/// As above, and all of it.
+const UNFIT: c_int = PINNABLE | libc::MAP_GROWSDOWN;
+
+/// What is asked of mmap.
+#[derive(Clone, Copy)]
+pub struct Request {
+    pub at: usize,
+    pub len: usize,
+    pub prot: c_int,
+    pub flags: c_int,
+    pub fd: c_int,
+    pub offset: off_t,
+}
+
+impl Request {
+    /// # Safety
+    /// As mmap.
+    pub unsafe fn carry_out(&self) -> Option<usize> {
+        let Self { at, len, prot, flags, fd, offset } = *self;
+        // SAFETY: passed on.
+        let mapped = unsafe { libc::syscall(libc::SYS_mmap, at, len, prot, flags, fd, offset) };
+        address(mapped)
+    }
+
+    pub fn kind(&self) -> Kind<'_> {
+        if self.prot != READ_WRITE {
+            return Kind::Other;
+        }
+        let shared = match self.flags & MAP_TYPE {
+            libc::MAP_PRIVATE => false,
+            libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE => true,
+            _ => return Kind::Other,
+        };
+        let (pinnable, anonymous) =
+            (self.flags & UNFIT & !PINNABLE == 0, self.flags & libc::MAP_ANONYMOUS != 0);
+        if self.flags & UNFIT != 0 {
+            let sharing = if shared { Sharing::Family } else { Sharing::Private };
+            return if pinnable && anonymous { Kind::Pinned(sharing) } else { Kind::Other };
+        }
+        if anonymous {
+            return if shared { Kind::SharedZeros } else { Kind::Zeros };
+        }
+        if self.fd < 0 {
+            return Kind::Other;
+        }
+        // SAFETY: it is a number that the program takes for a descriptor; one that is not open is refused when it is used.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let Ok(stat) = rustix::fs::fstat(fd) else { return Kind::Other };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile if shared => Kind::Shared(fd),
+            FileType::RegularFile => Kind::Copy(fd),
+            FileType::CharacterDevice if !shared && is_dev_zero(stat.st_rdev) => Kind::Zeros,
+            _ => Kind::Other,
+        }
+    }
+}
+
+fn is_dev_zero(device: u64) -> bool {
+    (rustix::fs::major(device), rustix::fs::minor(device)) == DEV_ZERO
+}
+
+/// What a system call that returns an address has returned.
+pub fn address(result: libc::c_long) -> Option<usize> {
+    (result != -1).then_some(result.cast_unsigned()).and_then(|address| usize::try_from(address).ok())
+}
+
+/// The result of a call that fails here.
+pub fn failed(errno: c_int) -> c_int {
+    set_errno(errno);
+    -1
+}
+
+fn result(result: libc::c_long) -> c_int {
+    c_int::try_from(result).unwrap_or(-1)
+}
+
+/// # Safety
+/// As munmap.
+pub unsafe fn unmap(at: usize, len: usize) -> c_int {
+    // SAFETY: passed on.
+    result(unsafe { libc::syscall(libc::SYS_munmap, at, len) })
+}
+
+/// # Safety
+/// As mprotect.
+pub unsafe fn protect(at: usize, len: usize, prot: c_int) -> c_int {
+    // SAFETY: passed on.
+    result(unsafe { libc::syscall(libc::SYS_mprotect, at, len, prot) })
+}
+
+/// # Safety
+/// As madvise.
+pub unsafe fn advise(range: &Range<usize>, advice: c_int) -> c_int {
+    let len = range.end.wrapping_sub(range.start);
+    // SAFETY: passed on.
+    result(unsafe { libc::syscall(libc::SYS_madvise, range.start, len, advice) })
+}
+
+/// Bytes of a mapping that have pages in its file; `None`: there are none.
+pub fn len_in_file(len: usize, page: usize, fd: BorrowedFd<'_>, offset: off_t) -> Option<usize> {
+    let size = rustix::fs::fstat(fd).ok()?.st_size;
+    let rest = usize::try_from(size.checked_sub(offset)?).ok()?;
+    let [rest, len] = [rest, len].map(|len| len.checked_next_multiple_of(page));
+    Some(rest?.min(len?)).filter(|len| *len > 0)
+}
+
+/// Reads `len` bytes of a file to `to`; what is beyond the file's end stays as it is.
+pub fn read_file(fd: BorrowedFd<'_>, to: usize, len: usize, offset: off_t) -> bool {
+    let mut done = 0;
+    while done < len {
+        let (at, rest) = (to + done, len - done);
+        let Ok(from) = off_t::try_from(done).map(|done| offset + done) else { return false };
+        // SAFETY: the caller's memory is writable for `len` bytes.
+        let read = unsafe { libc::syscall(libc::SYS_pread64, fd.as_raw_fd(), at, rest, from) };
+        match usize::try_from(read) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// Copies memory of this process that may not be readable, or not be there at all.
+///
+/// # Safety
+/// `to` is writable for `len` bytes.
+pub unsafe fn copy(from: usize, to: usize, len: usize) -> bool {
+    let mut done = 0;
+    while done < len {
+        let part = |at: usize| libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(at + done),
+            iov_len: len - done,
+        };
+        let (source, target) = (part(from), part(to));
+        let this = rustix::process::getpid().as_raw_nonzero().get();
+        // SAFETY: the vectors live here; the kernel checks what it reads, and the caller has the right to what it writes.
+        let copied = unsafe { libc::process_vm_readv(this, &raw const target, 1, &raw const source, 1, 0) };
+        match usize::try_from(copied) {
+            Ok(copied) if copied > 0 => done += copied,
+            _ => return false,
+        }
+    }
+    true
+}

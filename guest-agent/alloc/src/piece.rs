@@ -1,0 +1,224 @@
+//! The table of pieces: memory of this process that the library has put something behind, sorted by address.
+//!
+//! Only keeps account; [`crate::space`] does what it says. It has a fixed size, because it must not allocate.
+
+use crate::fd::Kept;
+use std::ops::Range;
+
+/// Bytes of a page.
+pub const PAGE: usize = 4096;
+/// Most pieces of memory. The agent allows a context fewer arenas by default; the rest is for parts of them.
+const MAX_PIECES: usize = 4096;
+/// Room that new memory leaves for the parts of what there is.
+const SPARE: usize = 512;
+
+/// What a piece of memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Small blocks.
+    Heap,
+    /// One large block, or a part of it.
+    Block,
+    /// Globals of the program or of a library.
+    Globals,
+    /// Globals of a library that may be unloaded.
+    Loaded,
+    /// The upper part of a thread's stack.
+    Stack,
+    /// What the program has mapped: zeros at first.
+    Mapping,
+    /// As above, but a file's contents at first.
+    File,
+}
+
+impl Purpose {
+    /// Whether it stays in the table as anonymous memory: the heap keeps account of all its memory, and what the program
+    /// has mapped at once is one mapping to the program, though it may be several to the kernel by now.
+    pub fn is_kept(self) -> bool {
+        matches!(self, Self::Heap | Self::Block | Self::Mapping | Self::File)
+    }
+}
+
+/// Whose the memory of a piece is.
+#[derive(Clone, Copy)]
+pub enum Backing {
+    /// Anonymous memory: this process' own, out of the reach of GPUs.
+    Own,
+    /// The arena `id` from `offset` on.
+    Arena { id: u64, offset: usize },
+    /// It was an arena's, and GPUs do not reach it any more. Still the agent's memory, so a forked child shares it.
+    Withdrawn,
+    /// The program's own shared mapping, which the agent knows as the arena `id` from `offset` on. `file`: the same
+    /// memory again, for a forked child; `at`: where the piece begins in it.
+    Shared { id: u64, offset: usize, file: Option<Kept>, at: u64 },
+    /// The program's own memory, which the library has pinned: the agent knows it as the arena `id` from `offset` on.
+    Pinned { id: u64, offset: usize, sharing: Sharing },
+}
+
+/// Who sees what is written to pinned memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// This process alone; a forked child is given a copy by the kernel.
+    Private,
+    /// Forked children too.
+    Family,
+    /// Whoever attaches the System V segment, which begins at this address here.
+    Segment(usize),
+}
+
+impl Backing {
+    /// Whether a forked child must have a copy of it.
+    pub fn is_agents(&self) -> bool {
+        matches!(self, Self::Arena { .. } | Self::Withdrawn)
+    }
+
+    /// Whether GPUs and the process must go on having the same pages when the process gives up what is in them.
+    pub fn keeps_pages(&self) -> bool {
+        self.is_agents() || matches!(self, Self::Pinned { sharing: Sharing::Private, .. })
+    }
+
+    fn behind(mut self, len: usize) -> Self {
+        match &mut self {
+            Self::Own | Self::Withdrawn => {}
+            Self::Arena { offset, .. } | Self::Pinned { offset, .. } => *offset += len,
+            Self::Shared { offset, at, .. } => {
+                *offset += len;
+                *at += u64::try_from(len).unwrap_or(0);
+            }
+        }
+        self
+    }
+}
+
+/// What a forked child has in a piece's place (MADV_DONTFORK, MADV_WIPEONFORK).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InChild {
+    Copy,
+    Nothing,
+    Zeros,
+}
+
+/// A piece of memory.
+#[derive(Clone, Copy)]
+pub struct Piece {
+    pub base: usize,
+    pub len: usize,
+    pub purpose: Purpose,
+    pub backing: Backing,
+    /// Bytes of the large block that begins here; else 0.
+    pub block: usize,
+    /// PROT_*, as the program has it; memory that GPUs reach is readable and writable.
+    pub prot: i32,
+    pub in_child: InChild,
+}
+
+impl Piece {
+    /// Readable and writable, its beginning a block's if it is for one.
+    pub fn new(base: usize, len: usize, purpose: Purpose, backing: Backing) -> Self {
+        let block = if purpose == Purpose::Block { len } else { 0 };
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        Self { base, len, purpose, backing, block, prot, in_child: InChild::Copy }
+    }
+
+    pub fn end(&self) -> usize {
+        self.base + self.len
+    }
+
+    pub fn range(&self) -> Range<usize> {
+        self.base..self.end()
+    }
+}
+
+/// Pieces, none of which overlaps another.
+pub struct Table {
+    pieces: [Piece; MAX_PIECES],
+    count: usize,
+}
+
+impl Table {
+    pub const fn new() -> Self {
+        let none = Piece {
+            base: 0,
+            len: 0,
+            purpose: Purpose::Heap,
+            backing: Backing::Own,
+            block: 0,
+            prot: 0,
+            in_child: InChild::Copy,
+        };
+        Self { pieces: [none; MAX_PIECES], count: 0 }
+    }
+
+    pub fn pieces(&self) -> &[Piece] {
+        self.pieces.get(..self.count).unwrap_or_default()
+    }
+
+    /// Whether there is room for a piece of new memory.
+    pub fn has_room(&self) -> bool {
+        self.count < MAX_PIECES - SPARE
+    }
+
+    /// The piece that begins at `base`.
+    pub fn find(&self, base: usize) -> Option<Piece> {
+        let at = self.position(base)?;
+        self.pieces().get(at).copied()
+    }
+
+    /// The first piece of which a part lies in the range.
+    pub fn first_in(&self, range: &Range<usize>) -> Option<Piece> {
+        let at = self.pieces().partition_point(|piece| piece.end() <= range.start);
+        self.pieces().get(at).copied().filter(|piece| piece.base < range.end)
+    }
+
+    /// Adds a piece. The caller has looked whether there is room.
+    pub fn insert(&mut self, piece: Piece) {
+        let at = self.pieces().partition_point(|other| other.base < piece.base);
+        if self.count < MAX_PIECES {
+            self.pieces.copy_within(at..self.count, at + 1);
+            self.count += 1;
+        }
+        if let Some(entry) = self.pieces.get_mut(at) {
+            *entry = piece;
+        }
+    }
+
+    pub fn remove(&mut self, base: usize) -> Option<Piece> {
+        let at = self.position(base)?;
+        let piece = self.pieces().get(at).copied();
+        self.pieces.copy_within(at + 1..self.count, at);
+        self.count -= 1;
+        piece
+    }
+
+    /// The piece that begins at `base`, to be changed; not where it stands.
+    pub fn entry(&mut self, base: usize) -> Option<&mut Piece> {
+        let at = self.position(base)?;
+        self.pieces.get_mut(at)
+    }
+
+    /// All pieces, to be changed; not where they stand.
+    pub fn entries(&mut self) -> impl Iterator<Item = &mut Piece> {
+        self.pieces.iter_mut().take(self.count)
+    }
+
+    /// Has a piece begin at `at` if one lies across it. `None`: there is no room. Else the piece that is new.
+    pub fn split(&mut self, at: usize) -> Option<Option<Piece>> {
+        let across = self.first_in(&(at..at + 1)).filter(|piece| piece.base < at);
+        let Some(piece) = across else { return Some(None) };
+        if self.count == MAX_PIECES {
+            return None;
+        }
+        let len = at - piece.base;
+        if let Some(entry) = self.entry(piece.base) {
+            entry.len = len;
+        }
+        let rest =
+            Piece { base: at, len: piece.len - len, block: 0, backing: piece.backing.behind(len), ..piece };
+        self.insert(rest);
+        Some(Some(rest))
+    }
+
+    fn position(&self, base: usize) -> Option<usize> {
+        self.pieces().binary_search_by_key(&base, |piece| piece.base).ok()
+    }
+}

@@ -1,0 +1,462 @@
+//! The memory of this process that is the library's matter: arenas, what takes their place when the agent gives none, and
+//! mappings of the program that the agent was shown.
+//!
+//! Owns the connection and the table ([`crate::piece`]). So a large block is found when it is freed, and a forked child
+//! knows what it must not share. Used under the heap's lock only.
+//!
+//! Memory that the agent does not give is anonymous memory: the program works, and GPUs do not reach it. The first time
+//! that is said in a line, or ends the program if SVM_ALLOC=require.
+//!
+//! Memory leaves the reach of GPUs ([`Space::withdraw`]) before anything else is done with it, and what is unmapped or
+//! protected meanwhile stays at its place in the table until it is.
+
+#![expect(unsafe_code, reason = "maps memory over memory that is in use")]
+
+mod child;
+mod mapping;
+mod pin;
+
+pub use mapping::{copy_piece, map_anonymous, unmap};
+
+use crate::fd::Kept;
+use crate::fork;
+use crate::link::{Failure, Link, Made};
+use crate::piece::{Backing, PAGE, Piece, Purpose, Table};
+use crate::say::{give_up, say};
+use guest_agent::message::DEFAULT_SOCKET;
+use mapping::{copy_over, fill_over, map_arena};
+use rustix::mm::MapFlags;
+use std::ffi::CStr;
+use std::ops::Range;
+
+/// Most bytes of a socket's path, with the zero at its end: as in `sockaddr_un`.
+pub const PATH: usize = 108;
+
+enum State {
+    /// The program's environment cannot be read yet.
+    Early,
+    Up(Link),
+    /// Without an agent.
+    Down,
+}
+
+/// There is no room in the table: as when the kernel has no room for more mappings.
+pub struct Full;
+
+/// The table and the connection.
+pub struct Space {
+    state: State,
+    socket: [u8; PATH],
+    /// Memory that GPUs do not reach ends the program.
+    require: bool,
+    complained: bool,
+    /// The same for memory that could not be pinned.
+    complained_of_pins: bool,
+    follows_forks: bool,
+    table: Table,
+    left: Left,
+}
+
+/// Mappings of the program that GPUs do not reach though they might have.
+#[derive(Clone, Copy)]
+pub struct Left {
+    pub mappings: u64,
+    pub bytes: u64,
+}
+
+impl Space {
+    pub const fn new() -> Self {
+        Self {
+            state: State::Early,
+            socket: [0; PATH],
+            require: false,
+            complained: false,
+            complained_of_pins: false,
+            follows_forks: false,
+            table: Table::new(),
+            left: Left { mappings: 0, bytes: 0 },
+        }
+    }
+
+    /// Connects, as soon as the environment says where. What was allocated before stays as it is.
+    pub fn start(&mut self) {
+        if !matches!(self.state, State::Early) {
+            return;
+        }
+        if !self.follows_forks {
+            self.follows_forks = true;
+            fork::watch();
+        }
+        if !environment_is_there() {
+            return;
+        }
+        self.require = variable(c"SVM_ALLOC").is_some_and(|value| value.to_bytes() == b"require");
+        let named = variable(c"SVM_AGENT_SOCKET").map_or(DEFAULT_SOCKET.as_bytes(), CStr::to_bytes);
+        // One that is too long is cut, and then nobody listens there. The last byte stays zero.
+        for (to, from) in self.socket.iter_mut().take(PATH - 1).zip(named) {
+            *to = *from;
+        }
+        self.connect();
+    }
+
+    fn connect(&mut self) {
+        self.state = match Link::open(self.socket()) {
+            Ok(link) => State::Up(link),
+            Err(failure) => {
+                self.complain(&failure);
+                State::Down
+            }
+        };
+    }
+
+    /// Where the agent listens.
+    pub fn socket(&self) -> &CStr {
+        CStr::from_bytes_until_nul(&self.socket).unwrap_or_default()
+    }
+
+    fn link(&self) -> Option<&Link> {
+        match &self.state {
+            State::Up(link) => Some(link),
+            State::Early | State::Down => None,
+        }
+    }
+
+    /// The number of the process' context, if it has one.
+    pub fn ctx_id(&self) -> Option<u32> {
+        self.link().map(Link::ctx_id)
+    }
+
+    /// Bytes of arenas that the process may have.
+    pub fn max_arena_bytes(&self) -> u64 {
+        self.link().map_or(0, Link::max_arena_bytes)
+    }
+
+    fn complain(&mut self, failure: &Failure) {
+        if self.complained && !self.require {
+            return;
+        }
+        self.complained = true;
+        let socket = self.socket().to_str().unwrap_or("the socket");
+        say(format_args!("GPUs do not reach all memory of this program. {socket}: {failure}"));
+        if self.require {
+            say(format_args!("SVM_ALLOC=require, so the program ends"));
+            give_up();
+        }
+    }
+
+    fn fail(&mut self, failure: &Failure) {
+        if failure.is_final() {
+            self.state = State::Down;
+        }
+        self.complain(failure);
+    }
+
+    // New memory.
+
+    /// Maps zeroed memory, whole pages of it, aligned to a power of two.
+    pub fn create(&mut self, len: usize, align: usize, purpose: Purpose) -> Option<*mut u8> {
+        self.start();
+        let room = if align > PAGE { len.checked_add(align)? } else { len };
+        // Taken at once as anonymous memory: an arena then takes its place, if there is one.
+        // SAFETY: without MAP_FIXED no existing mapping is replaced.
+        let reserved =
+            unsafe { map_anonymous(0, room, libc::PROT_READ | libc::PROT_WRITE, MapFlags::empty()) }?;
+        let base = reserved.checked_next_multiple_of(align.max(PAGE))?;
+        unmap(reserved, base - reserved);
+        unmap(base + len, room - len - (base - reserved));
+        let range = base..base + len;
+        if !self.table.has_room() || self.vacate(&range).is_err() {
+            unmap(base, len);
+            return None;
+        }
+        // SAFETY: the range was reserved above, and nobody knows it yet.
+        if !unsafe { self.cover(base, len, purpose) } {
+            self.table.insert(Piece::new(base, len, purpose, Backing::Own));
+        }
+        Some(std::ptr::with_exposed_provenance_mut(base))
+    }
+
+    /// Puts an arena of zeros in the place of memory of which nothing is in the table. False: it stays as it is.
+    ///
+    /// # Safety
+    /// The range is mapped, and nobody needs what is in it.
+    pub unsafe fn cover(&mut self, base: usize, len: usize, purpose: Purpose) -> bool {
+        let piece = Piece::new(base, len, purpose, Backing::Own);
+        // SAFETY: as the caller says.
+        self.adopt_by(piece, |made| unsafe { map_arena(made, base, len) })
+    }
+
+    /// Moves memory that is there already into an arena at the same address, contents and all. False: it stays as it is.
+    ///
+    /// # Safety
+    /// The range is mapped, readable and writable, and nobody else uses it meanwhile. The caller does not stand on it.
+    pub unsafe fn adopt(&mut self, base: usize, len: usize, purpose: Purpose) -> bool {
+        // What is in the table has gone without its knowing: a thread's stack, if the thread ended by a system call.
+        if self.vacate(&(base..base + len)).is_err() {
+            return false;
+        }
+        let piece = Piece::new(base, len, purpose, Backing::Own);
+        // SAFETY: the caller keeps others away from the range.
+        self.adopt_by(piece, |made| unsafe { copy_over(Some(made), &piece) })
+    }
+
+    /// As [`Self::adopt`]: `place` puts the arena there, with contents.
+    fn adopt_by(&mut self, piece: Piece, place: impl FnOnce(&Made) -> bool) -> bool {
+        if !self.table.has_room() {
+            return false;
+        }
+        let Some(made) = self.take_arena(piece.base, piece.len) else { return false };
+        if !place(&made) {
+            self.give_arena(made.id);
+            return false;
+        }
+        self.table.insert(Piece { backing: Backing::Arena { id: made.id, offset: 0 }, ..piece });
+        true
+    }
+
+    /// Puts an arena with what `fill` writes in the place of memory. False: it stays as it is.
+    ///
+    /// # Safety
+    /// Nobody uses the memory meanwhile.
+    pub unsafe fn adopt_file(&mut self, base: usize, len: usize, fill: impl FnOnce(usize) -> bool) -> bool {
+        let piece = Piece::new(base, len, Purpose::File, Backing::Own);
+        // SAFETY: as the caller says.
+        self.adopt_by(piece, |made| unsafe { fill_over(made, base, len, fill) })
+    }
+
+    /// Counts a mapping that GPUs do not reach.
+    pub fn leave(&mut self, len: usize) {
+        self.left.mappings = self.left.mappings.saturating_add(1);
+        self.left.bytes = self.left.bytes.saturating_add(u64::try_from(len).unwrap_or(u64::MAX));
+    }
+
+    /// How many there were.
+    pub fn left(&self) -> Left {
+        self.left
+    }
+
+    /// Shows the program's own mapping of `file`, from `at` on, to the agent. False: GPUs do not reach it.
+    pub fn import(&mut self, base: usize, len: usize, file: Kept, at: u64) -> bool {
+        let shown = self.table.has_room().then(|| self.show(base, len, file, at)).flatten();
+        let Some(id) = shown else {
+            file.close();
+            return false;
+        };
+        let backing = Backing::Shared { id, offset: 0, file: Some(file), at };
+        self.table.insert(Piece::new(base, len, Purpose::Mapping, backing));
+        true
+    }
+
+    fn show(&mut self, base: usize, len: usize, file: Kept, at: u64) -> Option<u64> {
+        let State::Up(link) = &mut self.state else { return None };
+        match link.import(u64::try_from(base).ok()?, u64::try_from(len).ok()?, file.get()?, at) {
+            Ok(id) => Some(id),
+            // Not every file can be: that is no failure.
+            Err(Failure::Refused(_)) => None,
+            Err(failure) => {
+                self.fail(&failure);
+                None
+            }
+        }
+    }
+
+    fn take_arena(&mut self, base: usize, len: usize) -> Option<Made> {
+        let State::Up(link) = &mut self.state else { return None };
+        let (va, bytes) = (u64::try_from(base).ok()?, u64::try_from(len).ok()?);
+        let failure = match link.create(va, bytes) {
+            Ok(made) => return Some(made),
+            Err(failure) => failure,
+        };
+        self.fail(&failure);
+        None
+    }
+
+    fn give_arena(&mut self, id: u64) {
+        let State::Up(link) = &mut self.state else { return };
+        if let Err(failure) = link.free(id) {
+            self.fail(&failure);
+        }
+    }
+
+    // Memory that goes.
+
+    /// Has GPUs reach nothing in a range any more; the process still does. The range then begins and ends with pieces.
+    pub fn withdraw(&mut self, range: &Range<usize>) -> Result<(), Full> {
+        self.split(range.start)?;
+        self.split(range.end)?;
+        self.each_in(range, |space, piece| match piece.backing {
+            Backing::Own | Backing::Withdrawn => {}
+            Backing::Arena { id, offset } => {
+                space.set_backing(piece.base, Backing::Withdrawn);
+                space.cut(id, offset, piece.len);
+            }
+            Backing::Shared { id, offset, file, .. } => {
+                space.table.remove(piece.base);
+                file.into_iter().for_each(Kept::close);
+                space.cut(id, offset, piece.len);
+            }
+            Backing::Pinned { id, offset, .. } => {
+                space.table.remove(piece.base);
+                space.cut(id, offset, piece.len);
+            }
+        });
+        Ok(())
+    }
+
+    /// Has nothing of a range be in the table any more, because something else is there, or soon is.
+    pub fn vacate(&mut self, range: &Range<usize>) -> Result<(), Full> {
+        self.withdraw(range)?;
+        self.each_in(range, |space, piece| {
+            space.table.remove(piece.base);
+        });
+        Ok(())
+    }
+
+    /// Anonymous memory takes the place of the pieces in a range, with their contents.
+    ///
+    /// # Safety
+    /// As [`Self::adopt`].
+    pub unsafe fn disown(&mut self, range: &Range<usize>) -> bool {
+        let mut done = self.withdraw(range).is_ok();
+        self.each_in(range, |space, piece| {
+            // SAFETY: the caller keeps others away from the range.
+            done = done && (!piece.backing.is_agents() || unsafe { copy_over(None, &piece) });
+            if done {
+                space.own(&piece);
+            }
+        });
+        done
+    }
+
+    /// As [`Self::disown`], but the contents are not needed any more.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn forget(&mut self, range: &Range<usize>) -> Result<(), Full> {
+        self.withdraw(range)?;
+        self.each_in(range, |space, piece| {
+            // SAFETY: the range is the piece's, and the caller keeps others away from it.
+            unsafe { map_anonymous(piece.base, piece.len, piece.prot, MapFlags::FIXED) };
+            space.own(&piece);
+        });
+        Ok(())
+    }
+
+    /// Takes note that a piece is anonymous memory now.
+    fn own(&mut self, piece: &Piece) {
+        if piece.purpose.is_kept() {
+            self.set_backing(piece.base, Backing::Own);
+        } else {
+            self.table.remove(piece.base);
+        }
+    }
+
+    /// Takes note of anonymous memory that takes part in a mapping of the program's.
+    pub fn add_own(&mut self, range: &Range<usize>, purpose: Purpose, prot: i32) {
+        if self.table.has_room() {
+            let piece = Piece::new(range.start, range.len(), purpose, Backing::Own);
+            self.table.insert(Piece { prot, ..piece });
+        }
+    }
+
+    /// Unmaps the large block that begins at `base`.
+    ///
+    /// # Safety
+    /// Nobody uses it any more.
+    pub unsafe fn release(&mut self, base: usize) {
+        let Some(piece) = self.table.find(base) else { return };
+        let range = base..base + piece.block;
+        // Where a block ends, a piece ends, so there is nothing to split.
+        if self.vacate(&range).is_ok() {
+            unmap(base, piece.block);
+        }
+    }
+
+    fn split(&mut self, at: usize) -> Result<(), Full> {
+        let made = self.table.split(at).ok_or(Full)?;
+        if let Some(Piece { base, backing: Backing::Shared { id, offset, file, at }, .. }) = made {
+            // Each piece closes its own.
+            let file = file.and_then(|file| file.again());
+            self.set_backing(base, Backing::Shared { id, offset, file, at });
+        }
+        Ok(())
+    }
+
+    fn set_backing(&mut self, base: usize, backing: Backing) {
+        if let Some(entry) = self.table.entry(base) {
+            entry.backing = backing;
+        }
+    }
+
+    /// Calls with each piece of which a part lies in the range, in order. It may be removed, and others put in its place.
+    pub fn each_in(&mut self, range: &Range<usize>, mut call: impl FnMut(&mut Self, Piece)) {
+        let mut rest = range.clone();
+        while let Some(piece) = self.table.first_in(&rest) {
+            rest.start = piece.end();
+            call(self, piece);
+        }
+    }
+
+    /// Takes part of an arena out of the reach of GPUs.
+    fn cut(&mut self, id: u64, offset: usize, len: usize) {
+        let State::Up(link) = &mut self.state else { return };
+        let as_u64 = |bytes| u64::try_from(bytes).unwrap_or(u64::MAX);
+        let failure = match link.cut(id, as_u64(offset), as_u64(len)) {
+            Ok(()) => return,
+            Err(failure) => failure,
+        };
+        if matches!(failure, Failure::Refused(_)) {
+            // In too many parts. What must go goes, and the rest with it.
+            self.give_arena(id);
+            for piece in self.table.entries() {
+                match &mut piece.backing {
+                    Backing::Arena { id: other, .. } if *other == id => piece.backing = Backing::Withdrawn,
+                    Backing::Pinned { id: other, .. } if *other == id => piece.backing = Backing::Own,
+                    _ => {}
+                }
+            }
+        }
+        self.fail(&failure);
+    }
+
+    // The table, for those who change mappings.
+
+    /// Whether anything of a range is in the table.
+    pub fn has(&self, range: &Range<usize>) -> bool {
+        self.table.first_in(range).is_some()
+    }
+
+    /// The first piece of which a part lies in the range.
+    pub fn first_in(&self, range: &Range<usize>) -> Option<Piece> {
+        self.table.first_in(range)
+    }
+
+    /// The piece that begins at `base`.
+    pub fn find(&self, base: usize) -> Option<Piece> {
+        self.table.find(base)
+    }
+
+    /// Changes each piece in a range, which then begins and ends with pieces; not where they stand.
+    pub fn change(&mut self, range: &Range<usize>, mut change: impl FnMut(&mut Piece)) -> Result<(), Full> {
+        self.split(range.start)?;
+        self.split(range.end)?;
+        self.each_in(range, |space, piece| space.table.entry(piece.base).into_iter().for_each(&mut change));
+        Ok(())
+    }
+}
+
+/// Whether the C library has taken over the environment. The loader allocates before that.
+fn environment_is_there() -> bool {
+    unsafe extern "C" {
+        static environ: *const *const libc::c_char;
+    }
+    // SAFETY: the C library defines it as a pointer; nobody writes it while there is one thread, and later it is not null.
+    !unsafe { environ }.is_null()
+}
+
+fn variable(name: &CStr) -> Option<&'static CStr> {
+    // SAFETY: the name ends with a zero.
+    let value = unsafe { libc::getenv(name.as_ptr()) };
+    // SAFETY: a value that is there ends with a zero; it is looked at before the program can change it.
+    (!value.is_null()).then(|| unsafe { CStr::from_ptr(value) })
+}

@@ -1,0 +1,97 @@
+//! The memory of a forked child: a context of its own, and copies in the place of what it shares with its parent.
+
+#![expect(unsafe_code, reason = "maps memory over memory that is in use")]
+
+use super::mapping::{copy_over, map_anonymous, map_arena, unmap};
+use super::{Space, State};
+use crate::fd::Kept;
+use crate::piece::{Backing, InChild, Piece, Purpose};
+use crate::say::{give_up, say};
+use rustix::mm::MapFlags;
+use std::ops::Range;
+
+impl Space {
+    /// Whether a forked child would share memory with its parent that it must not share.
+    pub fn is_shared(&self) -> bool {
+        self.table.pieces().iter().any(|piece| piece.backing.is_agents())
+    }
+
+    /// In a forked child: opens a context of its own, and puts copies in the place of what it shares with its parent.
+    /// Stacks are of threads that the child does not have, but for the one that `mine` is of.
+    ///
+    /// # Safety
+    /// The process has one thread, which stands on no piece, and the parent does nothing meanwhile that the child must
+    /// not see.
+    pub unsafe fn renew(&mut self, mine: &Range<usize>) {
+        // Pieces may be shared though the connection is gone.
+        if matches!(self.state, State::Up(_)) {
+            self.complained = false;
+            self.complained_of_pins = false;
+            self.connect();
+        }
+        self.each_in(&(0..usize::MAX), |space, piece| match piece.backing {
+            Backing::Own if piece.in_child == InChild::Nothing => {
+                space.table.remove(piece.base);
+            }
+            Backing::Own => {}
+            // SAFETY: as the caller says.
+            Backing::Arena { .. } | Backing::Withdrawn => unsafe {
+                space.renew_piece(piece, mine.contains(&piece.base))
+            },
+            Backing::Shared { file, at, .. } => {
+                space.table.remove(piece.base);
+                match file {
+                    Some(file) if piece.in_child == InChild::Copy => {
+                        space.import(piece.base, piece.len, file, at);
+                    }
+                    file => file.into_iter().for_each(Kept::close),
+                }
+            }
+            Backing::Pinned { sharing, .. } => {
+                space.table.remove(piece.base);
+                if piece.in_child != InChild::Nothing && space.pin(&piece.range(), sharing) {
+                    space.change(&piece.range(), |pinned| pinned.in_child = piece.in_child).ok();
+                }
+            }
+        });
+    }
+
+    /// # Safety
+    /// As [`Self::renew`].
+    unsafe fn renew_piece(&mut self, piece: Piece, mine: bool) {
+        self.table.remove(piece.base);
+        let reached = matches!(piece.backing, Backing::Arena { .. });
+        let unused = piece.purpose == Purpose::Stack && !mine;
+        let zeros = unused || piece.in_child == InChild::Zeros;
+        if piece.in_child == InChild::Nothing {
+            return unmap(piece.base, piece.len);
+        }
+        if zeros {
+            // SAFETY: as the caller says.
+            unsafe { map_anonymous(piece.base, piece.len, piece.prot, MapFlags::FIXED) };
+        }
+        if unused {
+            return;
+        }
+        let made = reached.then(|| self.take_arena(piece.base, piece.len)).flatten();
+        let done = match &made {
+            // SAFETY: nobody needs what is there.
+            Some(made) if zeros => unsafe { map_arena(made, piece.base, piece.len) },
+            None if zeros => true,
+            // SAFETY: as the caller says.
+            made => unsafe { copy_over(made.as_ref(), &piece) },
+        };
+        if !done {
+            // It would go on changing its parent's memory.
+            say(format_args!(
+                "no memory to copy {:#x} bytes for a forked child, which ends: have it need less, or set no SVM_ALLOC",
+                piece.len
+            ));
+            give_up();
+        }
+        let backing = made.map_or(Backing::Own, |made| Backing::Arena { id: made.id, offset: 0 });
+        if backing.is_agents() || piece.purpose.is_kept() {
+            self.table.insert(Piece { backing, ..piece });
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Streams lie in memory of their own, not in arenas.
+//!
+//! In the child of a process with several threads the C library sets the locks of all streams free, before any handler
+//! runs. In an arena that would reach the parent, and a thread inside such a stream would wait for ever. So what the C
+//! library allocates while it makes a stream comes from anonymous memory, which fork copies by itself. The buffers that
+//! it allocates later, and those that it hands to the program, are ordinary blocks.
+//!
+//! Streams that the C library opens for itself (to read its databases) are made past this. It uses them without locks.
+
+#![expect(unsafe_code, reason = "takes the place of functions of the C library")]
+
+use crate::exports::set_errno;
+use crate::real::Real;
+use dlmalloc::Allocator;
+use libc::{FILE, c_char, c_int, c_void, size_t, wchar_t};
+use rustix::mm::{MapFlags, ProtFlags};
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+
+/// Address space for all streams, taken at the first one and filled as they come: room for some 100 000. Streams beyond
+/// are made of ordinary blocks.
+const ROOM: usize = 64 << 20;
+/// What dlmalloc is given at once.
+const CHUNK: usize = 64 << 10;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Making {
+    Nothing,
+    /// All that the C library allocates is the stream's.
+    Stream,
+    /// The first block is the stream, and then comes a buffer for the program.
+    StreamThenBuffer,
+}
+
+thread_local! {
+    static MAKING: Cell<Making> = const { Cell::new(Making::Nothing) };
+}
+
+/// Whether the block that this thread allocates now is a stream's.
+pub fn asks() -> bool {
+    match MAKING.get() {
+        Making::Nothing => false,
+        Making::Stream => true,
+        Making::StreamThenBuffer => {
+            MAKING.set(Making::Nothing);
+            true
+        }
+    }
+}
+
+/// Looks at this thread's variables.
+pub fn touch() {
+    MAKING.get();
+}
+
+/// Where the memory of streams comes from: one range, front to back.
+pub struct Source {
+    /// The whole range, and how much of it is used. Cells because dlmalloc asks with a shared reference.
+    room: RefCell<Range<usize>>,
+    used: Cell<usize>,
+}
+
+impl Source {
+    pub const fn new() -> Self {
+        Self { room: RefCell::new(0..0), used: Cell::new(0) }
+    }
+
+    /// Whether a block is a stream's.
+    pub fn holds(&self, block: *mut u8) -> bool {
+        self.room.borrow().contains(&block.addr())
+    }
+}
+
+// SAFETY: `alloc` returns parts of a mapping of its own, each once; none is ever taken back, moved or cut.
+unsafe impl Allocator for Source {
+    fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
+        let mut room = self.room.borrow_mut();
+        if room.is_empty() {
+            *room = reserve().unwrap_or(0..0);
+        }
+        let (len, at) = (size.next_multiple_of(CHUNK), room.start + self.used.get());
+        if len > room.end - at {
+            return (std::ptr::null_mut(), 0, 0);
+        }
+        self.used.set(self.used.get() + len);
+        (std::ptr::with_exposed_provenance_mut(at), len, 0)
+    }
+
+    fn remap(&self, _ptr: *mut u8, _oldsize: usize, _newsize: usize, _can_move: bool) -> *mut u8 {
+        std::ptr::null_mut()
+    }
+
+    fn free_part(&self, _ptr: *mut u8, _oldsize: usize, _newsize: usize) -> bool {
+        false
+    }
+
+    fn free(&self, _ptr: *mut u8, _size: usize) -> bool {
+        false
+    }
+
+    fn can_release_part(&self, _flags: u32) -> bool {
+        false
+    }
+
+    fn allocates_zeros(&self) -> bool {
+        true
+    }
+
+    fn page_size(&self) -> usize {
+        CHUNK
+    }
+}
+
+fn reserve() -> Option<Range<usize>> {
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: without MAP_FIXED no existing mapping is replaced.
+    let mapped = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), ROOM, prot, flags) };
+    let start = mapped.ok()?.expose_provenance();
+    Some(start..start + ROOM)
+}
+
+/// The lock of the C library's list of streams, which fork takes after all handlers have run. Who has it may wait for a
+/// stream, and who has a stream for the heap: so it must be taken before the heap's lock, not after.
+pub struct List {
+    lock: Real,
+    unlock: Real,
+    reset: Real,
+}
+
+/// Of a C library without it nothing is held.
+pub static LIST: List = List {
+    lock: Real::new(c"_IO_list_lock"),
+    unlock: Real::new(c"_IO_list_unlock"),
+    reset: Real::new(c"_IO_list_resetlock"),
+};
+
+impl List {
+    /// Looks for the functions, which may allocate.
+    pub fn find(&self) {
+        for function in [&self.lock, &self.unlock, &self.reset] {
+            function.address();
+        }
+    }
+
+    /// Takes the lock, if it was found; a thread that has it may take it again.
+    pub fn hold(&self) -> bool {
+        let found =
+            ![&self.lock, &self.unlock, &self.reset].iter().any(|function| function.found().is_null());
+        if found {
+            call(self.lock.found());
+        }
+        found
+    }
+
+    pub fn let_go(&self) {
+        call(self.unlock.found());
+    }
+
+    /// In a forked child: sets it free, whether the C library has done so or not.
+    pub fn reset(&self) {
+        call(self.reset.found());
+    }
+}
+
+fn call(function: *const c_void) {
+    // SAFETY: it is null or one of the functions above, which take nothing and return nothing.
+    let function = unsafe { std::mem::transmute::<*const c_void, Option<unsafe extern "C" fn()>>(function) };
+    if let Some(function) = function {
+        // SAFETY: they have no precondition, but for the order in which `fork` calls them.
+        unsafe { function() };
+    }
+}
+
+/// What the program gives for a stream of its own, `cookie_io_functions_t`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct CookieFunctions([*const c_void; 4]);
+
+/// Functions that make a stream: the C library's own does it, while this thread's blocks are the stream's. A thread may
+/// be cancelled in it, which unwinds through these frames; it allocates little from then on.
+macro_rules! makers {
+    ($($making:ident $name:ident($($arg:ident: $type:ty),*);)*) => {$(
+        /// As in the C library.
+        ///
+        /// # Safety
+        /// As there.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C-unwind" fn $name($($arg: $type),*) -> *mut FILE {
+            type Maker = unsafe extern "C-unwind" fn($($type),*) -> *mut FILE;
+            static REAL: Real = Real::new(match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                Ok(name) => name,
+                Err(_) => c"",
+            });
+            // SAFETY: it is null or the C library's function of that name, whose type this is.
+            let real = unsafe { std::mem::transmute::<*const c_void, Option<Maker>>(REAL.address()) };
+            let Some(real) = real else {
+                set_errno(libc::ENOSYS);
+                return std::ptr::null_mut();
+            };
+            MAKING.set(Making::$making);
+            // SAFETY: passed on as it came.
+            let stream = unsafe { real($($arg),*) };
+            MAKING.set(Making::Nothing);
+            stream
+        }
+    )*};
+}
+
+makers! {
+    Stream fopen(path: *const c_char, mode: *const c_char);
+    Stream fopen64(path: *const c_char, mode: *const c_char);
+    Stream fdopen(fd: c_int, mode: *const c_char);
+    Stream tmpfile();
+    Stream tmpfile64();
+    Stream popen(command: *const c_char, mode: *const c_char);
+    Stream fmemopen(buffer: *mut c_void, size: size_t, mode: *const c_char);
+    Stream fopencookie(cookie: *mut c_void, mode: *const c_char, functions: CookieFunctions);
+    StreamThenBuffer open_memstream(buffer: *mut *mut c_char, size: *mut size_t);
+    StreamThenBuffer open_wmemstream(buffer: *mut *mut wchar_t, size: *mut size_t);
+}

@@ -1,0 +1,99 @@
+//! C programs: compiled here, started with the library, and talked to in lines.
+//!
+//! A program tells values by `tell(name, value)` and waits in `await()` until [`Program::go_on`] (see `programs/told.h`).
+
+use crate::world::World;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+
+/// The library, which lies beside this test.
+pub fn library() -> PathBuf {
+    let path = std::env::current_exe().unwrap().parent().unwrap().join("libsvm_alloc.so");
+    assert!(path.exists(), "no {}", path.display());
+    path
+}
+
+fn source(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/alloc/programs").join(name)
+}
+
+/// Compiles `name`.c to a file in `directory`.
+pub fn compile(directory: &Path, name: &str, flags: &[&str]) -> PathBuf {
+    let out = directory.join(name);
+    let mut compiler = Command::new("cc");
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include");
+    compiler.arg("-I").arg(include);
+    compiler.args(["-O1", "-Wall", "-Werror", "-pthread", "-o"]).arg(&out).arg(source(&format!("{name}.c")));
+    assert!(compiler.args(flags).status().unwrap().success(), "{name}.c does not compile");
+    out
+}
+
+/// A program that is running.
+pub struct Program {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Program {
+    /// Starts it with the library and the world's agent.
+    pub fn start(world: &World, name: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(compile(world.directory.path(), name, &[]));
+        Self::spawn(command.args(arguments).env("SVM_AGENT_SOCKET", world.socket()))
+    }
+
+    pub fn spawn(command: &mut Command) -> Self {
+        Self::spawn_plain(command.env("LD_PRELOAD", library()))
+    }
+
+    /// Without the library.
+    pub fn spawn_plain(command: &mut Command) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Self { child, input, output: BufReader::new(output) }
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// The value that it tells next, which must have this name.
+    pub fn told(&mut self, name: &str) -> u64 {
+        let (told, value) = self.next(name);
+        assert_eq!(told, name);
+        value
+    }
+
+    /// What it tells next. `awaited`: for people.
+    pub fn next(&mut self, awaited: &str) -> (String, u64) {
+        let mut line = String::new();
+        if self.output.read_line(&mut line).unwrap() == 0 {
+            let mut said = String::new();
+            self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            panic!("ended before it told {awaited}: {:?} {said}", self.child.wait());
+        }
+        let (told, value) = line.trim().split_once(' ').unwrap();
+        (told.to_owned(), value.parse().unwrap())
+    }
+
+    /// Lets it leave `await()`.
+    pub fn go_on(&mut self) {
+        self.input.write_all(b"\n").unwrap();
+    }
+
+    /// Waits for its end: how it ended, and what it said on standard error.
+    pub fn end(mut self) -> (ExitStatus, String) {
+        drop(self.input);
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        (self.child.wait().unwrap(), said)
+    }
+
+    /// Waits for an end without complaints.
+    pub fn end_well(self) {
+        let (status, said) = self.end();
+        assert!(status.success() && said.is_empty(), "{status}: {said}");
+    }
+}
