@@ -81,6 +81,7 @@ int main(void)
 	static char own[256 << 10] __attribute__((aligned(4096)));
 	pthread_attr_t attr;
 	uint64_t main_local = 5;
+	zeros[29999] = 102;
 	tell_address("early", early);
 	tell_address("data", data);
 	tell_address("zeros", &zeros[29999]);
@@ -89,7 +90,6 @@ int main(void)
 	tell_address("library_block", library_block());
 	tell_address("constant", &constant);
 	tell_address("main_stack", &main_local);
-	zeros[29999] = 102;
 	CHECK(data[0] == 101 && data[500] == 1 && pointer == data + 999);
 	await();
 	/* The test has changed it. */
