@@ -8,29 +8,38 @@
 //!   context is retired, or, when the daemon has lost everything, after the next life has heard that all is quiet.
 //! * An answer carries the invalidation sequence that its context held before the table was read. What is withdrawn is
 //!   covered by no answer before its invalidation is sent. So an answer from an old table is refused by the device.
-//! * An arena is owned by exactly one entry of `State`; whoever removes the entry releases it.
+//! * An arena is owned by exactly one entry of `State`; whoever removes the entry releases it. It counts towards the
+//!   limits until its maker has taken it back (`accounts`).
+//! * A context is named by its key: numbers come back, and a process that knows one must not meet who has it next.
 //!
 //! The state's lock is never held over a command to the device or a call of [`ArenaMemory`].
 
+mod accounts;
 mod answer;
 mod arenas;
 mod epoch;
+mod key;
 mod lanes;
 mod ledger;
 mod pump;
 mod status;
 mod table;
+mod turns;
 
-pub use epoch::new_incarnation;
+pub use accounts::ARENA_OVERHEAD_BYTES;
+pub use key::ContextKey;
 pub use ledger::{Answer, Ledger, LedgerEntry, LedgerReport};
 pub use status::{AgentStatus, ArenaReport, ContextReport, DeviceReport, MapReport, TrustLevel};
 pub use table::{Arena, ArenaTable, Window, Withdrawal};
 
 use crate::driver::{self, SvmDevice};
 use crate::memory_file::MemoryFile;
+use crate::message::{AgentLimit, Reached};
 use crate::trust::Trust;
+use accounts::Accounts;
 use answer::PendingAnswer;
 use epoch::Life;
+use key::{Keys, Lease};
 use lanes::Lanes;
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -40,8 +49,10 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use turns::Turns;
 use virtio_gpu_svm::protocol::control::GetDeviceResp;
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
+use virtio_gpu_svm::protocol::limit::Limit;
 
 /// How long the first HELLO's predecessors may take to become quiet before [`Agent::start`] gives up.
 const OPEN_DEADLINE: Duration = Duration::from_secs(60);
@@ -127,12 +138,16 @@ pub struct AgentOptions {
     pub ledger_entries: usize,
     /// Bytes of arenas that one context may have.
     pub context_arena_bytes: u64,
-    /// Bytes of arenas that all contexts of one user may have.
+    /// Bytes of arenas that all contexts of one user may have, [`ARENA_OVERHEAD_BYTES`] for each included.
     pub user_arena_bytes: u64,
-    /// Bytes of arenas in all.
+    /// Bytes of arenas in all, [`ARENA_OVERHEAD_BYTES`] for each included.
     pub total_arena_bytes: u64,
     /// Arenas that one context may have: each costs its maker a descriptor, whatever its size.
     pub context_arenas: usize,
+    /// Arenas that all contexts of one user may have.
+    pub user_arenas: usize,
+    /// Arenas in all.
+    pub total_arenas: usize,
     /// Parts that the arenas of one context may be in once something was cut away.
     pub context_parts: usize,
     /// Whose processes are trusted.
@@ -141,6 +156,8 @@ pub struct AgentOptions {
     pub serving_threads: usize,
     /// How often a device with contexts is asked for a sign of life.
     pub pulse: Duration,
+    /// Contexts have the numbers up to this one, by turns.
+    pub last_ctx_id: u32,
 }
 
 impl Default for AgentOptions {
@@ -153,10 +170,13 @@ impl Default for AgentOptions {
             user_arena_bytes: 3 << 30,
             total_arena_bytes: 4 << 30,
             context_arenas: 1024,
+            user_arenas: (1 << 18) / 4 * 3,
+            total_arenas: 1 << 18,
             context_parts: 8192,
             trust: Trust::default(),
             serving_threads: std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4)),
             pulse: Duration::from_secs(2),
+            last_ctx_id: 0x00ff_ffff,
         }
     }
 }
@@ -174,6 +194,8 @@ pub enum Error {
         what: &'static str,
         /// Negative errno.
         status: i32,
+        /// The limit that it is about (PROTOCOL 9).
+        limit: Option<Limit>,
     },
     /// No such context, or it has ended.
     #[error("context {0} is gone")]
@@ -198,8 +220,10 @@ pub enum Error {
         len: u64,
     },
     /// A quota is used up.
-    #[error("arena quota of {limit} bytes is used up")]
+    #[error("{} ({limit} bytes)", .which.advice())]
     Quota {
+        /// Whose it is.
+        which: AgentLimit,
         /// The quota.
         limit: u64,
     },
@@ -212,10 +236,10 @@ pub enum Error {
         len: u64,
     },
     /// Too many of something.
-    #[error("a context may have {limit} {what}")]
+    #[error("{} ({limit})", .which.advice())]
     TooMany {
         /// Of what.
-        what: &'static str,
+        which: AgentLimit,
         /// The quota.
         limit: usize,
     },
@@ -253,6 +277,15 @@ impl Error {
         };
         -errno.raw_os_error()
     }
+
+    /// The limit that is reached, if that is it.
+    pub fn reached(&self) -> Option<Reached> {
+        match self {
+            Self::Quota { which, .. } | Self::TooMany { which, .. } => Some(Reached::Agent(*which)),
+            Self::Refused { limit, .. } => limit.map(Reached::Host),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,6 +298,8 @@ enum ContextState {
 }
 
 struct Context {
+    key: ContextKey,
+    lease: Lease,
     owner: Owner,
     state: ContextState,
     /// Negative errno of a CONTEXT_LOST record, else 0.
@@ -281,7 +316,7 @@ struct Context {
 struct State {
     life: Life,
     contexts: HashMap<u32, Context>,
-    last_ctx_id: u32,
+    keys: Keys,
     /// Arenas of contexts that the daemon has lost; they wait for quiet.
     orphans: Vec<Arena>,
     /// Answers on their way to the device, by token.
@@ -289,8 +324,8 @@ struct State {
     /// Faults whose answers are held back; `None` when answers go at once.
     held: Option<Vec<answer::Asked>>,
     ledger: Ledger,
-    /// Bytes of arenas being made, which no context has yet.
-    reserved_bytes: u64,
+    /// Arenas that count towards the limits, wherever they are.
+    accounts: Accounts,
 }
 
 /// The agent.
@@ -303,9 +338,11 @@ pub struct Agent {
     life_changed: Condvar,
     next_token: AtomicU64,
     stopping: AtomicBool,
-    releaser: Mutex<Option<Sender<u64>>>,
+    releaser: Mutex<Option<Sender<Arena>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     lanes: Lanes,
+    /// At whoever makes memory.
+    turns: Turns,
     devices: Mutex<Devices>,
     /// As the last HELLO was answered.
     num_devices: AtomicU32,
@@ -334,12 +371,12 @@ impl Agent {
         let state = State {
             life: Life::begin(0),
             contexts: HashMap::new(),
-            last_ctx_id: 0,
+            keys: Keys::new(options.last_ctx_id),
             orphans: Vec::new(),
             answers: HashMap::new(),
             held,
             ledger: Ledger::new(options.ledger_entries),
-            reserved_bytes: 0,
+            accounts: Accounts::default(),
         };
         let agent = Arc::new(Self {
             device,
@@ -352,6 +389,7 @@ impl Agent {
             releaser: Mutex::new(Some(releaser)),
             threads: Mutex::new(Vec::new()),
             lanes: Lanes::default(),
+            turns: Turns::default(),
             devices: Mutex::new(Devices::default()),
             num_devices: AtomicU32::new(0),
         });
@@ -364,10 +402,10 @@ impl Agent {
         }
     }
 
-    fn start_threads(self: &Arc<Self>, released: Receiver<u64>) -> Result<()> {
+    fn start_threads(self: &Arc<Self>, released: Receiver<Arena>) -> Result<()> {
         self.spawn("svm-release", move |agent| {
-            for id in released {
-                agent.memory.release(id);
+            for arena in released {
+                agent.release_now(&arena);
             }
         })?;
         self.spawn("svm-pump", Self::pump)?;
@@ -393,7 +431,7 @@ impl Agent {
         let state = self.wait_life(OPEN_DEADLINE);
         match state.life {
             Life::Open { .. } => {}
-            Life::Failed { status } => return Err(Error::Refused { what: "HELLO", status }),
+            Life::Failed { status } => return Err(Error::Refused { what: "HELLO", status, limit: None }),
             Life::Opening { .. } => return Err(Error::NotOpen),
         }
         drop(state);
@@ -448,12 +486,19 @@ impl Agent {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Gives memory back to its maker. It counts until the maker has it: else memory could be made faster than it goes.
+    fn release_now(&self, arena: &Arena) {
+        self.memory.release(arena.id);
+        self.lock().accounts.discharge(arena.uid, arena.len);
+    }
+
+    /// The same, without waiting.
     fn release(&self, arenas: impl IntoIterator<Item = Arena>) {
         let releaser = self.releaser.lock().unwrap_or_else(PoisonError::into_inner);
         for arena in arenas {
             if let Some(releaser) = releaser.as_ref() {
                 // Fails only when the agent is stopping; the memory's owner releases it then.
-                releaser.send(arena.id).ok();
+                releaser.send(arena).ok();
             }
         }
     }
@@ -465,7 +510,7 @@ impl Agent {
         self.devices_locked().list.clone()
     }
 
-    /// Bytes of arenas that one context may have.
+    /// Bytes of arenas that one context may have, as far as it is up to its own limit.
     pub fn context_arena_bytes(&self) -> u64 {
         self.options.context_arena_bytes
     }
@@ -479,11 +524,84 @@ impl Agent {
     ///
     /// # Errors
     /// What the device says.
-    pub fn create_context(&self, owner: Owner, sink: Arc<dyn EventSink>) -> Result<u32> {
+    pub fn create_context(&self, owner: Owner, sink: Arc<dyn EventSink>) -> Result<ContextKey> {
         self.check_open()?;
         self.look_at_devices()?;
         let name = format!("{} (pid {}, uid {})", owner.name, owner.pid, owner.uid);
+        let uid = owner.uid;
+        let (key, lease) = self.lock().begin_context(owner, sink, self.options.last_ctx_id)?;
+        let ctx_id = key.ctx_id();
+        let created =
+            self.device.ctx_create(ctx_id, uid, &name).map_err(Error::from).and_then(|r| match r.status() {
+                0 => Ok(()),
+                status => {
+                    let limit = Limit::from_wire(r.head.limit.get());
+                    Err(Error::Refused { what: "CTX_CREATE", status, limit })
+                }
+            });
+        let mut state = self.lock();
+        let Some(context) = state.context(key) else {
+            // The daemon has lost its state in the meantime; the new one may have been asked.
+            drop(state);
+            drop(self.device.ctx_destroy(ctx_id));
+            drop(lease);
+            return Err(Error::NoContext(ctx_id));
+        };
+        if let Err(error) = created {
+            self.device.forget(ctx_id);
+            state.end_context(ctx_id);
+            return Err(error);
+        }
+        context.state = ContextState::Alive;
+        Ok(key)
+    }
+
+    /// Destroys a context. Its memory is released when the device is through with it.
+    pub fn destroy_context(&self, key: ContextKey) {
+        let lease = {
+            let mut state = self.lock();
+            let Ok(context) = state.alive(key) else { return };
+            context.state = ContextState::Retiring;
+            context.lease.clone()
+        };
+        // A refusal or a failure leaves the context retiring: its memory stays pinned until a new life is quiet.
+        drop(self.device.ctx_destroy(key.ctx_id()));
+        drop(lease);
+    }
+
+    /// Passes a process' requests to the device: status, detail and reply area.
+    ///
+    /// # Errors
+    /// The context is gone, or the request does not fit. A refusal by the device is a status.
+    pub fn submit(&self, key: ContextKey, payload: &[u8], reply_len: usize) -> Result<driver::svm::Response> {
+        let lease = self.lock().alive(key)?.lease.clone();
+        let response = self.device.submit_3d(key.ctx_id(), payload, reply_len);
+        drop(lease);
+        Ok(response?)
+    }
+
+    fn token(&self) -> u64 {
+        self.next_token.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+impl State {
+    fn begin_context(
+        &mut self,
+        owner: Owner,
+        sink: Arc<dyn EventSink>,
+        most: u32,
+    ) -> Result<(ContextKey, Lease)> {
+        if !matches!(self.life, Life::Open { .. }) {
+            return Err(Error::NotOpen);
+        }
+        let limit = usize::try_from(most).unwrap_or(usize::MAX);
+        let key = self.keys.next(|ctx_id| self.contexts.contains_key(&ctx_id));
+        let key = key.ok_or(Error::TooMany { which: AgentLimit::Contexts, limit })?;
+        let lease = Lease::default();
         let context = Context {
+            key,
+            lease: lease.clone(),
             owner,
             state: ContextState::Creating,
             lost: 0,
@@ -493,91 +611,30 @@ impl Agent {
             faults: 0,
             group: None,
         };
-        let ctx_id = {
-            let mut state = self.lock();
-            if !matches!(state.life, Life::Open { .. }) {
-                return Err(Error::NotOpen);
-            }
-            let ctx_id = state.free_ctx_id();
-            state.contexts.insert(ctx_id, context);
-            ctx_id
-        };
-        let created = self
-            .device
-            .ctx_create(ctx_id, &name)
-            .map_err(Error::from)
-            .and_then(|r| checked("CTX_CREATE", r.status()));
-        let mut state = self.lock();
-        if let Err(error) = created {
-            state.contexts.remove(&ctx_id);
-            return Err(error);
-        }
-        // Gone if the daemon lost its state in the meantime.
-        let context = state.contexts.get_mut(&ctx_id).ok_or(Error::NoContext(ctx_id))?;
-        context.state = ContextState::Alive;
-        Ok(ctx_id)
+        self.contexts.insert(key.ctx_id(), context);
+        Ok((key, lease))
     }
 
-    /// Destroys a context. Its memory is released when the device is through with it.
-    pub fn destroy_context(&self, ctx_id: u32) {
-        {
-            let mut state = self.lock();
-            let Some(context) = state.contexts.get_mut(&ctx_id) else { return };
-            if context.state != ContextState::Alive {
-                return;
-            }
-            context.state = ContextState::Retiring;
-        }
-        // A refusal or a failure leaves the context retiring: its memory stays pinned until a new life is quiet.
-        drop(self.device.ctx_destroy(ctx_id));
+    /// The context of this name, and no other one that has its number by now.
+    fn context(&mut self, key: ContextKey) -> Option<&mut Context> {
+        self.contexts.get_mut(&key.ctx_id()).filter(|context| context.key == key)
     }
 
-    /// Passes a process' requests to the device: status, detail and reply area.
-    ///
-    /// # Errors
-    /// The context is gone, or the request does not fit. A refusal by the device is a status.
-    pub fn submit(&self, ctx_id: u32, payload: &[u8], reply_len: usize) -> Result<driver::svm::Response> {
-        self.lock().alive(ctx_id)?;
-        Ok(self.device.submit_3d(ctx_id, payload, reply_len)?)
+    /// Removes a context. Its number is not given to another one while a command may name it.
+    fn end_context(&mut self, ctx_id: u32) -> Option<Context> {
+        let mut context = self.contexts.remove(&ctx_id)?;
+        self.keys.end(ctx_id, std::mem::take(&mut context.lease));
+        Some(context)
     }
 
-    fn token(&self) -> u64 {
-        self.next_token.fetch_add(1, Ordering::Relaxed)
-    }
-}
-
-impl State {
     /// The context while requests may use it.
-    fn alive(&mut self, ctx_id: u32) -> Result<&mut Context> {
-        let context = self.contexts.get_mut(&ctx_id);
-        context.filter(|context| context.state == ContextState::Alive).ok_or(Error::NoContext(ctx_id))
-    }
-
-    /// Ids go round, so that a late record does not meet a new context soon.
-    fn free_ctx_id(&mut self) -> u32 {
-        loop {
-            self.last_ctx_id = if self.last_ctx_id >= 0x00ff_ffff { 1 } else { self.last_ctx_id + 1 };
-            if !self.contexts.contains_key(&self.last_ctx_id) {
-                return self.last_ctx_id;
-            }
-        }
-    }
-
-    /// Bytes of arenas of a user's contexts, those that are being made included.
-    fn user_bytes(&self, uid: u32) -> u64 {
-        let contexts = self.contexts.values().filter(|context| context.owner.uid == uid);
-        contexts.map(|context| context.arenas.bytes() + context.reserved.0).sum()
-    }
-
-    /// Bytes of pinned memory, those on their way in and out included.
-    fn arena_bytes(&self) -> u64 {
-        let contexts: u64 = self.contexts.values().map(|context| context.arenas.bytes()).sum();
-        let orphans: u64 = self.orphans.iter().map(|arena| arena.len).sum();
-        contexts + orphans + self.reserved_bytes
+    fn alive(&mut self, key: ContextKey) -> Result<&mut Context> {
+        let context = self.context(key);
+        context.filter(|context| context.state == ContextState::Alive).ok_or(Error::NoContext(key.ctx_id()))
     }
 }
 
 /// A status of the device as a result.
 fn checked(what: &'static str, status: i32) -> Result<()> {
-    if status == 0 { Ok(()) } else { Err(Error::Refused { what, status }) }
+    if status == 0 { Ok(()) } else { Err(Error::Refused { what, status, limit: None }) }
 }

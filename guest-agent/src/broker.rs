@@ -6,27 +6,36 @@
 //! with a message. Each message must come from that same process, so a forked child or a program that inherited the
 //! socket has no right over the context.
 //!
+//! Connections beyond the limits are told which one it is (`refused`).
+//!
 //! The operator's socket (`admin`) is another one, for root only.
 
 mod admin;
 mod connection;
+mod refused;
 
 use crate::agent::Agent;
+use crate::message::AgentLimit;
 use crate::socket::{MessageListener, MessageSocket};
+use crate::wait;
 use connection::{Connection, Openers};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use refused::Refused;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub use admin::{AdminError, Request as AdminRequest, ask as ask_admin};
 
+/// The user who administers the guest.
+const ROOT: u32 = 0;
 /// How long to wait when a connection cannot be accepted.
-const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Where to listen, and for how many.
 #[derive(Clone, Debug)]
@@ -37,14 +46,25 @@ pub struct BrokerOptions {
     pub admin_socket: Option<PathBuf>,
     /// Connections at once.
     pub max_clients: usize,
-    /// Connections of one user at once.
+    /// Connections of one user at once; of a user other than root also at most as many as are left to others.
     pub max_clients_per_uid: usize,
+    /// Of all connections, those that only root can have; a quarter, where that is less.
+    pub root_clients: usize,
+    /// How long a connection may be silent before it says HELLO.
+    pub hello_timeout: Duration,
 }
 
 impl BrokerOptions {
     /// Listens at `socket` with default limits and without an operator's socket.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), admin_socket: None, max_clients: 512, max_clients_per_uid: 256 }
+        Self {
+            socket: socket.into(),
+            admin_socket: None,
+            max_clients: 512,
+            max_clients_per_uid: 256,
+            root_clients: 16,
+            hello_timeout: Duration::from_secs(10),
+        }
     }
 }
 
@@ -70,15 +90,26 @@ struct Clients {
 }
 
 impl Clients {
-    /// Takes a place for one more connection of a user, if there is one.
-    fn take(&mut self, uid: u32, limits: &BrokerOptions) -> bool {
-        let of_user = self.by_uid.get(&uid).copied().unwrap_or(0);
-        let has_room = self.total < limits.max_clients && of_user < limits.max_clients_per_uid;
-        if has_room {
-            self.total += 1;
-            self.by_uid.insert(uid, of_user + 1);
+    /// Takes a place for one more connection of a user, if there is one: root any that is free, others only while they
+    /// have fewer than are free, but for those that are root's. So the first one gets half of all, the next one half of the
+    /// rest, and so on.
+    fn take(&mut self, uid: u32, limits: &BrokerOptions) -> Result<(), AgentLimit> {
+        let of = |uid: u32| self.by_uid.get(&uid).copied().unwrap_or(0);
+        let of_user = of(uid);
+        let mut free = limits.max_clients.saturating_sub(self.total);
+        if uid != ROOT {
+            let reserved = limits.root_clients.min(limits.max_clients / 4);
+            free = free.saturating_sub(reserved.saturating_sub(of(ROOT)));
         }
-        has_room
+        if of_user >= limits.max_clients_per_uid {
+            return Err(AgentLimit::UserClients);
+        }
+        if free == 0 || (uid != ROOT && of_user >= free) {
+            return Err(AgentLimit::Clients);
+        }
+        self.total += 1;
+        self.by_uid.insert(uid, of_user + 1);
+        Ok(())
     }
 
     fn give_back(&mut self, uid: u32) {
@@ -102,8 +133,11 @@ impl Broker {
         let (clients, openers) = (Mutex::default(), Arc::default());
         let shared = Arc::new(Shared { agent, options, stop, clients, openers });
         let mut threads = Vec::new();
-        let serving = shared.clone();
-        threads.push(spawn("svm-broker", move || accept_loop(&serving, &listener))?);
+        let (refuse, refused) = mpsc::sync_channel(refused::MOST);
+        let (serving, timeout) = (shared.clone(), shared.options.hello_timeout);
+        // In this order: what is refused ends when nothing is accepted any more.
+        threads.push(spawn("svm-broker", move || accept_loop(&serving, &listener, &refuse))?);
+        threads.push(spawn("svm-refused", move || refused::serve(&refused, timeout))?);
         if let Some(admin) = admin {
             let serving = shared.clone();
             let body = move || admin.serve(&serving.agent, serving.stop.as_fd());
@@ -145,66 +179,68 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
     std::thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(body)
 }
 
-fn accept_loop(shared: &Arc<Shared>, listener: &MessageListener) {
+fn accept_loop(shared: &Arc<Shared>, listener: &MessageListener, refuse: &SyncSender<Refused>) {
     let mut connections: Vec<JoinHandle<()>> = Vec::new();
-    while let Some(true) = wait_readable(listener.as_fd(), shared.stop.as_fd()) {
+    while wait_readable(listener.as_fd(), shared.stop.as_fd()) {
         connections.retain(|connection| !connection.is_finished());
         let Ok(socket) = listener.accept() else {
             // Out of descriptors or memory: the connection still waits, so there is no use in asking again at once.
-            if wait_stop(shared.stop.as_fd(), ACCEPT_PAUSE) {
+            if wait::readable(&shared.stop, Some(ACCEPT_PAUSE)) == Ok(true) {
                 break;
             }
             continue;
         };
-        // A connection that cannot be identified is dropped; its process sees a hang-up.
-        connections.extend(start_connection(shared, socket).ok());
+        match start_connection(shared, socket) {
+            Ok(connection) => connections.push(connection),
+            // That thread ends after this one.
+            Err(refused) => drop(refuse.send(refused)),
+        }
     }
     for connection in connections {
         drop(connection.join());
     }
 }
 
-/// Waits for `fd`; `Some(true)` when it is readable, `None` when `stop` is.
-fn wait_readable(fd: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Option<bool> {
+/// Waits for the listener. False: `stop` is readable.
+fn wait_readable(listener: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
+    let mut fds = [stop, listener].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     loop {
-        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&stop, PollFlags::IN)];
         match rustix::event::poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(_) => return None,
-        }
-        let [ready, stopping] = &fds;
-        if !stopping.revents().is_empty() {
-            return None;
-        }
-        if !ready.revents().is_empty() {
-            return Some(true);
+            Ok(_) => return fds[0].revents().is_empty(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
         }
     }
 }
 
-/// Waits for `stop`, at most `timeout`. True: the broker is to end.
-fn wait_stop(stop: BorrowedFd<'_>, timeout: Timespec) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-    matches!(rustix::event::poll(&mut fds, Some(&timeout)), Ok(ready) if ready > 0)
-}
-
-fn start_connection(shared: &Arc<Shared>, socket: MessageSocket) -> io::Result<JoinHandle<()>> {
-    socket.pass_credentials()?;
-    let peer = socket.peer()?;
-    if peer.credentials.pid == 0 {
-        // Of a process that has no id here, so its messages could not be told from those of another such one.
-        return Err(io::Error::from(io::ErrorKind::PermissionDenied));
-    }
-    let uid = peer.credentials.uid;
-    let Some(seat) = Seat::take(shared, uid) else {
-        return Err(io::Error::from(io::ErrorKind::QuotaExceeded));
+/// Starts a connection's thread, or says why it is refused.
+fn start_connection(shared: &Arc<Shared>, socket: MessageSocket) -> Result<JoinHandle<()>, Refused> {
+    let peer = match socket.pass_credentials().and_then(|()| socket.peer()) {
+        // Without an id here its messages could not be told from those of another such process.
+        Ok(peer) if peer.credentials.pid != 0 => peer,
+        // Its process sees a hang-up.
+        _ => return Err((socket, None)),
     };
-    let connection = Arc::new(Connection::new(shared.agent.clone(), shared.openers.clone(), socket, peer)?);
-    spawn("svm-client", move || {
-        connection.serve(seat.shared.stop.as_fd());
+    let seat = match Seat::take(shared, peer.credentials.uid) {
+        Ok(seat) => seat,
+        Err(limit) => return Err((socket, Some(limit))),
+    };
+    // Kept until there is a thread: it is closed where that may wait.
+    let (give, taken) = mpsc::sync_channel::<MessageSocket>(1);
+    let agent = (shared.agent.clone(), shared.openers.clone());
+    let started = spawn("svm-client", move || {
+        if let Ok(socket) = taken.recv()
+            && let Ok(connection) = Connection::new(agent.0, agent.1, socket, peer)
+        {
+            Arc::new(connection).serve(seat.shared.stop.as_fd(), seat.shared.options.hello_timeout);
+        }
         drop(seat);
-    })
+    });
+    match started {
+        // The thread waits for it.
+        Ok(thread) => give.send(socket).map(|()| thread).map_err(|unsent| (unsent.0, None)),
+        Err(_) => Err((socket, None)),
+    }
 }
 
 /// A connection's place in the limits.
@@ -214,12 +250,10 @@ struct Seat {
 }
 
 impl Seat {
-    fn take(shared: &Arc<Shared>, uid: u32) -> Option<Self> {
+    fn take(shared: &Arc<Shared>, uid: u32) -> Result<Self, AgentLimit> {
         let mut clients = shared.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        if !clients.take(uid, &shared.options) {
-            return None;
-        }
-        Some(Self { shared: shared.clone(), uid })
+        clients.take(uid, &shared.options)?;
+        Ok(Self { shared: shared.clone(), uid })
     }
 }
 
@@ -233,17 +267,47 @@ impl Drop for Seat {
 mod tests {
     use super::*;
 
+    fn limits(max_clients: usize, max_clients_per_uid: usize, root_clients: usize) -> BrokerOptions {
+        BrokerOptions { max_clients, max_clients_per_uid, root_clients, ..BrokerOptions::at("unused") }
+    }
+
+    /// Takes as many as a user gets.
+    fn take_all(clients: &mut Clients, uid: u32, limits: &BrokerOptions) -> usize {
+        (0..).take_while(|_| clients.take(uid, limits).is_ok()).count()
+    }
+
     #[test]
-    fn user_that_has_all_its_connections_leaves_some_to_others() {
-        let limits = BrokerOptions { max_clients: 5, max_clients_per_uid: 2, ..BrokerOptions::at("unused") };
+    fn users_leave_others_half_of_what_there_is() {
+        let limits = limits(512, 512, 16);
         let mut clients = Clients::default();
-        assert!(clients.take(1, &limits) && clients.take(1, &limits));
-        assert!(!clients.take(1, &limits));
-        assert!(clients.take(2, &limits) && clients.take(2, &limits) && clients.take(3, &limits));
-        assert!(!clients.take(4, &limits), "all are taken");
+        let taken: Vec<usize> = (1..=10).map(|uid| take_all(&mut clients, uid, &limits)).collect();
+        assert_eq!(taken, [248, 124, 62, 31, 16, 8, 4, 2, 1, 0]);
+        assert_eq!(take_all(&mut clients, 0, &limits), 16, "root's own");
+        // Whatever is given back is for those who have less than is free.
+        (0..4).for_each(|_| clients.give_back(1));
+        assert_eq!([1, 6, 11, 12].map(|uid| take_all(&mut clients, uid, &limits)), [0, 0, 2, 1]);
+    }
+
+    #[test]
+    fn root_takes_its_own_places_first() {
+        let limits = limits(40, 40, 16);
+        let mut clients = Clients::default();
+        // A quarter of so few.
+        assert!((0..10).all(|_| clients.take(0, &limits).is_ok()));
+        assert_eq!(take_all(&mut clients, 1, &limits), 15);
+        assert_eq!(take_all(&mut clients, 0, &limits), 15, "what is left");
+        assert_eq!(take_all(&mut clients, 2, &limits), 0);
+    }
+
+    #[test]
+    fn places_of_a_user_are_limited_and_given_back() {
+        let limits = limits(64, 2, 0);
+        let mut clients = Clients::default();
+        assert_eq!([0, 1, 1].map(|uid| take_all(&mut clients, uid, &limits)), [2, 2, 0]);
         clients.give_back(1);
-        assert!(!clients.take(2, &limits) && clients.take(4, &limits));
-        for uid in [1, 2, 2, 3, 4] {
+        assert_eq!(clients.take(1, &limits), Ok(()));
+        assert_eq!(clients.take(1, &limits), Err(AgentLimit::UserClients));
+        for uid in [0, 0, 1, 1] {
             clients.give_back(uid);
         }
         assert!(clients.total == 0 && clients.by_uid.is_empty(), "nothing is remembered of who has left");

@@ -29,16 +29,18 @@ pub use arena::Arena;
 pub use job::{Job, JobError};
 pub use mirror::{Mirror, Window};
 pub use readiness::Events;
+pub use session::{SOCKET_NAME, Session};
 pub use virtio_gpu_svm::protocol::request::FencePoint;
 pub use vm::{Submission, Vm, VmState, packet};
 
-use crate::message::{DEFAULT_SOCKET, DEVICES, DeviceEntry, HELLO, Hello, HelloReply, MESSAGE_VERSION};
+use crate::message::{
+    DEFAULT_SOCKET, DEVICES, DeviceEntry, HELLO, Hello, HelloReply, MESSAGE_VERSION, Reached,
+};
 use connection::{Connection, parsed};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::errno;
-use virtio_gpu_svm::protocol::limit::Limit;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Names the agent's socket where it is not [`DEFAULT_SOCKET`].
@@ -56,6 +58,16 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Whoever listens is not trusted with this process' memory.
+    #[error(
+        "who listens at {path} is user {uid}, neither root nor this program's own user: name the socket of `svm-agent serve`"
+    )]
+    NotTheAgent {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        uid: u32,
+    },
     /// The program runs without the allocator library.
     #[error(
         "this program's memory is not in arenas: start it by `svm-agent run`, or with LD_PRELOAD=libsvm_alloc.so, where an agent listens"
@@ -68,7 +80,7 @@ pub enum Error {
     #[error("the connection to the agent failed")]
     Socket(#[source] io::Error),
     /// The agent refused.
-    #[error("{what}: {} ({})", errno::name(*.status), advice(*.status, *.limit))]
+    #[error("{what}: {} ({})", errno::name(*.status), advice(what, *.status, *.limit))]
     Refused {
         /// What was asked.
         what: &'static str,
@@ -77,7 +89,7 @@ pub enum Error {
         /// Index of the operation that it is about, where there are several.
         detail: u32,
         /// The limit that is reached.
-        limit: Option<Limit>,
+        limit: Option<Reached>,
     },
     /// The agent sent something else than was agreed.
     #[error("the agent's reply to {what} is not understood: is it another version?")]
@@ -85,6 +97,9 @@ pub enum Error {
         /// What was asked.
         what: &'static str,
     },
+    /// The agent made memory, and this process has no descriptor free to take it by.
+    #[error("no descriptor is free to take an arena by (EMFILE): raise the limit of open files (ulimit -n)")]
+    NoDescriptor,
     /// The address range is occupied, or the kernel has no room.
     #[error("cannot map {len:#x} bytes at {at:#x}: something else is there; choose another address")]
     Map {
@@ -156,29 +171,40 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What to do about a refusal, with the limit that it is about.
-fn advice(status: i32, limit: Option<Limit>) -> String {
-    match limit {
-        Some(limit) if limit.is_configured() => format!(
-            "the {}'s limit of {limit} is reached: raise limits.{limit} in svmd.toml, or free some",
-            limit.scope()
-        ),
-        Some(limit) => format!("the {}'s limit of {limit} is reached: free some", limit.scope()),
-        None => hint(status).to_owned(),
-    }
+fn advice(what: &str, status: i32, limit: Option<Reached>) -> String {
+    limit.map_or_else(|| hint(what, -status).to_owned(), |limit| limit.to_string())
 }
 
 /// What to do about a refusal.
-fn hint(status: i32) -> &'static str {
-    match -status {
-        errno::EINVAL => "an address, length or flag is not allowed; addresses and lengths are whole pages",
-        errno::ENOENT => "no such object in this context",
-        errno::EEXIST => "it is there already, or overlaps what is there; choose another range",
-        errno::ENOSPC => "a quota is used up; free something or ask the operator for more",
-        errno::ENOMEM => "the guest has not enough memory to pin, or the device none for its tables",
-        errno::EBUSY => "a mirror window has pages there; free or move that CPU memory first",
-        errno::EPIPE => "the GPU VM or the context is dead; make a new one",
-        errno::EACCES => "this process has no right to it",
-        errno::EOPNOTSUPP => "the device or agent cannot do this",
+fn hint(what: &str, errno: i32) -> &'static str {
+    match (what, errno) {
+        ("HELLO", errno::EBUSY) => {
+            "another part of this process has joined its context, which one at a time can: use that one's handle, or have it closed first"
+        }
+        ("HELLO", errno::ENOENT) => {
+            "the context that libsvm_alloc.so opened for this process is gone, as when the agent was started anew: start the program again"
+        }
+        ("HELLO", errno::ENOSPC) => {
+            "the host or the agent has as many contexts as it may have: end a program that uses GPUs, or ask the operator for more"
+        }
+        ("HELLO", errno::EPIPE) => "the agent has no device at the moment: connect again in a while",
+        ("HELLO", errno::EOPNOTSUPP) => {
+            "this library and the agent are of different versions: install both from one"
+        }
+        ("VM_CREATE", errno::EEXIST) => {
+            "this process has a mirror or a GPU VM on that device already: use that one, or end it first"
+        }
+        (_, errno::EINVAL) => {
+            "an address, length or flag is not allowed; addresses and lengths are whole pages"
+        }
+        (_, errno::ENOENT) => "no such object in this context",
+        (_, errno::EEXIST) => "it is there already, or overlaps what is there; choose another range",
+        (_, errno::ENOSPC) => "a quota is used up; free something or ask the operator for more",
+        (_, errno::ENOMEM) => "the guest has not enough memory to pin, or the device none for its tables",
+        (_, errno::EBUSY) => "a mirror window has pages there; free or move that CPU memory first",
+        (_, errno::EPIPE) => "the GPU VM or the context is dead; make a new one",
+        (_, errno::EACCES) => "this process has no right to it",
+        (_, errno::EOPNOTSUPP) => "the device or agent cannot do this",
         _ => "see the protocol's list of errors",
     }
 }
@@ -212,15 +238,17 @@ pub struct Device {
 }
 
 impl Client {
-    /// Where an agent listens: what `SVM_AGENT_SOCKET` names, or [`DEFAULT_SOCKET`].
+    /// Where an agent listens: what `SVM_AGENT_SOCKET` names, or [`DEFAULT_SOCKET`]. A program with more rights than
+    /// whoever started it (setuid) does not look at the variable.
     pub fn default_socket() -> PathBuf {
-        std::env::var_os(SOCKET_VARIABLE).map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
+        let named = if session::is_secure() { None } else { std::env::var_os(SOCKET_VARIABLE) };
+        named.map_or_else(|| DEFAULT_SOCKET.into(), PathBuf::from)
     }
 
     /// Connects and opens a context.
     ///
     /// # Errors
-    /// [`Error::NotReachable`] where no agent listens, or what it says.
+    /// [`Error::NotReachable`] where no agent listens, [`Error::NotTheAgent`] where somebody else does; or what it says.
     pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
         Self::open(path.as_ref(), 0)
     }
@@ -233,8 +261,8 @@ impl Client {
     /// [`Error::NoAllocator`] where the library is not loaded or has no agent; what the agent says, EBUSY if another part
     /// of the program has joined.
     pub fn of_process() -> Result<Self> {
-        let session = session::Session::of_process().ok_or(Error::NoAllocator)?;
-        Self::open(session.path(), session.ctx_id())
+        let session = Session::of_process().ok_or(Error::NoAllocator)?;
+        Self::open(session.path(), session.ctx_id)
     }
 
     fn open(path: &Path, join: u32) -> Result<Self> {

@@ -2,20 +2,22 @@
 //!
 //! * [`dma`]: memory that the device can reach, and its device addresses.
 //! * [`virtqueue`]: one split virtqueue, driver side.
-//! * [`transport`]: what a way to the device must offer: doorbell, interrupt, config space.
+//! * [`transport`]: what a way to the device must offer: doorbell, interrupt.
+//! * [`hardware`]: a device that can be reset and started again.
 //! * [`svm`]: typed commands, answers and event records over the three queues.
 //! * [`pci`]: the transport of a real guest.
 //!
 //! The device is not trusted with more than its own memory: whatever it writes is checked before use.
 
 pub mod dma;
+pub mod hardware;
 pub mod pci;
-
 pub mod svm;
 pub mod transport;
 pub mod virtqueue;
 
 pub use dma::DmaRegion;
+pub use hardware::Hardware;
 pub use svm::{Completion, Event, Posted, Pump, RingConfig, Rings, SvmDevice};
 pub use transport::Transport;
 
@@ -73,3 +75,14 @@ pub enum Error {
 
 /// Result of the driver.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// A number that no earlier life of a driver has used: random, not 0.
+pub fn new_incarnation() -> u64 {
+    let mut bytes = [0; 8];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    // A guest whose random pool is not ready yet still has a clock that does not stand still.
+    let clock =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos());
+    let random = if filled.is_ok() { u64::from_le_bytes(bytes) } else { u64::try_from(clock).unwrap_or(1) };
+    random.max(1)
+}

@@ -11,6 +11,11 @@
 //!
 //! If step 3 never ends, nothing is let go, ever. The ring memory stays pinned for the keeper's whole life.
 //!
+//! Memory is pinned a slice at a time, and each request that is under way has a slice in turn, so none waits for another
+//! one's whole memory; what takes no time, as letting go, goes before. All on one thread: nothing else of this process
+//! touches a mapping between a pin and the lookup of its pages ([`crate::pin`]). Who asks has one request of each user
+//! under way ([`crate::agent`]).
+//!
 //! The documented residue: when the keeper itself is killed, the kernel takes its pins down while the device may still
 //! run. The serving process then stops the device at once, without waiting.
 
@@ -19,21 +24,21 @@ mod wire;
 
 pub use wire::Handover;
 
-use crate::agent::new_incarnation;
 use crate::driver::dma::PAGE_BYTES;
-use crate::driver::{self, DmaRegion, Event, Rings, SvmDevice, Transport};
-use crate::pin::{self, Hold, Pinned, Pinner};
+use crate::driver::{self, DmaRegion, Event, Hardware, Rings, SvmDevice, new_incarnation};
+use crate::pin::{self, Held, Hold, Pinned, Pinner, Pinning, Progress};
 use crate::socket::MessageSocket;
-use rustix::event::{PollFd, PollFlags};
+use crate::wait;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::event::EVENT_QUIET;
-use wire::{MAX_REQUEST, Reply, Request};
+use wire::{Answered, Asked, MAX_REQUEST, Reply, Request};
 
 /// How long one attempt to reach quiet may take before the device is reset and asked again.
 const QUIET_DEADLINE: Duration = Duration::from_secs(30);
@@ -47,7 +52,7 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 pub enum Error {
     /// The device.
     #[error("device")]
-    Hardware(#[source] Box<dyn std::error::Error + Send + Sync>),
+    Hardware(#[source] driver::hardware::Failure),
     /// The rings.
     #[error("rings")]
     Driver(#[from] driver::Error),
@@ -75,33 +80,6 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::System { what, source }
 }
 
-/// The device as the keeper needs it. [`crate::driver::pci::PciDevice`] in a guest.
-pub trait Hardware {
-    /// Resets the device and starts it on empty rings in `dma`. Between the reset and the start it writes nowhere.
-    ///
-    /// # Errors
-    /// When the device does not reset, or lacks something.
-    fn restart(
-        &mut self,
-        dma: &DmaRegion,
-    ) -> std::result::Result<Rings, Box<dyn std::error::Error + Send + Sync>>;
-
-    /// Resets the device: it writes nowhere afterwards.
-    ///
-    /// # Errors
-    /// When the device does not reset.
-    fn stop(&mut self) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
-
-    /// The way to the running device.
-    ///
-    /// # Errors
-    /// When a descriptor cannot be duplicated.
-    fn transport(&self) -> io::Result<Arc<dyn Transport>>;
-
-    /// What another process needs for a transport of its own: a description and descriptors.
-    fn handover(&self) -> (serde_json::Value, Vec<BorrowedFd<'_>>);
-}
-
 /// A serving process.
 pub trait Serving {
     /// Ends it, and returns when nothing of it runs any more.
@@ -116,6 +94,47 @@ enum Turn {
     Serving,
     /// The process has ended, is not to be trusted any more, or the keeper is to stop.
     Ended,
+}
+
+/// The connection to a serving process.
+struct Conversation<'a> {
+    socket: MessageSocket,
+    stop: BorrowedFd<'a>,
+    /// Under way; the first one has the next slice.
+    jobs: VecDeque<Job>,
+}
+
+/// A request that takes a while.
+struct Job {
+    number: u64,
+    /// Memory that is made for a process; `None`: it brought the memory.
+    made: Option<OwnedFd>,
+    pinning: Box<dyn Pinning>,
+}
+
+impl Conversation<'_> {
+    /// Answers, when there is room: an answer that nobody reads must not keep the keeper from being stopped.
+    fn answer(&self, number: u64, reply: Reply, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let message = serde_json::to_vec(&Answered { number, reply })?;
+        loop {
+            match self.socket.send(&[&message], fds, false) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return sent,
+            }
+            let mut fds = [
+                PollFd::new(&self.socket, PollFlags::OUT),
+                PollFd::from_borrowed_fd(self.stop, PollFlags::IN),
+            ];
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, None))?;
+            if is_readable(self.stop) {
+                return Err(io::Error::from(io::ErrorKind::Interrupted));
+            }
+        }
+    }
+
+    fn refuse(&self, number: u64, errno: Errno) -> io::Result<()> {
+        self.answer(number, Reply::Refused { errno: errno.raw_os_error() }, &[])
+    }
 }
 
 /// The keeper.
@@ -183,7 +202,8 @@ impl<H: Hardware> Keeper<H> {
                 Err(error) => (self.log)(&format!("no serving process could be started: {error}")),
             }
             if started.elapsed() < SHORT_LIFE {
-                wait_readable(stop, SHORT_LIFE);
+                // Cut short by a signal, it is only started sooner.
+                wait::readable(&stop, Some(SHORT_LIFE)).ok();
             }
         }
     }
@@ -194,10 +214,12 @@ impl<H: Hardware> Keeper<H> {
         let (ours, theirs) = MessageSocket::pair().map_err(system("cannot make a socket pair"))?;
         let mut serving = spawn(theirs.into_fd()).map_err(system("cannot start the serving process"))?;
         self.served = true;
-        if self.send_handover(&ours, rings.config()).is_ok() {
-            while let Turn::Serving = self.turn(&ours, stop) {}
+        let mut conversation = Conversation { socket: ours, stop, jobs: VecDeque::new() };
+        if self.send_handover(&conversation.socket, rings.config()).is_ok() {
+            while let Turn::Serving = self.turn(&mut conversation) {}
         }
         serving.end();
+        // Where the memory of unfinished jobs is was told to nobody: it goes with the conversation.
         Ok(())
     }
 
@@ -262,10 +284,15 @@ impl<H: Hardware> Keeper<H> {
         socket.send(&[&serde_json::to_vec(&handover)?], &all, true)
     }
 
-    /// Waits for one request of the serving process and carries it out.
-    fn turn(&mut self, socket: &MessageSocket, stop: BorrowedFd<'_>) -> Turn {
-        let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, None) {
+    /// Carries out one request that is there, else a slice of one that is under way; waits while there is neither.
+    fn turn(&mut self, conversation: &mut Conversation<'_>) -> Turn {
+        let mut fds = [
+            PollFd::new(&conversation.socket, PollFlags::IN),
+            PollFd::from_borrowed_fd(conversation.stop, PollFlags::IN),
+        ];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let timeout = (!conversation.jobs.is_empty()).then_some(&at_once);
+        match rustix::event::poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(Errno::INTR) => return Turn::Serving,
             Err(_) => return Turn::Ended,
@@ -274,97 +301,133 @@ impl<H: Hardware> Keeper<H> {
         if stopping {
             return Turn::Ended;
         }
-        if !ready {
-            return Turn::Serving;
-        }
+        if ready { self.receive(conversation) } else { self.advance(conversation) }
+    }
+
+    fn receive(&mut self, conversation: &mut Conversation<'_>) -> Turn {
         let mut buf = [0; MAX_REQUEST];
-        let received = match socket.receive(&mut buf, false) {
+        let received = match conversation.socket.receive(&mut buf, false) {
             Ok(received) if received.len > 0 && !received.truncated => received,
             _ => return Turn::Ended,
         };
-        let request = serde_json::from_slice(buf.get(..received.len).unwrap_or_default());
+        let asked = serde_json::from_slice(buf.get(..received.len).unwrap_or_default());
+        let Ok(Asked { number, request }) = asked else { return Turn::Ended };
         let mut fds = received.fds.into_iter();
-        let answered = match (request, fds.next(), fds.next()) {
-            (Ok(Request::Create { len }), None, _) => self.create(socket, len),
-            (Ok(Request::Import { offset, len }), Some(file), None) => {
-                self.import(socket, file.as_fd(), offset, len)
+        let done = match (request, fds.next(), fds.next()) {
+            (Request::Create { len }, None, _) => self.create(conversation, number, len),
+            (Request::Import { offset, len }, Some(file), None) => {
+                self.import(conversation, number, file.as_fd(), offset, len)
             }
-            (Ok(Request::Hold { fd }), Some(pidfd), None) => self.hold(socket, pidfd.as_fd(), fd),
-            (Ok(Request::Release { id }), None, _) => self.release(socket, id),
+            (Request::Hold { fd }, Some(pidfd), None) => self.hold(conversation, number, pidfd.as_fd(), fd),
+            (Request::Release { id }, None, _) => {
+                // The device is through with it.
+                self.arenas.remove(&id);
+                Ok(())
+            }
             // Not a serving process of this version: it is replaced.
             _ => return Turn::Ended,
         };
-        if answered.is_ok() { Turn::Serving } else { Turn::Ended }
+        if done.is_ok() { Turn::Serving } else { Turn::Ended }
     }
 
-    fn create(&mut self, socket: &MessageSocket, len: u64) -> io::Result<()> {
-        let made = whole_pages(len)
-            .and_then(|len| self.pinner.pin(len).map_err(|error| (self.log)(&error.to_string())).ok());
-        // Running out of anything is the fault of one process, and must not end the service of all.
-        let listed = made.and_then(|pinned| Some((wire::pages_to_file(&pinned.pages).ok()?, pinned)));
-        let Some((pages, pinned)) = listed else {
-            return socket.send(&[&serde_json::to_vec(&Reply::Refused)?], &[], true);
-        };
-        let id = self.next_id();
-        let reply = serde_json::to_vec(&Reply::Created { id })?;
-        let sent = socket.send(&[&reply], &[pinned.fd.as_fd(), pages.as_fd()], true);
-        // Kept even if it could not be told: then the serving process is gone, and the cleansing lets it go.
-        self.arenas.insert(id, pinned.into_hold());
-        sent
+    fn create(&self, conversation: &mut Conversation<'_>, number: u64, len: u64) -> io::Result<()> {
+        let Some(len) = whole_pages(len) else { return conversation.refuse(number, Errno::INVAL) };
+        match self.pinner.make(len) {
+            Ok((made, pinning)) => {
+                conversation.jobs.push_back(Job { number, made: Some(made), pinning });
+                Ok(())
+            }
+            Err(error) => self.fail(conversation, number, true, &error),
+        }
     }
 
-    /// Pins memory that a process brings. The process hears why not, and nobody else: it can fail as often as it likes.
     fn import(
-        &mut self,
-        socket: &MessageSocket,
+        &self,
+        conversation: &mut Conversation<'_>,
+        number: u64,
         file: BorrowedFd<'_>,
         offset: u64,
         len: u64,
     ) -> io::Result<()> {
-        let held = whole_pages(len)
-            .ok_or(Errno::INVAL)
-            .and_then(|len| self.pinner.import(file, offset, len).map_err(|error| error.errno()));
-        let listed = held.and_then(|held| match wire::pages_to_file(&held.pages) {
-            Ok(pages) => Ok((pages, held.hold)),
-            Err(_) => Err(Errno::NOMEM),
-        });
-        let (pages, hold) = match listed {
-            Ok(listed) => listed,
-            Err(errno) => {
-                let reply = Reply::NotImported { errno: errno.raw_os_error() };
-                return socket.send(&[&serde_json::to_vec(&reply)?], &[], true);
+        let Some(len) = whole_pages(len) else { return conversation.refuse(number, Errno::INVAL) };
+        match self.pinner.import(file, offset, len) {
+            Ok(pinning) => {
+                conversation.jobs.push_back(Job { number, made: None, pinning });
+                Ok(())
             }
-        };
-        let id = self.next_id();
-        let sent = socket.send(&[&serde_json::to_vec(&Reply::Imported { id })?], &[pages.as_fd()], true);
-        // Kept even if it could not be told, as in `create`.
-        self.arenas.insert(id, hold);
-        sent
+            Err(error) => self.fail(conversation, number, false, &error),
+        }
     }
 
-    fn hold(&mut self, socket: &MessageSocket, pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<()> {
-        let reply = match pidfd_getfd(pidfd, fd, PidfdGetfdFlags::empty()) {
+    /// Running out of anything is the fault of one process, and must not end the service of all. Why its own memory cannot
+    /// be pinned a process hears, and nobody else: it can fail as often as it likes.
+    fn fail(
+        &self,
+        conversation: &Conversation<'_>,
+        number: u64,
+        ours: bool,
+        error: &pin::Error,
+    ) -> io::Result<()> {
+        if ours {
+            (self.log)(&error.to_string());
+        }
+        conversation.refuse(number, error.errno())
+    }
+
+    /// A slice of the job whose turn it is.
+    fn advance(&mut self, conversation: &mut Conversation<'_>) -> Turn {
+        let Some(Job { number, made, pinning }) = conversation.jobs.pop_front() else { return Turn::Serving };
+        let told = match pinning.advance() {
+            Ok(Progress::Going(pinning)) => {
+                conversation.jobs.push_back(Job { number, made, pinning });
+                Ok(())
+            }
+            Ok(Progress::Done(held)) => self.pinned(conversation, number, made.as_ref(), held),
+            Err(error) => self.fail(conversation, number, made.is_some(), &error),
+        };
+        if told.is_ok() { Turn::Serving } else { Turn::Ended }
+    }
+
+    fn pinned(
+        &mut self,
+        conversation: &Conversation<'_>,
+        number: u64,
+        made: Option<&OwnedFd>,
+        held: Held,
+    ) -> io::Result<()> {
+        let Ok(pages) = wire::pages_to_file(&held.pages) else {
+            return conversation.refuse(number, Errno::NOMEM);
+        };
+        let id = self.next_id();
+        let fds: Vec<BorrowedFd<'_>> = made.into_iter().chain([&pages]).map(AsFd::as_fd).collect();
+        let told = conversation.answer(number, Reply::Kept { id }, &fds);
+        // Kept even if it could not be told: then the serving process is gone, and the cleansing lets it go.
+        self.arenas.insert(id, held.hold);
+        told
+    }
+
+    fn hold(
+        &mut self,
+        conversation: &Conversation<'_>,
+        number: u64,
+        pidfd: BorrowedFd<'_>,
+        fd: i32,
+    ) -> io::Result<()> {
+        match pidfd_getfd(pidfd, fd, PidfdGetfdFlags::empty()) {
             Ok(ring) => {
                 let id = self.next_id();
-                // Before it is told, as in `create`: whoever asked may be gone.
+                // Before it is told, as in `pinned`: whoever asked may be gone.
                 self.arenas.insert(id, Box::new(ring));
-                Reply::Held { id }
+                conversation.answer(number, Reply::Kept { id }, &[])
             }
-            Err(errno) => Reply::NotImported { errno: errno.raw_os_error() },
-        };
-        socket.send(&[&serde_json::to_vec(&reply)?], &[], true)
+            Err(errno) => conversation.refuse(number, errno),
+        }
     }
 
     fn next_id(&mut self) -> u64 {
         let id = self.next_arena;
         self.next_arena += 1;
         id
-    }
-
-    /// The serving process says that the device is through with an arena.
-    fn release(&mut self, socket: &MessageSocket, id: u64) -> io::Result<()> {
-        let reply = if self.arenas.remove(&id).is_some() { Reply::Released } else { Reply::Refused };
-        socket.send(&[&serde_json::to_vec(&reply)?], &[], true)
     }
 }
 
@@ -387,13 +450,6 @@ fn is_quiet(event: &Event, incarnation: u64) -> bool {
         if notice.kind.get() == EVENT_QUIET && notice.value.get() == incarnation)
 }
 
-/// Waits for `fd`, at most `timeout`.
-fn wait_readable(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    let timeout = timeout.try_into().ok();
-    matches!(rustix::event::poll(&mut fds, timeout.as_ref()), Ok(ready) if ready > 0)
-}
-
 fn is_readable(fd: BorrowedFd<'_>) -> bool {
-    wait_readable(fd, Duration::ZERO)
+    wait::readable(&fd, Some(Duration::ZERO)) == Ok(true)
 }

@@ -6,6 +6,9 @@ pub mod broker;
 pub mod client;
 pub mod driver;
 pub mod keeper;
+#[cfg(test)]
+#[path = "../tests/agent/lacking.rs"]
+mod lacking;
 pub mod mapping;
 pub mod memory_file;
 pub mod message;
@@ -13,3 +16,4 @@ pub mod pin;
 pub mod process_memory;
 pub mod socket;
 pub mod trust;
+mod wait;

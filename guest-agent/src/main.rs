@@ -76,7 +76,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Show which faults were answered, and how
+    /// Show which faults were answered, how, and how long that took: from their record's being found in the ring to the
+    /// doorbell's being rung
     Ledger {
         #[command(flatten)]
         admin: AdminArgs,
@@ -166,10 +167,11 @@ struct AgentArgs {
     /// MiB of pinned memory that one connection may have
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     process_memory: u32,
-    /// MiB of pinned memory that all connections of one user may have [default: three quarters of all]
+    /// MiB of pinned memory that all connections of one user may have, each piece with 32 KiB more [default: three quarters of
+    /// all]
     #[arg(long, value_name = "MIB")]
     user_memory: Option<u32>,
-    /// MiB of pinned memory in all [default: half of the guest's memory]
+    /// MiB of pinned memory in all, each piece with 32 KiB more [default: half of the guest's memory]
     #[arg(long, value_name = "MIB")]
     total_memory: Option<u32>,
     /// Threads that answer faults and pass records on, at most 64 [default: one for each CPU, at most 4]
@@ -180,10 +182,10 @@ struct AgentArgs {
     /// if it is there, else nobody is trusted]
     #[arg(long, value_name = "FILE")]
     trust: Option<PathBuf>,
-    /// Connections at once
+    /// Connections at once, 16 of them for root alone
     #[arg(long, value_name = "COUNT", default_value_t = 512)]
     max_clients: usize,
-    /// Connections of one user at once
+    /// Connections of one user at once; users other than root also have at most as many as are free for others
     #[arg(long, value_name = "COUNT", default_value_t = 256)]
     max_clients_per_user: usize,
 }
@@ -311,13 +313,13 @@ fn counts(ledger: &LedgerReport) -> String {
 fn print_ledger(out: &mut dyn Write, ledger: &LedgerReport) -> std::io::Result<()> {
     writeln!(
         out,
-        "{:>6} {:>8} {:>4} {:>18} {:>18} {:>5} {:>5} answer",
-        "ctx", "pid", "dev", "gpu address", "cpu address", "perm", "pages"
+        "{:>6} {:>8} {:>4} {:>18} {:>18} {:>5} {:>5} {:>10} answer",
+        "ctx", "pid", "dev", "gpu address", "cpu address", "perm", "pages", "took us"
     )?;
     for entry in &ledger.entries {
         writeln!(
             out,
-            "{:>6} {:>8} {:>4} {:>#18x} {:>#18x} {:>5} {:>5} {:?} ({})",
+            "{:>6} {:>8} {:>4} {:>#18x} {:>#18x} {:>5} {:>5} {:>8}.{} {:?} ({})",
             entry.ctx_id,
             entry.pid,
             entry.dev_id,
@@ -325,6 +327,8 @@ fn print_ledger(out: &mut dyn Write, ledger: &LedgerReport) -> std::io::Result<(
             entry.cpu_addr,
             entry.perm,
             entry.pages,
+            entry.answer_ns / 1000,
+            entry.answer_ns % 1000 / 100,
             entry.code,
             entry.status
         )?;

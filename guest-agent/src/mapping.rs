@@ -83,6 +83,24 @@ impl SharedMapping {
         }
     }
 
+    /// Maps `len` bytes of `fd` from `offset`, readable and writable, in place of what is mapped at `address`: there is no
+    /// moment at which something else could be mapped there.
+    ///
+    /// # Errors
+    /// What mmap says. Then nothing may be mapped there any more.
+    ///
+    /// # Safety
+    /// All of the range is mapped by the caller, nothing points into it, and the caller unmaps none of it any more.
+    pub unsafe fn in_place_of(address: usize, fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self> {
+        let hint = std::ptr::with_exposed_provenance_mut(address);
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: what is replaced is the caller's, and nothing points into it.
+        let base =
+            unsafe { rustix::mm::mmap(hint, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset) }
+                .map_err(|source| Error::Map { len, source })?;
+        Ok(Self { base: base.expose_provenance(), len })
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -98,19 +116,27 @@ impl SharedMapping {
         self.base
     }
 
-    /// Faults every page in, then keeps the mapping out of forked children.
+    /// Faults `len` bytes from `offset` in, whole pages.
     ///
     /// # Errors
-    /// What madvise says; `EFAULT` or `ENOMEM` when memory runs out.
-    pub fn populate(&self) -> Result<()> {
-        self.advise(Advice::LinuxPopulateWrite)?;
-        self.advise(Advice::LinuxDontFork)
+    /// What madvise says; `EFAULT` or `ENOMEM` when memory runs out. [`Error::OutOfRange`].
+    pub fn populate(&self, offset: usize, len: usize) -> Result<()> {
+        self.advise(offset, len, Advice::LinuxPopulateWrite)
     }
 
-    fn advise(&self, advice: Advice) -> Result<()> {
-        // SAFETY: the range is exactly this mapping; neither advice changes the contents of its pages.
-        unsafe { rustix::mm::madvise(self.pointer(0).cast(), self.len, advice) }
-            .map_err(|source| Error::Map { len: self.len, source })
+    /// Forked children do not get the mapping.
+    ///
+    /// # Errors
+    /// What madvise says.
+    pub fn keep_from_children(&self) -> Result<()> {
+        self.advise(0, self.len, Advice::LinuxDontFork)
+    }
+
+    fn advise(&self, offset: usize, len: usize, advice: Advice) -> Result<()> {
+        let start = self.checked(offset, len, 1)?;
+        // SAFETY: `checked` proved that the range lies in this mapping; neither advice changes the contents of its
+        // pages.
+        unsafe { rustix::mm::madvise(start.cast(), len, advice) }.map_err(|source| Error::Map { len, source })
     }
 
     fn pointer(&self, offset: usize) -> *mut u8 {

@@ -74,13 +74,7 @@ impl MemoryFile {
         if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE != OFlags::RDWR {
             return Err(Error::Access);
         }
-        let system = rustix::fs::fstatfs(&fd)?;
-        // Of hugetlbfs the block is the huge page, and nothing smaller can be mapped.
-        let page = match i128::from(system.f_type) {
-            TMPFS_MAGIC => PAGE_SIZE,
-            HUGETLBFS_MAGIC => u64::try_from(system.f_bsize).map_err(|_| Error::NotMemory)?,
-            _ => return Err(Error::NotMemory),
-        };
+        let page = page_of(fd.as_fd())?.ok_or(Error::NotMemory)?;
         let stat = rustix::fs::fstat(&fd)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(Error::NotMemory);
@@ -117,12 +111,26 @@ impl AsFd for MemoryFile {
     }
 }
 
+/// Bytes of a page of a file in memory; `None`: it is another kind of file.
+///
+/// # Errors
+/// When the kernel does not say what the file is.
+pub fn page_of(file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+    let system = rustix::fs::fstatfs(file)?;
+    Ok(match i128::from(system.f_type) {
+        TMPFS_MAGIC => Some(PAGE_SIZE),
+        // The block is the huge page, and nothing smaller can be mapped.
+        HUGETLBFS_MAGIC => u64::try_from(system.f_bsize).ok(),
+        _ => None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lacking::lacking;
     use rustix::fs::MemfdFlags;
     use std::fs::{File, OpenOptions};
-    use std::io::Write;
     use std::os::fd::AsRawFd;
 
     const LEN: u64 = 4 * PAGE_SIZE;
@@ -192,9 +200,9 @@ mod tests {
         let file = tempfile::tempfile_in(program.parent().unwrap()).unwrap();
         file.set_len(LEN).unwrap();
         if i128::from(rustix::fs::fstatfs(&file).unwrap().f_type) == TMPFS_MAGIC {
-            writeln!(std::io::stderr(), "not tested: a file on a disk is refused (the build is on tmpfs)")
-                .unwrap();
-            return;
+            return lacking(
+                "a file on a disk is refused (the build is on tmpfs: choose another CARGO_TARGET_DIR)",
+            );
         }
         assert_eq!(refusal(file, 0, LEN), Errno::OPNOTSUPP);
     }
@@ -205,8 +213,7 @@ mod tests {
         let file = match rustix::fs::memfd_create("brought", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
             Ok(file) => File::from(file),
             Err(errno) => {
-                writeln!(std::io::stderr(), "not tested: huge pages are taken whole ({errno})").unwrap();
-                return;
+                return lacking(&format!("huge pages are taken whole (MFD_HUGETLB: {errno})"));
             }
         };
         let huge = u64::try_from(rustix::fs::fstatfs(&file).unwrap().f_bsize).unwrap();

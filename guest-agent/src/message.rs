@@ -3,7 +3,12 @@
 //! A process sends requests, each opening with [`Head`], and gets one reply to each, in order, with the request's `kind`
 //! and `seqno`. Records ([`EVENTS`]) are pushed in between. A SUBMIT's payload is passed to the device as it is; it
 //! cannot hold guest-physical addresses, and neither can anything else here.
+//!
+//! A refusal is a reply whose status is not 0. Where a limit is reached (-ENOSPC) its body is [`Refusal`], which names the
+//! limit; other refusals have no body.
 
+use std::fmt;
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::wire;
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -75,6 +80,15 @@ wire! {
         seqno: U32,
         /// 0 or a negative errno; 0 in a request.
         status: I32,
+        /// Zero.
+        reserved: U32,
+    }
+}
+wire! {
+    /// Body of a reply with -ENOSPC; SUBMIT's is [`SubmitReply`].
+    Refusal, 8 {
+        /// [`Reached::to_wire`].
+        limit: U32,
         /// Zero.
         reserved: U32,
     }
@@ -206,5 +220,144 @@ wire! {
         limit: U16,
         /// Zero.
         reserved: U32,
+    }
+}
+
+/// A limit of the agent's own, on processes of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum AgentLimit {
+    /// Bytes of arenas of one process.
+    ProcessMemory = 1,
+    /// Bytes of arenas of a user's processes.
+    UserMemory = 2,
+    /// Bytes of arenas in all.
+    TotalMemory = 3,
+    /// Arenas of one process.
+    Arenas = 4,
+    /// Parts that the arenas of one process are in.
+    Parts = 5,
+    /// Connections at once.
+    Clients = 6,
+    /// Connections of one user at once.
+    UserClients = 7,
+    /// Arenas of a user's processes.
+    UserArenas = 8,
+    /// Arenas in all.
+    TotalArenas = 9,
+    /// Numbers of contexts.
+    Contexts = 10,
+}
+
+impl AgentLimit {
+    /// All, by number.
+    pub const ALL: [Self; 10] = [
+        Self::ProcessMemory,
+        Self::UserMemory,
+        Self::TotalMemory,
+        Self::Arenas,
+        Self::Parts,
+        Self::Clients,
+        Self::UserClients,
+        Self::UserArenas,
+        Self::TotalArenas,
+        Self::Contexts,
+    ];
+
+    /// What is limited, and what to do.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Self::ProcessMemory => {
+                "the agent's limit of memory for one process is reached: free some, or have --process-memory of `svm-agent serve` raised"
+            }
+            Self::UserMemory => {
+                "the agent's limit of memory for all processes of one user is reached: free some or end another one of them, or have --user-memory of `svm-agent serve` raised"
+            }
+            Self::TotalMemory => {
+                "the agent's limit of memory for all processes is reached: free some or end one of them, or have --total-memory of `svm-agent serve` raised"
+            }
+            Self::Arenas => {
+                "the agent's limit of arenas for one process is reached: map or allocate less often, and more at once"
+            }
+            Self::Parts => {
+                "the agent's limit of parts of arenas for one process is reached: unmap and protect memory less in pieces"
+            }
+            Self::Clients => {
+                "the agent has as many connections as it may have: end a program that uses GPUs, or have --max-clients of `svm-agent serve` raised"
+            }
+            Self::UserArenas => {
+                "the agent's limit of arenas for all processes of one user is reached: end another one of them, or allocate more at once"
+            }
+            Self::TotalArenas => {
+                "the agent's limit of arenas for all processes is reached: end one of them, or allocate more at once"
+            }
+            Self::Contexts => "all numbers of contexts are in use: end a program that uses GPUs",
+            Self::UserClients => {
+                "this user has as many connections to the agent as one may have: end a program of this user's that uses GPUs, or have --max-clients-per-user of `svm-agent serve` raised"
+            }
+        }
+    }
+}
+
+/// The limit that a refusal is about: its text says whose it is and what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reached {
+    /// One of the host's (PROTOCOL 9).
+    Host(Limit),
+    /// One of the agent's.
+    Agent(AgentLimit),
+}
+
+/// Numbers of the host's limits are below this one.
+const AGENT_LIMITS: u32 = 1 << 16;
+
+impl Reached {
+    /// Its number in [`Refusal`]; 0 is none.
+    pub fn to_wire(self) -> u32 {
+        match self {
+            Self::Host(limit) => limit.to_wire().into(),
+            Self::Agent(limit) => AGENT_LIMITS | u32::from(limit as u8),
+        }
+    }
+
+    /// The limit of a number. `None`: there is none, or it is one of a later version.
+    pub fn from_wire(number: u32) -> Option<Self> {
+        match u16::try_from(number) {
+            Ok(number) => Limit::from_wire(number).map(Self::Host),
+            Err(_) => AgentLimit::ALL.into_iter().map(Self::Agent).find(|limit| limit.to_wire() == number),
+        }
+    }
+}
+
+impl fmt::Display for Reached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host(limit) if limit.is_configured() => write!(
+                f,
+                "the {}'s limit of {limit} is reached: raise limits.{limit} in svmd.toml, or free some",
+                limit.scope()
+            ),
+            Self::Host(limit) => {
+                write!(f, "the {}'s limit of {limit} is reached: free some", limit.scope())
+            }
+            Self::Agent(limit) => f.write_str(limit.advice()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_limit_has_a_number_of_its_own() {
+        let host = Limit::ALL.into_iter().map(Reached::Host);
+        let all: Vec<Reached> = host.chain(AgentLimit::ALL.into_iter().map(Reached::Agent)).collect();
+        for limit in all {
+            assert_eq!(Reached::from_wire(limit.to_wire()), Some(limit));
+        }
+        for unknown in [0, 13, AGENT_LIMITS, AGENT_LIMITS + 11, u32::MAX] {
+            assert_eq!(Reached::from_wire(unknown), None, "{unknown:#x}");
+        }
     }
 }

@@ -14,6 +14,10 @@
 //! after the pin, because the file was cut short or a hole was punched, makes all of it be done again. What is present
 //! then was pinned: an entry that goes comes back only with a touch, and there is none.
 //!
+//! Memory is pinned a slice at a time ([`Pinning`]): a process decides how long a slice takes, since its pages may have
+//! been swapped out, and the keeper serves others in between. A slice is pinned and looked up before anything else is
+//! touched, so what holds for the whole holds for each.
+//!
 //! Dropping a [`Pinned`] lets the pages go. Its owner ([`crate::keeper`]) does so only when the device cannot use them.
 
 #![expect(unsafe_code, reason = "registers memory with io_uring")]
@@ -31,9 +35,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 
-/// Most bytes of one io_uring buffer.
-const MAX_BUFFER: usize = 1 << 30;
-/// How often an import begins again because a page went away after it was pinned.
+/// Bytes of a slice, each a buffer of the io_uring; more where there would be more than [`MAX_SLICES`].
+const SLICE: usize = 2 << 20;
+/// Most slices. The kernel takes twice as many buffers.
+const MAX_SLICES: usize = 1 << 13;
+/// How often slices of an import are pinned again, in all, because a page went away after it was pinned.
 const MAX_ATTEMPTS: u32 = 4;
 /// Pagemap entry: the page is in memory.
 const PAGEMAP_PRESENT: u64 = 1 << 63;
@@ -111,23 +117,12 @@ pub struct Pinned {
     pub fd: OwnedFd,
     /// Guest-physical address of each page.
     pub pages: Vec<u64>,
-    hold: Hold,
+    /// They stay until it is dropped.
+    pub hold: Hold,
 }
 
 /// What holds pages in place: they stay until it is dropped.
 pub type Hold = Box<dyn Any + Send>;
-
-impl Pinned {
-    /// Memory that `hold` keeps in place.
-    pub fn new(fd: OwnedFd, pages: Vec<u64>, hold: Hold) -> Self {
-        Self { fd, pages, hold }
-    }
-
-    /// The hold alone, once those who need them have the file and the addresses.
-    pub fn into_hold(self) -> Hold {
-        self.hold
-    }
-}
 
 /// Pages of somebody's file, and what holds them in place.
 pub struct Held {
@@ -137,21 +132,61 @@ pub struct Held {
     pub hold: Hold,
 }
 
+/// Memory on its way to be pinned. Dropped before its end, nothing of it stays pinned.
+pub trait Pinning: Send {
+    /// Pins a slice more.
+    ///
+    /// # Errors
+    /// When it cannot be pinned.
+    fn advance(self: Box<Self>) -> Result<Progress>;
+}
+
+/// How far memory has come.
+pub enum Progress {
+    /// There is more to pin.
+    Going(Box<dyn Pinning>),
+    /// All of it is pinned.
+    Done(Held),
+}
+
+/// Pins all that is left.
+///
+/// # Errors
+/// As [`Pinning::advance`].
+pub fn finish(mut pinning: Box<dyn Pinning>) -> Result<Held> {
+    loop {
+        match pinning.advance()? {
+            Progress::Going(rest) => pinning = rest,
+            Progress::Done(held) => return Ok(held),
+        }
+    }
+}
+
 /// Makes pinned memory. The kernel does ([`KernelPinner`]), and harnesses have their own.
 pub trait Pinner: Send {
-    /// Makes `len` bytes of zeros, a multiple of the page size.
+    /// Makes `len` bytes of zeros, a multiple of the page size, and begins to pin them.
     ///
     /// # Errors
     /// When there is not enough memory, or it cannot be pinned.
-    fn pin(&self, len: usize) -> Result<Pinned>;
+    fn make(&self, len: usize) -> Result<(OwnedFd, Box<dyn Pinning>)>;
 
-    /// Pins `len` bytes of a file in memory from `offset`, both multiples of its page size. Whoever else has the file may
-    /// change it meanwhile in any way.
+    /// Begins to pin `len` bytes of a file in memory from `offset`, both multiples of its page size. Whoever else has the
+    /// file may change it meanwhile in any way.
     ///
     /// # Errors
     /// When the range is not in the file, cannot be written, or cannot be pinned.
-    fn import(&self, _file: BorrowedFd<'_>, _offset: u64, _len: usize) -> Result<Held> {
+    fn import(&self, _file: BorrowedFd<'_>, _offset: u64, _len: usize) -> Result<Box<dyn Pinning>> {
         Err(Error::NoImports)
+    }
+
+    /// Makes `len` bytes of zeros and pins them.
+    ///
+    /// # Errors
+    /// As [`Self::make`].
+    fn pin(&self, len: usize) -> Result<Pinned> {
+        let (fd, pinning) = self.make(len)?;
+        let Held { pages, hold } = finish(pinning)?;
+        Ok(Pinned { fd, pages, hold })
     }
 }
 
@@ -171,48 +206,92 @@ impl KernelPinner {
 }
 
 impl Pinner for KernelPinner {
-    fn pin(&self, len: usize) -> Result<Pinned> {
+    fn make(&self, len: usize) -> Result<(OwnedFd, Box<dyn Pinning>)> {
         let fd = sealed_memfd(len).map_err(|source| Error::Create { len, source })?;
-        let Held { pages, hold } = hold(fd.as_fd(), 0, len, &mut |_| {})?;
-        Ok(Pinned::new(fd, pages, hold))
+        let pinning = KernelPinning::begin(fd.as_fd(), 0, len)?;
+        Ok((fd, Box::new(pinning)))
     }
 
-    fn import(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Held> {
-        import(file, offset, len, &mut |_| {})
+    fn import(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Box<dyn Pinning>> {
+        Ok(Box::new(KernelPinning::begin(file, offset, len)?))
     }
 }
 
-/// What has just been done.
+/// What has just been done to a slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
-    Mapped,
     Populated,
     Pinned,
 }
 
-fn import(file: BorrowedFd<'_>, offset: u64, len: usize, after: &mut dyn FnMut(Step)) -> Result<Held> {
-    let mut attempts = 1;
-    loop {
-        match hold(file, offset, len, after) {
-            Err(Error::Absent { .. }) if attempts < MAX_ATTEMPTS => attempts += 1,
-            held => return held,
-        }
+struct KernelPinning {
+    mapping: SharedMapping,
+    slice: usize,
+    /// Has a place for the buffer of each slice.
+    ring: IoUring,
+    pagemap: File,
+    /// Of the slices that are pinned.
+    pages: Vec<u64>,
+    attempts: u32,
+}
+
+impl Pinning for KernelPinning {
+    fn advance(mut self: Box<Self>) -> Result<Progress> {
+        let all = self.pin_slice(&mut |_| {})?;
+        Ok(if all { Progress::Done(self.held()) } else { Progress::Going(self) })
     }
 }
 
-/// Pins a range of a file. `after` is told of each step; a test changes the file there.
-fn hold(file: BorrowedFd<'_>, offset: u64, len: usize, after: &mut dyn FnMut(Step)) -> Result<Held> {
-    let mapping = SharedMapping::new(file, offset, len, Placement::Anywhere)?;
-    after(Step::Mapped);
-    mapping.populate()?;
-    after(Step::Populated);
-    let ring = register(&mapping).map_err(|source| Error::Pin { len, source })?;
-    // From here to the end of the lookup nothing touches the memory.
-    after(Step::Pinned);
-    let pages = look_up_mapping(&mapping)?;
-    // The registration holds the pages: this mapping is not needed any more.
-    drop(mapping);
-    Ok(Held { pages, hold: Box::new(ring) })
+impl KernelPinning {
+    fn begin(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self> {
+        Self::in_slices(file, offset, len, slice_of(len))
+    }
+
+    fn in_slices(file: BorrowedFd<'_>, offset: u64, len: usize, slice: usize) -> Result<Self> {
+        let mapping = SharedMapping::new(file, offset, len, Placement::Anywhere)?;
+        mapping.keep_from_children()?;
+        let ring = empty_ring(len.div_ceil(slice)).map_err(|source| Error::Pin { len, source })?;
+        let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
+        Ok(Self { mapping, slice, ring, pagemap, pages: Vec::new(), attempts: 1 })
+    }
+
+    /// The registration holds the pages: the mapping is not needed any more.
+    fn held(self) -> Held {
+        Held { pages: self.pages, hold: Box::new(self.ring) }
+    }
+
+    /// Pins the next slice. True: it was the last one. `after` is told of each step; a test changes the file there.
+    fn pin_slice(&mut self, after: &mut dyn FnMut(Step)) -> Result<bool> {
+        match self.pin_next(after) {
+            Ok(pages) => self.pages.extend(pages),
+            Err(Error::Absent { .. }) if self.attempts < MAX_ATTEMPTS => self.attempts += 1,
+            Err(error) => return Err(error),
+        }
+        Ok(self.pages.len() * PAGE_BYTES == self.mapping.len())
+    }
+
+    /// Pins what comes after the pages that are known, and finds its pages.
+    fn pin_next(&self, after: &mut dyn FnMut(Step)) -> Result<Vec<u64>> {
+        let offset = self.pages.len() * PAGE_BYTES;
+        let len = self.slice.min(self.mapping.len() - offset);
+        self.mapping.populate(offset, len)?;
+        after(Step::Populated);
+        let slice = offset / self.slice;
+        register(&self.ring, slice, &self.mapping, offset, len)
+            .map_err(|source| Error::Pin { len, source })?;
+        // From here to the end of the lookup nothing touches the memory.
+        after(Step::Pinned);
+        let address = u64::try_from(self.mapping.address() + offset).unwrap_or(u64::MAX);
+        look_up(&self.pagemap, address, len / PAGE_BYTES).map_err(|error| match error {
+            Error::Absent { index } => Error::Absent { index: self.pages.len() + index },
+            other => other,
+        })
+    }
+}
+
+/// Bytes of each slice but the last one.
+fn slice_of(len: usize) -> usize {
+    len.div_ceil(MAX_SLICES).next_multiple_of(SLICE)
 }
 
 fn sealed_memfd(len: usize) -> io::Result<OwnedFd> {
@@ -223,24 +302,29 @@ fn sealed_memfd(len: usize) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Pins every page of the mapping until the ring is dropped.
-fn register(mapping: &SharedMapping) -> io::Result<IoUring> {
+/// An io_uring with places for so many buffers. No operation is ever submitted on it.
+fn empty_ring(places: usize) -> io::Result<IoUring> {
     let ring = IoUring::new(1)?;
-    let mut buffers = Vec::new();
-    for offset in (0..mapping.len()).step_by(MAX_BUFFER) {
-        let base = std::ptr::with_exposed_provenance_mut(mapping.address() + offset);
-        buffers.push(libc::iovec { iov_base: base, iov_len: MAX_BUFFER.min(mapping.len() - offset) });
-    }
-    // SAFETY: the buffers lie in `mapping`, which is mapped now; the kernel takes references to the pages and needs the
-    // addresses no more. No operation is ever submitted on this ring.
-    unsafe { ring.submitter().register_buffers(&buffers) }?;
+    let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+    // SAFETY: no buffer names any memory.
+    unsafe { ring.submitter().register_buffers(&vec![nothing; places]) }?;
     Ok(ring)
 }
 
-fn look_up_mapping(mapping: &SharedMapping) -> Result<Vec<u64>> {
-    let pagemap = File::open("/proc/self/pagemap").map_err(Error::Pagemap)?;
-    let address = u64::try_from(mapping.address()).unwrap_or(u64::MAX);
-    look_up(&pagemap, address, mapping.len() / PAGE_BYTES)
+/// Pins `len` bytes of the mapping until the ring is dropped, or its place gets something else.
+fn register(
+    ring: &IoUring,
+    place: usize,
+    mapping: &SharedMapping,
+    offset: usize,
+    len: usize,
+) -> io::Result<()> {
+    let place = u32::try_from(place).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let base = std::ptr::with_exposed_provenance_mut(mapping.address() + offset);
+    let buffer = [libc::iovec { iov_base: base, iov_len: len }];
+    // SAFETY: the buffer lies in `mapping`, which is mapped now; the kernel takes references to the pages and needs the
+    // address no more. No operation is ever submitted on this ring.
+    unsafe { ring.submitter().register_buffers_update(place, &buffer, None) }
 }
 
 /// Guest-physical addresses of `count` pages from `address`.

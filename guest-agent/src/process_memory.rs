@@ -1,7 +1,10 @@
-//! A trusted process' anonymous memory: the io_uring with which the process pinned it, and where its pages are.
+//! A process' address space: whether it is still there, and where pages of it are.
 //!
-//! The pagemap is opened when the process connects, and names the address space of that moment: after an exec it tells
-//! nothing. What the process says is checked against mistakes, not against malice: that is what trust is for
+//! The pagemap is opened when the process connects, and names the address space of that moment: once nobody has that any
+//! more, because of an exec or the end of the process, it reads as empty, whatever program has the same id by then.
+//!
+//! A trusted process' anonymous memory is looked up in it: the io_uring with which the process pinned it, and where its
+//! pages are. What the process says is checked against mistakes, not against malice: that is what trust is for
 //! ([`crate::message::ARENA_PIN`]).
 
 use crate::pin;
@@ -12,6 +15,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 
 /// What /proc calls the descriptor of an io_uring.
@@ -33,17 +37,32 @@ pub struct PinnedRange {
 }
 
 impl ProcessMemory {
-    /// That of the process at the other end of a connection.
+    /// That of the process at the other end of a connection. Waits while that process is in the midst of an exec, which
+    /// it can draw out as long as it likes.
     ///
     /// # Errors
     /// When the process has ended, or this one is not root.
     pub fn open(peer: &Peer) -> io::Result<Self> {
-        let pagemap = File::open(format!("/proc/{}/pagemap", peer.credentials.pid))?;
+        let mut found = Err(io::Error::from(Errno::SRCH));
+        // Of any thread: the first one may end before the others, and has no memory then.
+        for thread in std::fs::read_dir(format!("/proc/{}/task", peer.credentials.pid))? {
+            found = File::open(thread?.path().join("pagemap")).map(|pagemap| Self { pagemap });
+            if found.as_ref().is_ok_and(|memory| !memory.has_gone()) {
+                break;
+            }
+        }
         // While it lives its id names no other process, and so it did before.
         if peer.has_exited() {
             return Err(io::Error::from(Errno::SRCH));
         }
-        Ok(Self { pagemap })
+        found
+    }
+
+    /// Whether nobody has the address space any more: its process has executed another program, or has ended. A process
+    /// that shares it with another one (CLONE_VM without CLONE_THREAD) takes it out of the world only with that one.
+    pub fn has_gone(&self) -> bool {
+        // Of one that is there the first entry can be read, whether anything is mapped or not.
+        matches!(self.pagemap.read_at(&mut [0; 8], 0), Ok(0))
     }
 
     /// Takes the io_uring that `peer` calls `ring`, in which it has registered the range.

@@ -64,7 +64,7 @@ enum Error {
     #[error("cannot execute {path}")]
     Exec { path: PathBuf, source: io::Error },
     #[error(
-        "{0} is linked statically, so no library can be loaded before its C library: link it dynamically, or link svm-alloc into it"
+        "{0} is linked statically, so its malloc cannot be replaced: link it dynamically; or run it without `svm-agent run`, and let it make what GPUs use by svm_map of libgpusvm (Client::arena in Rust)"
     )]
     Static(PathBuf),
     #[error("{0} is no program for this machine (64-bit x86): build it for x86-64")]

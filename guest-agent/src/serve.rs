@@ -26,7 +26,8 @@ const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 /// How long connections are waited for when the device is lost.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Descriptors that the keeper and the serving process may have: one for each arena, three for each connection.
+/// Descriptors that the keeper and the serving process may have: one for each arena, four for each connection. Twice as
+/// many as there may be arenas ([`AgentOptions::total_arenas`]).
 const DESCRIPTORS: u64 = 1 << 19;
 
 /// Runs the keeper.
@@ -201,7 +202,7 @@ fn serve_for_keeper(args: &AgentArgs) -> Result<(), Box<dyn std::error::Error>> 
     // From now on, whatever else this process is doing.
     std::thread::Builder::new().name("svm-watch".into()).spawn(move || end_with_keeper(&watch, &stopping))?;
     let device = serving::drive(&handover, dma, transport.clone())?;
-    let memory = Arc::new(serving::KeeperMemory::new(socket));
+    let memory = Arc::new(serving::KeeperMemory::new(socket)?);
     let agent = Agent::start(Arc::new(device), memory, args.agent_options()?)?;
     let broker = Broker::start(agent.clone(), args.broker_options())?;
     log(&format!("serving processes at {}", args.socket.display()));
@@ -243,10 +244,10 @@ impl AgentArgs {
 
     fn broker_options(&self) -> BrokerOptions {
         BrokerOptions {
-            socket: self.socket.clone(),
             admin_socket: Some(self.admin_socket.clone()),
             max_clients: self.max_clients,
             max_clients_per_uid: self.max_clients_per_user,
+            ..BrokerOptions::at(&self.socket)
         }
     }
 

@@ -8,7 +8,7 @@
     reason = "recvmsg with control messages and SO_PEERPIDFD have no safe wrapper that fits"
 )]
 
-use rustix::event::{PollFd, PollFlags};
+use crate::wait;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType,
@@ -19,6 +19,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 /// Most file descriptors that one message carries.
 pub const MAX_FDS: usize = 8;
@@ -48,9 +49,7 @@ pub struct Peer {
 impl Peer {
     /// Whether the process has exited. What cannot be asked is not trusted.
     pub fn has_exited(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut fds, Some(&now)) != Ok(0)
+        wait::readable(&self.pidfd, Some(Duration::ZERO)) != Ok(false)
     }
 }
 
@@ -307,22 +306,26 @@ fn parse_control(header: &libc::msghdr, received: &mut Received) {
     }
 }
 
-fn peer_credentials(fd: &OwnedFd) -> io::Result<Credentials> {
+/// The process at the other end of a connected socket: who connected, or who has listened.
+///
+/// # Errors
+/// What the kernel says of a descriptor that is no such socket.
+pub fn peer_credentials(fd: &impl AsFd) -> io::Result<Credentials> {
     let zero = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let ucred = socket_option(fd, libc::SO_PEERCRED, zero)?;
     Ok(Credentials { pid: ucred.pid, uid: ucred.uid, gid: ucred.gid })
 }
 
-fn peer_pidfd(fd: &OwnedFd) -> io::Result<OwnedFd> {
+fn peer_pidfd(fd: &impl AsFd) -> io::Result<OwnedFd> {
     let raw = socket_option(fd, libc::SO_PEERPIDFD, -1i32)?;
     // SAFETY: the kernel installed this descriptor for us, and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
 /// Reads a socket option of a type that is plain data.
-fn socket_option<T: Copy>(fd: &OwnedFd, option: i32, mut value: T) -> io::Result<T> {
+fn socket_option<T: Copy>(fd: &impl AsFd, option: i32, mut value: T) -> io::Result<T> {
     let mut len = libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0);
-    let (out, raw) = ((&raw mut value).cast(), fd.as_raw_fd());
+    let (out, raw) = ((&raw mut value).cast(), fd.as_fd().as_raw_fd());
     // SAFETY: `out` points to `len` writable bytes; the callers' types accept what the kernel writes for the option.
     let result = unsafe { libc::getsockopt(raw, libc::SOL_SOCKET, option, out, &raw mut len) };
     if result == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }

@@ -104,7 +104,7 @@ impl Trust {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use crate::lacking::lacking;
     use std::os::unix::fs::PermissionsExt;
 
     fn file(text: &str, mode: u32) -> tempfile::NamedTempFile {
@@ -118,7 +118,7 @@ mod tests {
     fn is_root(what: &str) -> bool {
         let root = rustix::process::geteuid().is_root();
         if !root {
-            writeln!(io::stderr(), "not tested: {what} (needs root)").unwrap();
+            lacking(&format!("{what} (needs root)"));
         }
         root
     }

@@ -1,56 +1,37 @@
-/* What faults and pins cost in this guest, as one line of JSON; times in nanoseconds.
+/* What faults cost in this guest, as one line of JSON: every time in nanoseconds.
  *
- *   faults ROUNDS
+ *   faults one ROUNDS               one fault at a time
+ *   faults storm PROCESSES ROUNDS   so many processes at once, each with WINDOWS faults in a round
  *
- * The reference is a bare userfaultfd loop: a thread touches a page, another one answers it. Beside it a device touches a
- * window of memory for the first time, and one that is there already. */
+ * The reference is a bare userfaultfd loop: a thread touches a page, another one of its process answers. Beside it a device
+ * touches windows of memory for the first time, and some that are there already. Both meet the same conditions: they take
+ * turns, fault by fault or round by round. */
 #define _GNU_SOURCE
 #include "gpu.h"
+#include "samples.h"
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, WINDOW = 16 * PAGE, PINNED = 16 << 20 };
+/* The agent answers a fault with its window: 16 pages, aligned to as many. */
+enum { PAGE = 4096, WINDOW = 16 * PAGE, WINDOWS = 128, MAX_PROCESSES = 64, MAX_ROUNDS = 2000 };
 
-static uint64_t now(void)
+/* Memory that is no arena: what the library would do with it is not measured here. */
+static char *by_hand(size_t bytes, int sharing)
 {
-	struct timespec time;
+	void *at = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS, -1, 0);
 
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
-}
-
-static int compare(const void *left, const void *right)
-{
-	const uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
-
-	return a < b ? -1 : a > b;
-}
-
-static void tell(const char *name, uint64_t *times, size_t count)
-{
-	uint64_t sum = 0;
-
-	qsort(times, count, sizeof(*times), compare);
-	for (size_t i = 0; i < count; i++)
-		sum += times[i];
-	printf("\"%s\": {\"p50\": %llu, \"p99\": %llu, \"mean\": %llu}, ", name, (unsigned long long)times[count / 2],
-	       (unsigned long long)times[count * 99 / 100], (unsigned long long)(sum / count));
-}
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
+	if (at == MAP_FAILED)
+		fail("mmap");
+	return at;
 }
 
 static void *answer(void *argument)
@@ -69,73 +50,185 @@ static void *answer(void *argument)
 	return NULL;
 }
 
-static void by_userfaultfd(uint64_t *times, size_t rounds)
+/* Pages that a thread answers until the process ends. */
+static char *followed(size_t pages)
 {
-	/* By hand, so that it is no arena. */
-	char *at = (char *)syscall(SYS_mmap, NULL, rounds * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-				   -1, 0);
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+	static int fd;
+	char *at = by_hand(pages * PAGE, MAP_PRIVATE);
 	struct uffdio_api api = { .api = UFFD_API };
 	struct uffdio_register area = {
-		.range = { .start = (uintptr_t)at, .len = rounds * PAGE },
+		.range = { .start = (uintptr_t)at, .len = pages * PAGE },
 		.mode = UFFDIO_REGISTER_MODE_MISSING,
 	};
 	pthread_t thread;
 
-	if (at == MAP_FAILED || fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0 || ioctl(fd, UFFDIO_REGISTER, &area) != 0)
+	fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) != 0 || ioctl(fd, UFFDIO_REGISTER, &area) != 0)
 		fail("userfaultfd");
 	if (pthread_create(&thread, NULL, answer, &fd) != 0)
 		fail("pthread_create");
-	for (size_t i = 0; i < rounds; i++) {
-		uint64_t begin = now();
-
-		*(volatile char *)(at + i * PAGE);
-		times[i] = now() - begin;
-	}
-	/* The thread waits for another fault until the program ends. */
+	return at;
 }
 
-static void by_device(const char *memory, size_t step, uint64_t *times, size_t rounds)
+static void touch(const char *at)
 {
-	uint64_t sum;
+	*(const volatile char *)at;
+}
 
+static _Noreturn void give_up(void)
+{
+	fprintf(stderr, "faults: %s\n", gpu_why());
+	exit(1);
+}
+
+/* Aligned as windows are, so that each holds one. */
+static char *windows(size_t count)
+{
+	char *at = aligned_alloc(WINDOW, count * WINDOW);
+
+	if (at == NULL)
+		fail("aligned_alloc");
+	return at;
+}
+
+static uint64_t by_device(const char *at)
+{
+	uint64_t begin = now(), sum;
+
+	if (gpu_sum(at, 8, &sum) < 0)
+		give_up();
+	return now() - begin;
+}
+
+static int one(size_t rounds)
+{
+	static uint64_t loop[MAX_ROUNDS], first[MAX_ROUNDS], again[MAX_ROUNDS];
+	char *pages = followed(rounds), *memory = windows(rounds);
+
+	gpu_open();
+	/* What the job itself needs is there then. */
+	for (size_t i = 0; i < 100; i++)
+		by_device((char *)loop);
 	for (size_t i = 0; i < rounds; i++) {
 		uint64_t begin = now();
 
-		if (gpu_sum(memory + i * step, 8, &sum) < 0) {
-			fprintf(stderr, "faults: %s\n", gpu_why());
-			exit(1);
-		}
-		times[i] = now() - begin;
+		touch(pages + i * PAGE);
+		loop[i] = now() - begin;
+		first[i] = by_device(memory + i * WINDOW);
+		again[i] = by_device(memory + i * WINDOW);
 	}
+	printf("{");
+	tell("userfaultfd", loop, rounds, ", ");
+	tell("first_touch", first, rounds, ", ");
+	tell("touch", again, rounds, "}\n");
+	return 0;
+}
+
+/* What the processes of a storm share. */
+struct storm {
+	pthread_barrier_t barrier;
+	/* Of the round that is: when each process began and was through. */
+	uint64_t began[MAX_PROCESSES], ended[MAX_PROCESSES];
+	/* Of each round. */
+	uint64_t loop[MAX_ROUNDS], device[MAX_ROUNDS];
+};
+
+/* From the first one's beginning to the last one's end. */
+static uint64_t took(const struct storm *storm, size_t processes)
+{
+	uint64_t began = storm->began[0], ended = storm->ended[0];
+
+	for (size_t i = 1; i < processes; i++) {
+		began = storm->began[i] < began ? storm->began[i] : began;
+		ended = storm->ended[i] > ended ? storm->ended[i] : ended;
+	}
+	return ended - began;
+}
+
+static void take_part(struct storm *storm, size_t me, size_t processes, size_t rounds)
+{
+	char *pages = followed(WINDOWS);
+
+	gpu_open();
+	for (size_t round = 0; round < rounds; round++) {
+		/* The device has seen none of it. */
+		char *memory = windows(WINDOWS);
+
+		if (syscall(SYS_madvise, pages, WINDOWS * PAGE, MADV_DONTNEED) != 0)
+			fail("madvise");
+
+		pthread_barrier_wait(&storm->barrier);
+		storm->began[me] = now();
+		for (size_t i = 0; i < WINDOWS; i++)
+			touch(pages + i * PAGE);
+		storm->ended[me] = now();
+		pthread_barrier_wait(&storm->barrier);
+		if (me == 0)
+			storm->loop[round] = took(storm, processes);
+
+		pthread_barrier_wait(&storm->barrier);
+		storm->began[me] = now();
+		if (gpu_fill_each(memory, WINDOWS, WINDOW, round + 1) < 0)
+			give_up();
+		storm->ended[me] = now();
+		pthread_barrier_wait(&storm->barrier);
+		if (me == 0)
+			storm->device[round] = took(storm, processes);
+		for (size_t i = 0; i < WINDOWS; i++)
+			if (*(uint64_t *)(memory + i * WINDOW) != round + 1) {
+				fprintf(stderr, "faults: window %zu is not written\n", i);
+				exit(1);
+			}
+		free(memory);
+	}
+}
+
+static int storm(size_t processes, size_t rounds)
+{
+	struct storm *storm = (struct storm *)by_hand(sizeof(*storm), MAP_SHARED);
+	pthread_barrierattr_t shared;
+	pid_t children[MAX_PROCESSES];
+
+	pthread_barrierattr_init(&shared);
+	pthread_barrierattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
+	pthread_barrier_init(&storm->barrier, &shared, (unsigned)processes);
+	for (size_t i = 0; i < processes; i++) {
+		children[i] = fork();
+		if (children[i] < 0)
+			fail("fork");
+		if (children[i] == 0) {
+			take_part(storm, i, processes, rounds);
+			exit(0);
+		}
+	}
+	for (size_t i = 0; i < processes; i++) {
+		int status;
+
+		if (wait(&status) < 0)
+			fail("wait");
+		if (status != 0) {
+			/* The others would wait for it for ever. */
+			for (size_t other = 0; other < processes; other++)
+				kill(children[other], SIGKILL);
+			fprintf(stderr, "faults: a process of the storm has ended with status %#x\n", status);
+			return 1;
+		}
+	}
+	printf("{\"answers\": %zu, ", processes * WINDOWS);
+	tell("userfaultfd", storm->loop, rounds, ", ");
+	tell("device", storm->device, rounds, "}\n");
+	return 0;
 }
 
 int main(int argc, char **argv)
 {
-	size_t rounds = argc == 2 ? strtoul(argv[1], NULL, 10) : 0;
-	uint64_t *times = calloc(rounds + 100, sizeof(*times)), begin, pinned;
-	char *memory = calloc(rounds, WINDOW);
-	void *fresh;
+	size_t first = argc > 2 ? strtoul(argv[2], NULL, 10) : 0, second = argc > 3 ? strtoul(argv[3], NULL, 10) : 0;
 
-	if (rounds == 0 || times == NULL || memory == NULL) {
-		fprintf(stderr, "usage: faults ROUNDS\n");
-		return 2;
-	}
-	gpu_open();
-	/* What the job itself needs is there then. */
-	by_device((char *)times, 0, times, 100);
-	printf("{");
-	by_userfaultfd(times, rounds);
-	tell("userfaultfd", times, rounds);
-	by_device(memory, WINDOW, times, rounds);
-	tell("first_touch", times, rounds);
-	by_device(memory, WINDOW, times, rounds);
-	tell("touch", times, rounds);
-	begin = now();
-	fresh = mmap(NULL, PINNED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	pinned = now() - begin;
-	if (fresh == MAP_FAILED)
-		fail("mmap");
-	printf("\"pin_ns_per_page\": %llu}\n", (unsigned long long)(pinned / (PINNED / PAGE)));
-	return 0;
+	if (argc == 3 && strcmp(argv[1], "one") == 0 && first > 0 && first <= MAX_ROUNDS)
+		return one(first);
+	if (argc == 4 && strcmp(argv[1], "storm") == 0 && first > 0 && first <= MAX_PROCESSES && second > 0 &&
+	    second <= MAX_ROUNDS)
+		return storm(first, second);
+	fprintf(stderr, "usage: faults one ROUNDS | faults storm PROCESSES ROUNDS\n");
+	return 2;
 }

@@ -43,7 +43,8 @@ impl Binaries {
     }
 }
 
-/// Builds all programs and shared libraries of the workspace for this host, with these features (`PACKAGE/FEATURE`) besides the default.
+/// Builds all programs, examples and shared libraries of the workspace for this host, with these features
+/// (`PACKAGE/FEATURE`) besides the default.
 ///
 /// The whole workspace is selected, as by `cargo test --workspace` and `cargo demo`: the features of dependencies depend
 /// on the selection, and with another one everything that they reach would be compiled a second time.
@@ -52,7 +53,7 @@ impl Binaries {
 /// Fails when they do not compile; the compiler's messages are on stderr.
 pub fn build_host(features: &[&str]) -> Result<Binaries> {
     let mut command = cargo()?;
-    command.args(["--workspace", "--lib"]);
+    command.args(["--workspace", "--lib", "--examples"]);
     if !features.is_empty() {
         command.args(["--features", &features.join(",")]);
     }

@@ -11,12 +11,14 @@
 //! * [`storm`]: many processes of many guests, all at the same addresses, fault at once.
 //! * [`mod@bench`]: everything that is claimed about speed, beside its references.
 //! * [`fairness`]: what a guest's operations cost beside hostile guests.
+//! * [`costs`]: what a guest's programs pay, as `cargo bench-guest` reports it.
 //! * [`instructions`]: what the parts of a fault cost, in instructions.
 //! * [`library`]: the library without rings or daemon, for what is measured of it alone; [`wire`]: commands as bytes.
 //! * [`random`]: repeatable randomness.
 
 pub mod bench;
 pub mod binaries;
+pub mod costs;
 pub mod demo;
 pub mod fairness;
 pub mod frontend;

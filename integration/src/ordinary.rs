@@ -49,6 +49,20 @@ impl Ordinary {
         Ok(ordinary)
     }
 
+    /// Compiles a shared library `libNAME.so` of a file of C, for programs that load it or have it among their sources.
+    ///
+    /// # Errors
+    /// As [`Self::compile`].
+    pub fn library(&mut self, name: &str, source: &Path) -> Result<PathBuf> {
+        let file = format!("lib{name}.so");
+        let library = self.folder.path().join(&file);
+        let mut compiler = compiler();
+        compiler.args(["-shared", "-fPIC", &format!("-Wl,-soname,{file}"), "-o"]).arg(&library).arg(source);
+        run(&mut compiler)?;
+        self.add(&format!("{LIB}/{file}"), library.clone())?;
+        Ok(library)
+    }
+
     /// Compiles a program of files of C, with the client library; it is called as the first of them.
     ///
     /// # Errors
@@ -57,10 +71,19 @@ impl Ordinary {
         let name = sources.first().and_then(|source| source.file_stem()?.to_str()).context("no source")?;
         let program = self.folder.path().join(name);
         let headers = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-agent/c/include");
-        let mut compiler = Command::new("cc");
-        compiler.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-o"]).arg(&program);
-        compiler.args(sources).arg("-I").arg(headers).arg("-L").arg(self.folder.path());
-        compiler.arg("-l:libgpusvm.so.0").arg(format!("-Wl,-rpath,{}", self.folder.path().display()));
+        let mut compiler = compiler();
+        compiler
+            .arg("-o")
+            .arg(&program)
+            .args(sources)
+            .arg("-I")
+            .arg(headers)
+            .arg("-L")
+            .arg(self.folder.path());
+        // Not of those that do not use it.
+        compiler
+            .args(["-Wl,--as-needed", "-l:libgpusvm.so.0"])
+            .arg(format!("-Wl,-rpath,{}", self.folder.path().display()));
         run(&mut compiler)?;
         self.add(&format!("{BIN}/{name}"), program)
     }
@@ -107,50 +130,107 @@ impl Ordinary {
     }
 }
 
-/// A guest with a daemon and an agent of its own, and one program of `integration/programs`.
+/// A guest with a daemon and an agent of its own, and ordinary programs.
 pub struct Scene {
     /// The daemon, with two devices.
     pub svmd: Svmd,
     /// The guest.
     pub guest: Guest,
-    /// Killed with the guest.
-    _agent: Process,
+    /// The agent, started by root. Killed with the guest.
+    pub agent: Process,
 }
 
+/// Longest wait for a guest whose programs do what they do and end.
+pub const TIMEOUT: Duration = Duration::from_secs(240);
+
 impl Scene {
-    /// Compiles the program, boots the guest and waits until its agent serves.
+    /// Compiles a program of `integration/programs`, boots the guest and waits until its agent serves.
     ///
     /// # Errors
     /// One of that fails.
     pub fn set(vm: &Vm, program: &str) -> Result<Self> {
-        Self::build(vm, program, |guest| guest)
+        Self::build(vm, program, &of_one(program)?, |guest| guest)
     }
 
-    /// As [`Self::set`], and the agent trusts the processes of a user.
+    /// As [`Self::set`], with these programs and an agent that trusts the processes of a user.
     ///
     /// # Errors
     /// As there.
-    pub fn trusting(vm: &Vm, program: &str, uid: u32) -> Result<Self> {
+    pub fn trusting(vm: &Vm, name: &str, programs: &Ordinary, uid: u32, timeout: Duration) -> Result<Self> {
         let trust = format!("trusted_uids = [{uid}]\n");
-        Self::build(vm, program, |guest| guest.smp(1).file("/etc/svm-agent.toml", trust))
+        Self::build(vm, name, programs, |guest| guest.timeout(timeout).file(TRUST, trust))
     }
 
-    fn build(vm: &Vm, program: &str, change: impl FnOnce(Builder) -> Builder) -> Result<Self> {
-        let mut programs = Ordinary::new(&build_host(&[])?)?;
-        programs.compile(&sources(program))?;
-        let svmd = Svmd::launch(&Options::default())?;
-        let builder = change(Guest::builder(program).memory(1024).smp(2)).vhost_user_gpu(svmd.socket("vm0"));
-        let guest = builder.timeout(Duration::from_secs(240)).ordinary(&programs).boot(vm)?;
+    /// As [`Self::set`], with these programs. `before` is called while the guest has no agent.
+    ///
+    /// # Errors
+    /// As there, and what `before` says.
+    pub fn of<T>(
+        vm: &Vm,
+        name: &str,
+        programs: &Ordinary,
+        before: impl FnOnce(&Guest) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let (svmd, guest) = boot(vm, name, programs, |guest| guest)?;
+        let found = before(&guest)?;
+        Ok((Self::serve(svmd, guest)?, found))
+    }
+
+    fn build(
+        vm: &Vm,
+        name: &str,
+        programs: &Ordinary,
+        change: impl FnOnce(Builder) -> Builder,
+    ) -> Result<Self> {
+        let (svmd, guest) = boot(vm, name, programs, change)?;
+        Self::serve(svmd, guest)
+    }
+
+    fn serve(svmd: Svmd, guest: Guest) -> Result<Self> {
         let agent = guest.spawn(ROOT, "svm-agent serve")?;
         wait_for_agent(&guest, &agent)?;
-        Ok(Self { svmd, guest, _agent: agent })
+        Ok(Self { svmd, guest, agent })
     }
 }
 
-/// Of a program of `integration/programs`.
+/// Where the agent reads whom it trusts.
+const TRUST: &str = "/etc/svm-agent.toml";
+/// Memory and processors of a scene's guest.
+pub const SCENE: (u32, u32) = (1024, 2);
+
+fn boot(
+    vm: &Vm,
+    name: &str,
+    programs: &Ordinary,
+    change: impl FnOnce(Builder) -> Builder,
+) -> Result<(Svmd, Guest)> {
+    let svmd = Svmd::launch(&Options::default())?;
+    let (mib, cpus) = SCENE;
+    let builder = Guest::builder(name).memory(mib).smp(cpus).timeout(TIMEOUT).ordinary(programs);
+    let guest = change(builder).vhost_user_gpu(svmd.socket("vm0")).boot(vm)?;
+    Ok((svmd, guest))
+}
+
+/// One program of `integration/programs`.
+///
+/// # Errors
+/// It does not compile.
+pub fn of_one(program: &str) -> Result<Ordinary> {
+    let mut programs = Ordinary::new(&build_host(&[])?)?;
+    programs.compile(&sources(program))?;
+    Ok(programs)
+}
+
+/// Of a program of `integration/programs` that uses a device.
 pub fn sources(program: &str) -> [PathBuf; 2] {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs");
     [folder.join(format!("{program}.c")), folder.join("gpu.c")]
+}
+
+/// Of one that uses none.
+pub fn source(program: &str) -> [PathBuf; 1] {
+    let [source, _] = sources(program);
+    [source]
 }
 
 /// A folder that processes of other users can enter.
@@ -175,6 +255,13 @@ fn library_of(line: &str) -> Option<PathBuf> {
 fn loader() -> Result<&'static Path> {
     let known = ["/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-x86-64.so.2"].map(Path::new);
     known.into_iter().find(|path| path.exists()).context("this host has no loader of the GNU C library")
+}
+
+/// With which warnings are errors.
+fn compiler() -> Command {
+    let mut compiler = Command::new("cc");
+    compiler.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread"]);
+    compiler
 }
 
 /// What debuggers need is most of a file, and a guest has all of it in its memory.

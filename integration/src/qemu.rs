@@ -209,7 +209,7 @@ impl Builder {
     }
 
     fn arguments(&self, kernel: &Path, initramfs: &Path, console: &Path) -> Result<Vec<OsString>> {
-        let accelerator = std::env::var(ACCELERATOR_VARIABLE).unwrap_or_else(|_| DEFAULT_ACCELERATOR.into());
+        let accelerator = accelerator();
         let memory = format!("{}M", self.memory_mib);
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
@@ -220,7 +220,10 @@ impl Builder {
         add(&["-object", &format!("memory-backend-memfd,id=memory,size={memory},share=on")]);
         add(&["-machine", "q35,memory-backend=memory"]);
         add(&["-kernel", text(kernel)?, "-initrd", text(initramfs)?]);
-        add(&["-append", &format!("console=ttyS0 panic=-1 rdinit=/init{}", self.parameters)]);
+        // A kernel patches its code as it boots, and QEMU without KVM may have another processor run what was there: so
+        // the others are brought up by init.
+        let late = if self.cpus > 1 { " maxcpus=1 tsc=reliable" } else { "" };
+        add(&["-append", &format!("console=ttyS0 panic=-1 rdinit=/init{late}{}", self.parameters)]);
         add(&[
             "-chardev",
             &format!("file,id=console,path={}", option_value(console)?),
@@ -333,6 +336,12 @@ impl Drop for Guest {
             drop(thread.join());
         }
     }
+}
+
+/// What guests are accelerated by, as QEMU has it.
+#[must_use]
+pub fn accelerator() -> String {
+    std::env::var(ACCELERATOR_VARIABLE).unwrap_or_else(|_| DEFAULT_ACCELERATOR.into())
 }
 
 struct Started {

@@ -4,7 +4,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use guest_agent::agent::AgentOptions;
-use guest_agent::driver::Transport;
 use integration::frontend::Profile;
 use integration::frontend::ram::{GuestRam, Layout};
 use integration::frontend::raw::RawGuest;
@@ -73,7 +72,7 @@ fn device_answers_as_virtio_gpu_in_both_profiles() {
         let hdr = CtrlHdr::read_from_bytes(&capset[..24]).unwrap();
         assert_eq!(hdr.kind.get(), VIRTIO_GPU_RESP_OK_CAPSET);
         let mut config = [0; 64];
-        guest.vmm().read_config(SVM_CONFIG_OFFSET, &mut config).unwrap();
+        guest.vmm().connection().read_config(SVM_CONFIG_OFFSET, &mut config).unwrap();
         assert_eq!(capset[24..], config, "capset and config space say the same");
 
         let unknown = GetCapset { hdr: header(VIRTIO_GPU_CMD_GET_CAPSET), ..GetCapset::default() };
@@ -96,7 +95,7 @@ fn config_space_can_be_read_at_any_offset_and_size() {
         let daemon = Svmd::launch(&Options::default()).unwrap();
         let guest = connect(&daemon, profile);
         let mut whole = [0; CONFIG_SIZE];
-        guest.vmm().read_config(0, &mut whole).unwrap();
+        guest.vmm().connection().read_config(0, &mut whole).unwrap();
         let gpu = GpuConfig::read_from_bytes(&whole[..16]).unwrap();
         assert_eq!((gpu.num_scanouts.get(), gpu.num_capsets.get()), (0, 1));
         let svm = SvmConfig::read_from_bytes(&whole[SVM_CONFIG_OFFSET..]).unwrap();
@@ -106,7 +105,7 @@ fn config_space_can_be_read_at_any_offset_and_size() {
             for size in [1, 2, 3, 4, 7, 8, 61] {
                 let end = CONFIG_SIZE.min(offset + size);
                 let mut part = vec![0; end - offset];
-                guest.vmm().read_config(offset, &mut part).unwrap();
+                guest.vmm().connection().read_config(offset, &mut part).unwrap();
                 assert_eq!(part, whole[offset..end], "{size} bytes at {offset}");
             }
         }
@@ -311,7 +310,7 @@ fn reconnected_frontend_begins_anew_with_another_epoch() {
     for round in 1..=3 {
         let vmm = Vmm::without_cpu(&daemon.socket("vm0"), &ram, Profile::CloudHypervisor).unwrap();
         let mut config = [0; 8];
-        vmm.read_config(SVM_CONFIG_OFFSET + 8, &mut config).unwrap();
+        vmm.connection().read_config(SVM_CONFIG_OFFSET + 8, &mut config).unwrap();
         epochs.push(u64::from_le_bytes(config));
         let guest = SimulatedGuest::start("vm0", vmm, AgentOptions::default()).unwrap();
         run_sum(&guest);

@@ -357,6 +357,8 @@ impl VmState {
     /// A thread is parked. Whether and what the core is told.
     pub fn park(&mut self, index: u32, addr: u64, write: bool, stop: StopId, wait: Wait) -> Option<Stopped> {
         let frozen = self.frozen;
+        // Who was parked by a freeze may be heard of when it is over.
+        let mapped = self.translations.lookup(addr >> PAGE_SHIFT).is_some_and(|run| run.writable || !write);
         let ring = self.rings.get_mut(&index)?;
         if let Some(parked) = &mut ring.parked {
             // It was woken by something else and is parked again: the same stop.
@@ -366,7 +368,7 @@ impl VmState {
         let front = ring.queue.front()?;
         let (length_hint, access) = hint(&front.packets, addr, write);
         let job = front.id;
-        let decided = match (ring.expired, frozen) {
+        let decided = match (ring.expired, frozen || mapped) {
             // It touched this before it learnt that it was stopped.
             (true, _) => Some(Verdict::Fail(ETIMEDOUT)),
             (false, true) => Some(Verdict::Retry),

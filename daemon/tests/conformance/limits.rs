@@ -14,7 +14,7 @@ use virtio_gpu_svm::protocol::{PAGE_SIZE, errno};
 use virtio_gpu_svm::quota::Charge;
 
 /// Soon over for a job that never ends.
-const SHORT: Duration = Duration::from_millis(50);
+const SHORT: Duration = Duration::from_millis(300);
 /// Never over for a job of a few packets, however busy the machine is.
 const AMPLE: Duration = Duration::from_secs(1);
 

@@ -28,6 +28,7 @@ fn sealed_memory_is_accepted_and_told() {
     frontend
         .set_mem_table(&[region(&file, 0, 0x10_0000, 0), region(&file, 0x4000_0000, 0x10_0000, 0x10_0000)])
         .unwrap();
+    daemon.guest("vm0");
     let status = daemon.registry.get("vm0").unwrap().status.unwrap();
     assert_eq!((status.memory_regions, status.memory_bytes), (2, 0x20_0000));
 }

@@ -55,7 +55,9 @@ fn taken_names_and_sockets_are_refused() {
     assert!(matches!(shared, Err(AddError::SocketInUse(_))));
     assert!(!daemon.path("other.sock").exists());
     // Refusals have disturbed nobody.
-    assert!(!Vmm::start(&path).command(&[0; 24]).is_empty());
+    let mut vmm = Vmm::start(&path);
+    assert!(!vmm.command(&[0; 24]).is_empty());
+    daemon.guest("vm0");
     assert_eq!(daemon.registry.get("vm0").unwrap().sessions, 1);
 }
 

@@ -121,6 +121,7 @@ fn second_connection_waits_for_the_first_to_leave() {
         move || drop(Vmm::start(&socket))
     });
     assert!(!first.command(&[0; 24]).is_empty());
+    daemon.guest("vm0");
     assert_eq!(daemon.registry.get("vm0").unwrap().sessions, 1);
     drop(first);
     second.join().unwrap();

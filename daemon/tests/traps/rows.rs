@@ -375,6 +375,7 @@ fn e08_regions_at_one_address_of_the_vmm_are_its_own_loss() {
     raw.send(SET_MEM_TABLE, &regions, &[raw.memory.as_fd(), raw.memory.as_fd()]);
     (0..3).for_each(|queue| raw.start_ring(queue));
     assert!(raw.lives());
+    scene.guest("vm0");
     let status = scene.registry.get("vm0").unwrap().status.unwrap();
     assert_eq!((status.memory_regions, status.memory_bytes), (2, MEMORY));
     // An address within one of these regions, beyond all that is mapped, is none.

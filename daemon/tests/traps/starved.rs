@@ -47,7 +47,7 @@ impl Starved {
         });
         let daemon = Self { child, socket, log, reader: Some(reader), _dir: dir };
         let deadline = Instant::now() + PATIENCE;
-        while !daemon.socket.exists() {
+        while !daemon.log.try_iter().any(|line| line.contains("guest added")) {
             assert!(Instant::now() < deadline, "it does not listen");
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -68,7 +68,14 @@ impl Starved {
             assert!(Instant::now() < deadline, "the session does not end");
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.threads()
+        // Who has been joined may be listed a moment longer.
+        let (mut count, mut looks) = (self.threads(), 0);
+        while looks < 20 {
+            std::thread::sleep(Duration::from_millis(5));
+            let now = self.threads();
+            (count, looks) = if now == count { (count, looks + 1) } else { (now, 0) };
+        }
+        count
     }
     fn wait_threads(&self, count: usize) {
         let deadline = Instant::now() + PATIENCE;

@@ -2,6 +2,7 @@
 #ifndef SVM_ALLOC_H
 #define SVM_ALLOC_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -27,6 +28,11 @@ struct svm_alloc_left {
 };
 
 void svm_alloc_left(struct svm_alloc_left *out);
+
+/* Why GPUs do not reach an address of this process, and what to do: text for people, ended by a zero and cut to `room`
+ * bytes. `start` and `end`: the kernel's mapping that holds it, as /proc/self/maps has it. Returns how many bytes the text
+ * has, or 0: they reach it, or it is not known. */
+size_t svm_alloc_why(const void *address, const void *start, const void *end, char *out, size_t room);
 
 #ifdef __cplusplus
 }

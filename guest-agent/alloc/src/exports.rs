@@ -6,8 +6,10 @@ use crate::heap::{self, ALIGN};
 #[cfg(target_arch = "x86_64")]
 use crate::loaded;
 use crate::piece::PAGE;
+use crate::say::Line;
 use crate::space::PATH;
 use crate::{globals, pinned, stack, streams};
+use guest_agent::client::Session;
 use libc::{c_char, c_int, c_void, size_t};
 
 #[used]
@@ -15,7 +17,7 @@ use libc::{c_char, c_int, c_void, size_t};
 static AT_LOAD: extern "C" fn() = at_load;
 
 extern "C" fn at_load() {
-    streams::LIST.find();
+    streams::watch();
     heap::lock().space().start();
     globals::adopt();
     #[cfg(target_arch = "x86_64")]
@@ -164,15 +166,6 @@ pub unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> size_t {
     unsafe { heap::lock().usable(block.cast()) }
 }
 
-/// What another library needs in order to launch jobs on this process' memory. `struct svm_alloc_session` in C.
-#[repr(C)]
-pub struct Session {
-    /// The context to join.
-    pub ctx_id: u32,
-    /// The agent's socket, a C string.
-    pub socket: [c_char; PATH],
-}
-
 /// Says which context has this process' memory. 0, or ENOTCONN where GPUs do not reach it. A forked child has another one.
 ///
 /// # Safety
@@ -210,4 +203,29 @@ pub unsafe extern "C" fn svm_alloc_left(out: *mut LeftOut) {
     let left = heap::lock().space().left();
     // SAFETY: the caller's pointer is writable.
     unsafe { out.write(LeftOut { mappings: left.mappings, bytes: left.bytes }) };
+}
+
+/// Says why GPUs do not reach an address of this process, and what to do: text for people, ended by a zero. `start` and
+/// `end`: the kernel's mapping that holds it, as `/proc/self/maps` has it. Returns its bytes, or 0: it is not known.
+///
+/// # Safety
+/// `out` is writable for `room` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn svm_alloc_why(
+    address: *const c_void,
+    start: *const c_void,
+    end: *const c_void,
+    out: *mut c_char,
+    room: size_t,
+) -> size_t {
+    let why = heap::lock().space().why(address.addr(), &(start.addr()..end.addr()));
+    let (Some(why), Some(last)) = (why, room.checked_sub(1)) else { return 0 };
+    let line = Line::of(format_args!("{why}"));
+    let text = line.bytes();
+    let text = text.get(..last).unwrap_or(text);
+    // SAFETY: the caller's memory is writable, and longer than the text; the text is another's.
+    unsafe { out.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), text.len()) };
+    // SAFETY: as above: the text is shorter by a byte at least.
+    unsafe { out.wrapping_add(text.len()).write(0) };
+    text.len()
 }

@@ -1,6 +1,7 @@
 //! fork: the child gets copies of the arenas at the same addresses, under a context of its own, before fork returns.
 //!
 //! Arenas are shared memory, so until the copies are there whatever either process writes is seen by both. Hence:
+//! * fork makes a pipe first, and fails where no descriptors are free for one;
 //! * the parent's thread waits in its handler until the child has said that it is through, or is gone;
 //! * these handlers are registered at the first allocation, so they run last before the fork and first after it, and no
 //!   other handler of the child writes to memory that is still shared;
@@ -14,46 +15,81 @@
 //! with any memory that fork copies while it is written.
 //!
 //! `vfork`, `posix_spawn` and what stands on them run no handlers and need none: the child shares everything and only
-//! executes another program. `clone` and `_Fork` by hand run no handlers and are not followed.
+//! executes another program. `clone` and `_Fork` by hand run no handlers and are not followed: such a child shares its
+//! parent's arenas, and sends the agent nothing.
 
 #![expect(unsafe_code, reason = "registers handlers with the C library, in two processes")]
 
 use crate::fd::Fd;
 use crate::globals::Blocked;
-use crate::heap::{self, Heap};
+use crate::heap::{self, Locked};
 use crate::say::{give_up, say};
 use crate::stack;
 use crate::streams::LIST;
+use crate::thread_word::ThreadWord;
 use rustix::pipe::PipeFlags;
-use std::cell::Cell;
-use std::mem::ManuallyDrop;
-use std::sync::MutexGuard;
+use std::cell::UnsafeCell;
 
 /// What is held from before the fork until after it.
 struct Held {
-    heap: MutexGuard<'static, Heap>,
+    heap: Locked,
     /// The lock of the list of streams.
     list: bool,
     signals: Blocked,
     /// Whether arenas are shared until the child has copies.
     shared: bool,
     /// Ends when the child is through with its copies.
-    pipe: Option<(Fd, Fd)>,
+    pipe: Option<Pipe>,
     /// Whether the thread's stack is to go back into an arena.
     stack: Option<stack::Part>,
     /// What the child overwrites of its parent's.
     record: Option<stack::Record>,
 }
 
-thread_local! {
-    // Never dropped by the thread's end: registering that would allocate.
-    static HELD: Cell<Option<ManuallyDrop<Held>>> = const { Cell::new(None) };
-}
+/// Reading end and writing end.
+pub type Pipe = (Fd, Fd);
+
+/// The pipe of the thread that forks: its address, made before so that fork can say that there is none.
+static PIPE: ThreadWord = ThreadWord::new();
+
+/// Of the thread that forks, from `before` to the end of what comes after. Not in memory that the processes share.
+struct Slot(UnsafeCell<Option<Held>>);
+
+// SAFETY: only the thread that holds the heap's lock comes here.
+unsafe impl Sync for Slot {}
+
+static HELD: Slot = Slot(UnsafeCell::new(None));
 
 /// Has the handlers run at each fork from now on.
 pub fn watch() {
     // SAFETY: the handlers are functions of this library, which is never unloaded.
     unsafe { libc::pthread_atfork(Some(before), Some(after_in_parent), Some(after_in_child)) };
+}
+
+/// Forks by `fork` with a pipe, if the child is to have copies. `None`: no descriptors are free for one.
+pub fn with_pipe<T>(shared: bool, fork: impl FnOnce() -> T) -> Option<T> {
+    let mut pipe = None;
+    if shared {
+        pipe = Some(make_pipe()?);
+    }
+    PIPE.make_once(None);
+    // Where it cannot be kept, the handler makes another one.
+    PIPE.set((&raw mut pipe).expose_provenance());
+    let forked = fork();
+    PIPE.set(0);
+    Some(forked)
+}
+
+fn make_pipe() -> Option<Pipe> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).ok()?;
+    Some((Fd::new(read), Fd::new(write)))
+}
+
+/// The pipe that [`with_pipe`] has made, in `before`.
+fn take_pipe() -> Option<Pipe> {
+    let pipe = std::ptr::with_exposed_provenance_mut::<Option<Pipe>>(PIPE.get());
+    // SAFETY: it is null or the one in `with_pipe` of this thread, which waits for this.
+    unsafe { pipe.as_mut() }.and_then(Option::take)
 }
 
 extern "C" fn before() {
@@ -63,24 +99,23 @@ extern "C" fn before() {
     let stack = stack::take_out(heap.space());
     let record = stack::Record::keep(heap.space());
     let shared = heap.space().is_shared();
-    let ends = shared.then(|| rustix::pipe::pipe_with(PipeFlags::CLOEXEC).ok()).flatten();
-    let pipe = ends.map(|(read, write)| (Fd::new(read), Fd::new(write)));
-    HELD.set(Some(ManuallyDrop::new(Held { heap, list, signals, shared, pipe, stack, record })));
+    let pipe = shared.then(|| take_pipe().or_else(make_pipe)).flatten();
+    // SAFETY: this thread holds the heap's lock.
+    unsafe { *HELD.0.get() = Some(Held { heap, list, signals, shared, pipe, stack, record }) };
 }
 
-/// What `before` has left. It stays there until parent and child have different memory: a thread on a stack of the
-/// program's own has its thread-local variables in memory that they share.
+/// What `before` has left.
 fn held() -> Option<Held> {
-    // SAFETY: the pointer is to this thread's cell, and of the two processes each has the value once: `go_on` clears it.
-    let held = HELD.with(|held| unsafe { held.as_ptr().read() });
-    held.map(ManuallyDrop::into_inner)
+    // SAFETY: this thread, or the one of the parent that it is a copy of, has held the heap's lock since `before`.
+    unsafe { (*HELD.0.get()).take() }
 }
 
 extern "C" fn after_in_parent() {
     let Some(mut held) = held() else { return };
     if let Some((ours, theirs)) = held.pipe.take() {
         drop(theirs);
-        // Ends when the child has closed its end, by being through or by dying. There is nothing to read.
+        // Ends when the child has written that it is through, or has died. The child waits for the agent no longer than
+        // anybody does.
         rustix::io::retry_on_intr(|| rustix::io::read(&ours, &mut [0u8; 1])).ok();
     }
     held.record.iter().for_each(stack::Record::put_right);
@@ -95,13 +130,17 @@ extern "C" fn after_in_child() {
     if held.shared && held.pipe.is_none() {
         // The parent goes on already, and a copy would be of no moment of its memory.
         say(format_args!(
-            "no descriptor is free to fork with: the child ends; raise the limit of open files"
+            "two descriptors are needed to fork with, and not free: the child ends; raise the limit of open files"
         ));
         give_up();
     }
     // SAFETY: a forked process has one thread, which stands in no arena; the parent waits.
     unsafe { held.heap.space().renew(&stack::mine()) };
-    drop(held.pipe.take());
+    if let Some((_ours, theirs)) = held.pipe.take() {
+        // Said, and not only by its end: a child that another thread has at the same time may have that open, too. Of its
+        // own two ends one is the reader's, so nobody sends SIGPIPE.
+        rustix::io::write(&theirs, &[1]).ok();
+    }
     if held.list {
         LIST.reset();
     }
@@ -109,7 +148,6 @@ extern "C" fn after_in_child() {
 }
 
 fn go_on(held: Held) {
-    HELD.set(None);
     let Held { mut heap, signals, stack, .. } = held;
     stack::put_back(heap.space(), stack);
     drop(heap);

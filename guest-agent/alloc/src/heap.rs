@@ -1,17 +1,21 @@
 //! malloc's blocks: small ones by dlmalloc in arenas that grow, large ones with an arena each.
 //!
-//! Owns the one lock of the library ([`lock`]). dlmalloc asks [`Source`] for memory and never gives any back: pinning
-//! anew costs more than keeping. A large block goes back to the agent when it is freed. Blocks of streams come from
-//! memory of their own ([`streams`]).
+//! Owns the one lock of the library ([`lock`]). dlmalloc asks [`Source`] for memory and never gives any back
+//! ([`growing`]): pinning anew costs more than keeping. A large block goes back to the agent when it is freed. Blocks of
+//! streams come from memory of their own ([`streams`]).
 
 #![expect(unsafe_code, reason = "hands out raw memory")]
 
+use crate::growing::{self, Growing};
 use crate::piece::{PAGE, Purpose};
+use crate::say::{give_up, say};
 use crate::space::Space;
 use crate::streams;
-use dlmalloc::{Allocator, Dlmalloc};
+use dlmalloc::Dlmalloc;
 use std::cell::RefCell;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// First arena for small blocks. Each further one is twice as large, up to the last.
 const FIRST_ARENA: usize = 64 << 10;
@@ -26,12 +30,77 @@ pub const ALIGN: usize = 16;
 const MAX_BYTES: usize = 1 << 46;
 
 static HEAP: Mutex<Heap> = Mutex::new(Heap::new());
+/// The thread that has the lock, as the C library names it; else 0.
+static OWNER: AtomicUsize = AtomicUsize::new(0);
 
-/// The heap, locked. The guard may live across a fork, in both processes.
-pub fn lock() -> MutexGuard<'static, Heap> {
-    // A thread's first look at its own variables after a library has gone may free what that one had there.
-    streams::touch();
+/// The heap, locked. It may live across a fork, in both processes.
+pub struct Locked(MutexGuard<'static, Heap>);
+
+impl Deref for Locked {
+    type Target = Heap;
+
+    fn deref(&self) -> &Heap {
+        &self.0
+    }
+}
+
+impl DerefMut for Locked {
+    fn deref_mut(&mut self) -> &mut Heap {
+        &mut self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        OWNER.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Locks the heap. The handler of a signal that came while its thread had the lock would wait for ever, so it ends the
+/// program.
+#[inline]
+pub fn lock() -> Locked {
+    let guard = match HEAP.try_lock() {
+        Ok(guard) => guard,
+        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        Err(TryLockError::WouldBlock) => wait(),
+    };
+    OWNER.store(this_thread(), Ordering::Relaxed);
+    Locked(guard)
+}
+
+#[cold]
+fn wait() -> MutexGuard<'static, Heap> {
+    if is_mine() {
+        say(format_args!(
+            "the handler of a signal allocates, forks or maps memory while its thread is doing so, which never ends: the program ends; have the handler only take note"
+        ));
+        give_up();
+    }
     HEAP.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether this thread has the lock: it is in the handler of a signal, then.
+pub fn is_mine() -> bool {
+    OWNER.load(Ordering::Relaxed) == this_thread()
+}
+
+/// Where the C library keeps its record of the thread: told without a call, and the same in a forked child.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn this_thread() -> usize {
+    let record;
+    // SAFETY: there the record begins with its own address.
+    unsafe {
+        std::arch::asm!("mov {}, fs:0", out(reg) record, options(pure, readonly, nostack, preserves_flags));
+    }
+    record
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn this_thread() -> usize {
+    // SAFETY: it has no precondition.
+    usize::try_from(unsafe { libc::pthread_self() }).unwrap_or(0)
 }
 
 /// Where dlmalloc's memory comes from.
@@ -41,61 +110,36 @@ pub struct Source {
     next: RefCell<usize>,
 }
 
-// SAFETY: `alloc` returns memory that is mapped, of the size that it says, and used for nothing else; none is ever taken
-// back, moved or cut.
-unsafe impl Allocator for Source {
-    fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
+// SAFETY: an arena is mapped as long as it was asked for, and its piece is dlmalloc's.
+unsafe impl growing::Source for Source {
+    const CHUNK: usize = PAGE;
+
+    fn more(&self, size: usize) -> Option<(*mut u8, usize)> {
         let mut next = self.next.borrow_mut();
         let wanted = size.next_multiple_of(PAGE).max(*next);
         *next = (*next * 2).min(LAST_ARENA);
-        match self.space.borrow_mut().create(wanted, PAGE, Purpose::Heap) {
-            Some(base) => (base, wanted, 0),
-            None => (std::ptr::null_mut(), 0, 0),
-        }
-    }
-
-    fn remap(&self, _ptr: *mut u8, _oldsize: usize, _newsize: usize, _can_move: bool) -> *mut u8 {
-        std::ptr::null_mut()
-    }
-
-    fn free_part(&self, _ptr: *mut u8, _oldsize: usize, _newsize: usize) -> bool {
-        false
-    }
-
-    fn free(&self, _ptr: *mut u8, _size: usize) -> bool {
-        false
-    }
-
-    fn can_release_part(&self, _flags: u32) -> bool {
-        false
-    }
-
-    fn allocates_zeros(&self) -> bool {
-        true
-    }
-
-    fn page_size(&self) -> usize {
-        PAGE
+        let base = self.space.borrow_mut().create(wanted, PAGE, Purpose::Heap)?;
+        Some((base, wanted))
     }
 }
 
 /// Everything under the lock.
 pub struct Heap {
-    small: Dlmalloc<Source>,
+    small: Dlmalloc<Growing<Source>>,
     large: usize,
-    streams: Dlmalloc<streams::Source>,
+    streams: Dlmalloc<Growing<streams::Source>>,
 }
 
 impl Heap {
     const fn new() -> Self {
         let source = Source { space: RefCell::new(Space::new()), next: RefCell::new(FIRST_ARENA) };
-        let streams = Dlmalloc::new_with_allocator(streams::Source::new());
-        Self { small: Dlmalloc::new_with_allocator(source), large: 0, streams }
+        let streams = Dlmalloc::new_with_allocator(Growing(streams::Source::new()));
+        Self { small: Dlmalloc::new_with_allocator(Growing(source)), large: 0, streams }
     }
 
     /// The arenas.
     pub fn space(&mut self) -> &mut Space {
-        self.small.allocator_mut().space.get_mut()
+        self.small.allocator_mut().0.space.get_mut()
     }
 
     /// A block, or null. `align` is a power of two.
@@ -193,7 +237,7 @@ impl Heap {
     }
 
     fn is_stream(&self, block: *mut u8) -> bool {
-        self.streams.allocator().holds(block)
+        self.streams.allocator().0.holds(block)
     }
 
     /// Bytes of a block that has a piece of its own.
@@ -201,7 +245,7 @@ impl Heap {
         if !block.addr().is_multiple_of(PAGE) {
             return None;
         }
-        let piece = self.small.allocator().space.borrow().find(block.addr())?;
+        let piece = self.small.allocator().0.space.borrow().find(block.addr())?;
         (piece.block > 0).then_some(piece.block)
     }
 }

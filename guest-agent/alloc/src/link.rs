@@ -8,21 +8,28 @@ use crate::fd::{Fd, Kept};
 use guest_agent::message::{
     ARENA_CREATE, ARENA_CUT, ARENA_FREE, ARENA_IMPORT, ARENA_PIN, ArenaCreate, ArenaCut, ArenaFree,
     ArenaImport, ArenaPin, ArenaReply, EVENTS, HELLO, HELLO_TRUSTED, Head, Hello, HelloReply,
-    MESSAGE_VERSION,
+    MESSAGE_VERSION, Reached, Refusal,
 };
+use guest_agent::socket::peer_credentials;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
+use rustix::process::{Gid, Pid, Uid, geteuid, getgid, getpid, getuid};
 use std::ffi::CStr;
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+/// How long the agent may take for anything that it is asked. All of the process' allocations wait meanwhile.
+const PATIENCE: Duration = Duration::from_secs(90);
 /// Longest message of ours; and of a reply as far as it is looked at.
 const MESSAGE: usize = 64;
 
@@ -30,10 +37,18 @@ const MESSAGE: usize = 64;
 pub enum Failure {
     /// No agent listens.
     NotReachable(Errno),
+    /// Somebody else does: a user who is not trusted with this process' memory.
+    NotTheAgent(u32),
     /// The connection broke, or the program has closed it.
     Broken,
-    /// The agent said no: negative errno.
-    Refused(i32),
+    /// Nothing came for [`PATIENCE`].
+    Silent,
+    /// The process runs under another user than when it connected, and the agent hangs up on such.
+    OtherUser,
+    /// The agent made memory, and the process has no descriptor free to take it by.
+    NoDescriptor,
+    /// The agent said no: negative errno, and the limit that is reached if that is why.
+    Refused { status: i32, limit: Option<Reached> },
     /// Something else came than was agreed.
     NotUnderstood,
 }
@@ -41,7 +56,11 @@ pub enum Failure {
 impl Failure {
     /// Whether there is no use in asking again.
     pub fn is_final(&self) -> bool {
-        !matches!(self, Self::Refused(_))
+        match self {
+            Self::NoDescriptor => false,
+            Self::Refused { status, .. } => *status == -errno::EPIPE,
+            _ => true,
+        }
     }
 }
 
@@ -56,10 +75,35 @@ impl fmt::Display for Failure {
             Self::Broken => {
                 f.write_str("the connection has ended: start the program again, and let it not close descriptors of others")
             }
-            Self::Refused(status) if *status == -errno::ENOSPC => f.write_str(
-                "the agent's limit of memory, of arenas or of parts of them is reached (ENOSPC): raise --process-memory of `svm-agent serve`, or map less in pieces",
+            Self::NotTheAgent(uid) => write!(
+                f,
+                "who listens there is user {uid}, neither root nor this program's own user: name the socket of `svm-agent serve` in SVM_AGENT_SOCKET"
             ),
-            Self::Refused(status) => {
+            Self::Silent => write!(
+                f,
+                "the agent has not answered for {} s: see its messages, and start the program again",
+                PATIENCE.as_secs()
+            ),
+            Self::OtherUser => f.write_str(
+                "this process has changed its user or group, which ends its context: start it as that user, or have it execute itself again after the change",
+            ),
+            Self::NoDescriptor => {
+                f.write_str("no descriptor is free to take memory by (EMFILE): raise the limit of open files (`ulimit -n`)")
+            }
+            Self::Refused { status, limit: Some(limit) } => {
+                write!(f, "{limit} ({})", errno::name(*status))
+            }
+            // Of an agent that does not say which.
+            Self::Refused { status, .. } if *status == -errno::ENOSPC => f.write_str(
+                "a limit of the agent or the host is reached (ENOSPC): see `svm-agent serve --help` (--process-memory, --user-memory, --max-clients), or use less",
+            ),
+            Self::Refused { status, .. } if *status == -errno::ENOMEM => {
+                f.write_str("the guest has no memory left to pin (ENOMEM): free some, or give the guest more")
+            }
+            Self::Refused { status, .. } if *status == -errno::EPIPE => f.write_str(
+                "the context is lost, or the agent has no device at the moment (EPIPE): start the program again when `svm-agent status` shows one",
+            ),
+            Self::Refused { status, .. } => {
                 write!(f, "the agent refuses it ({}): see its messages", errno::name(*status))
             }
             Self::NotUnderstood => f.write_str("its answer is not understood: is it another version?"),
@@ -83,13 +127,20 @@ pub struct Link {
     ctx_id: u32,
     max_arena_bytes: u64,
     trusted: bool,
+    /// Who connected. A child that the library does not know of has no right to it, and would end its parent's context.
+    process: Pid,
+    /// As the kernel tells the agent with each message.
+    user: (Uid, Gid),
 }
 
 impl Link {
     /// Connects and opens a context.
     pub fn open(path: &CStr) -> Result<Self> {
-        let socket = connect(path).and_then(Kept::new).map_err(Failure::NotReachable)?;
-        let mut link = Self { socket, seqno: 0, ctx_id: 0, max_arena_bytes: 0, trusted: false };
+        let socket = connect(path)?;
+        let socket = Kept::new(socket).map_err(Failure::NotReachable)?;
+        let (process, user) = (getpid(), (getuid(), getgid()));
+        let mut link =
+            Self { socket, seqno: 0, ctx_id: 0, max_arena_bytes: 0, trusted: false, process, user };
         let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
         let (reply, _) = link.ask::<HelloReply>(HELLO, hello.as_bytes(), None)?;
         link.ctx_id = reply.ctx_id.get();
@@ -98,9 +149,24 @@ impl Link {
         Ok(link)
     }
 
+    /// Whether this process is the one that connected.
+    pub fn is_mine(&self) -> bool {
+        getpid() == self.process
+    }
+
     /// The context's number in this guest.
     pub fn ctx_id(&self) -> u32 {
         self.ctx_id
+    }
+
+    /// Whether the agent has hung up, which a program that asks for nothing does not hear.
+    pub fn has_ended(&self) -> bool {
+        let socket = self.socket;
+        let Some(socket) = socket.get() else { return true };
+        let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Only hang-up and errors are told.
+        matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(told) if told > 0)
     }
 
     /// Bytes of arenas that the process may have.
@@ -117,8 +183,13 @@ impl Link {
     pub fn create(&mut self, va: u64, len: u64) -> Result<Made> {
         let request = ArenaCreate { len: len.into(), va: va.into() };
         let (reply, fd) = self.ask::<ArenaReply>(ARENA_CREATE, request.as_bytes(), None)?;
-        let fd = fd.ok_or(Failure::NotUnderstood)?;
-        Ok(Made { id: reply.arena_id.get(), fd, offset: reply.offset.get() })
+        let id = reply.arena_id.get();
+        let Some(fd) = fd else {
+            // The kernel drops a descriptor for which the process has no number free.
+            self.free(id)?;
+            return Err(Failure::NoDescriptor);
+        };
+        Ok(Made { id, fd, offset: reply.offset.get() })
     }
 
     /// Shows memory of the process' own, a file that stands at `va` from `offset` on. Returns the arena's name.
@@ -156,6 +227,10 @@ impl Link {
     {
         let socket = self.socket;
         let socket = socket.get().ok_or(Failure::Broken)?;
+        if (getuid(), getgid()) != self.user {
+            return Err(Failure::OtherUser);
+        }
+        let deadline = Instant::now() + PATIENCE;
         self.seqno = self.seqno.wrapping_add(1);
         let head = Head { kind: kind.into(), seqno: self.seqno.into(), status: 0.into(), reserved: 0.into() };
         let mut message = [0; MESSAGE];
@@ -168,17 +243,21 @@ impl Link {
             return Err(Failure::NotUnderstood);
         }
         let parts = [IoSlice::new(bytes)];
-        rustix::io::retry_on_intr(|| rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL))
-            .map_err(|_| Failure::Broken)?;
+        in_time(deadline, || rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL))?;
         loop {
-            let (len, fd) = receive(socket, &mut message)?;
+            let (len, fd) = receive(socket, &mut message, deadline)?;
             let received = message.get(..len).unwrap_or_default();
             let (head, body) = Head::read_from_prefix(received).map_err(|_| Failure::Broken)?;
             if head.kind.get() == EVENTS {
+                if Instant::now() > deadline {
+                    return Err(Failure::Silent);
+                }
                 continue;
             }
             if head.status.get() != 0 {
-                return Err(Failure::Refused(head.status.get()));
+                let refusal = Refusal::read_from_bytes(body).ok();
+                let limit = refusal.and_then(|refusal| Reached::from_wire(refusal.limit.get()));
+                return Err(Failure::Refused { status: head.status.get(), limit });
             }
             let reply = T::read_from_bytes(body).map_err(|_| Failure::NotUnderstood)?;
             return Ok((reply, fd));
@@ -192,16 +271,24 @@ impl Drop for Link {
     }
 }
 
-fn receive(socket: BorrowedFd<'_>, message: &mut [u8]) -> Result<(usize, Option<Fd>)> {
+/// Calls again what a signal has interrupted, until a deadline; the socket's own time limit ends what nothing interrupts.
+fn in_time<T>(deadline: Instant, mut call: impl FnMut() -> rustix::io::Result<T>) -> Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) if Instant::now() < deadline => {}
+            Err(Errno::INTR | Errno::AGAIN) => return Err(Failure::Silent),
+            done => return done.map_err(|_| Failure::Broken),
+        }
+    }
+}
+
+fn receive(socket: BorrowedFd<'_>, message: &mut [u8], deadline: Instant) -> Result<(usize, Option<Fd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = loop {
+    let received = in_time(deadline, || {
         let mut parts = [IoSliceMut::new(message)];
-        match rustix::net::recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            received => break received.map_err(|_| Failure::Broken)?,
-        }
-    };
+        rustix::net::recvmsg(socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+    })?;
     let mut fd = None;
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {
@@ -211,12 +298,35 @@ fn receive(socket: BorrowedFd<'_>, message: &mut [u8]) -> Result<(usize, Option<
     Ok((received.bytes, fd))
 }
 
-fn connect(path: &CStr) -> rustix::io::Result<Fd> {
-    let address = SocketAddrUnix::new(path)?;
+fn connect(path: &CStr) -> Result<Fd> {
+    let socket = new_socket().map_err(Failure::NotReachable)?;
+    let address = SocketAddrUnix::new(path).map_err(Failure::NotReachable)?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => break,
+            Err(Errno::INTR) if Instant::now() < deadline => {}
+            // Nobody accepts connections.
+            Err(Errno::INTR | Errno::AGAIN) => return Err(Failure::Silent),
+            Err(error) => return Err(Failure::NotReachable(error)),
+        }
+    }
+    // Whoever answers gives this process its memory.
+    let uid = peer_credentials(&socket).map_err(|_| Failure::Broken)?.uid;
+    if uid != 0 && uid != geteuid().as_raw() {
+        return Err(Failure::NotTheAgent(uid));
+    }
+    Ok(socket)
+}
+
+fn new_socket() -> rustix::io::Result<Fd> {
     let flags = SocketFlags::CLOEXEC;
     let socket = Fd::new(rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?);
-    rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address))?;
     // The agent asks for the sender of each message; this covers the first ones too.
-    rustix::net::sockopt::set_socket_passcred(&socket, true)?;
+    sockopt::set_socket_passcred(&socket, true)?;
+    // The time to send bounds the one to connect, too.
+    for side in [Timeout::Recv, Timeout::Send] {
+        sockopt::set_socket_timeout(&socket, side, Some(PATIENCE))?;
+    }
     Ok(socket)
 }

@@ -17,7 +17,7 @@
 //! protection is changed stays out of their reach when it is readable and writable again.
 //!
 //! The table is changed under the heap's lock. Like malloc, none of these may be called by the handler of a signal that
-//! came while the same thread was in one of them.
+//! came while the same thread was in one of them: the program ends then. Nothing is asked of a file under the lock.
 
 #![expect(unsafe_code, reason = "takes the place of functions of the C library")]
 
@@ -28,15 +28,16 @@ mod remap;
 mod shared;
 
 use crate::exports::set_errno;
+use crate::fd::Kept;
 use crate::heap;
-use crate::piece::{PAGE, Piece, Purpose, Sharing};
+use crate::left::{TOO_LARGE, Why};
+use crate::piece::{Backing, PAGE, Piece, Purpose, Sharing};
 use crate::space::Space;
 use crate::stack;
 use call::{Request, failed};
 use contents::Contents;
 use libc::{c_int, c_void, off_t, size_t};
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
 
 /// Most bytes of memory that is mapped without reserving any: such mappings are made to be used in small parts.
 const MAX_RESERVED: usize = 64 << 20;
@@ -46,12 +47,18 @@ const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
 /// Major and minor number of /dev/zero.
 const DEV_ZERO: (u32, u32) = (1, 5);
 
-/// What a mapping is to the library.
-enum Kind<'a> {
+/// What a mapping is to the library. Of a file it says how many bytes of the mapping have pages in it; `None`: there are
+/// none, or the file is not in memory but is to be shared.
+#[derive(Clone, Copy)]
+enum Kind {
     Zeros,
     SharedZeros,
-    Shared(BorrowedFd<'a>),
-    Copy(BorrowedFd<'a>),
+    Shared {
+        len: Option<usize>,
+    },
+    Copy {
+        len: Option<usize>,
+    },
     /// Pinned where it is, if the process is trusted, and else left.
     Pinned(Sharing),
     /// Left as it is.
@@ -71,7 +78,7 @@ pub unsafe extern "C" fn mmap(
     fd: c_int,
     offset: off_t,
 ) -> *mut c_void {
-    let request = Request { at: at.expose_provenance(), len, prot, flags, fd, offset };
+    let request = Request::new(at.expose_provenance(), len, prot, flags, fd, offset);
     // SAFETY: the caller has the right to what it names.
     let mapped = unsafe { map(request) };
     std::ptr::with_exposed_provenance_mut(mapped.unwrap_or(usize::MAX))
@@ -105,6 +112,12 @@ pub unsafe extern "C" fn munmap(at: *mut c_void, len: size_t) -> c_int {
         return unsafe { call::unmap(at.addr(), len) };
     };
     let mut heap = heap::lock();
+    if !heap.space().has(&range) {
+        heap.space().forget_notes(&range);
+        drop(heap);
+        // SAFETY: passed on.
+        return unsafe { call::unmap(range.start, range.len()) };
+    }
     // SAFETY: passed on.
     unsafe { unmap(heap.space(), &range) }
 }
@@ -115,29 +128,26 @@ pub unsafe extern "C" fn munmap(at: *mut c_void, len: size_t) -> c_int {
 /// As in POSIX.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mprotect(at: *mut c_void, len: size_t, prot: c_int) -> c_int {
-    // SAFETY: the caller has the right to the range.
-    let protect = || unsafe { call::protect(at.addr(), len, prot) };
-    let Some(range) = pages(at.addr(), len) else { return protect() };
-    let mut heap = heap::lock();
-    let space = heap.space();
-    if !space.has(&range) {
-        drop(heap);
-        return protect();
-    }
-    let prot = prot & (READ_WRITE | libc::PROT_EXEC);
-    let mut same = true;
-    space.each_in(&range, |_, piece| same &= piece.prot == prot);
-    if same {
-        return protect();
-    }
-    if prot != READ_WRITE && space.withdraw(&range).is_err() {
-        return failed(libc::ENOMEM);
-    }
-    let result = protect();
-    if result == 0 && space.change(&range, |piece| piece.prot = prot).is_err() {
-        return failed(libc::ENOMEM);
-    }
-    result
+    let plainly = |range: &Range<usize>| {
+        // SAFETY: passed on.
+        unsafe { call::protect(range.start, range.len(), prot) }
+    };
+    // SAFETY: passed on.
+    unsafe { protect(at.addr(), len, prot, plainly) }
+}
+
+/// As in Linux. Protection keys are the process' own affair: GPUs do not go by them.
+///
+/// # Safety
+/// As in Linux.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pkey_mprotect(at: *mut c_void, len: size_t, prot: c_int, key: c_int) -> c_int {
+    let by_key = |range: &Range<usize>| {
+        // SAFETY: passed on.
+        unsafe { call::protect_by_key(range.start, range.len(), prot, key) }
+    };
+    // SAFETY: passed on.
+    unsafe { protect(at.addr(), len, prot, by_key) }
 }
 
 /// As in Linux.
@@ -151,6 +161,11 @@ pub unsafe extern "C" fn madvise(at: *mut c_void, len: size_t, advice: c_int) ->
         return unsafe { call::advise(&(at.addr()..at.addr().wrapping_add(len)), advice) };
     };
     let mut heap = heap::lock();
+    if !heap.space().has(&range) {
+        drop(heap);
+        // SAFETY: passed on.
+        return unsafe { call::advise(&range, advice) };
+    }
     // SAFETY: the caller has the right to the range.
     unsafe { advice::advise(heap.space(), &range, advice) }
 }
@@ -181,6 +196,19 @@ fn pages(at: usize, len: usize) -> Option<Range<usize>> {
     (at.is_multiple_of(PAGE) && at < end).then_some(at..end)
 }
 
+/// What of a mapping is got ready before the lock is taken.
+struct Ready {
+    contents: Option<Contents>,
+    /// A descriptor of the file that is shared.
+    file: Option<Kept>,
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        self.file.take().into_iter().for_each(Kept::close);
+    }
+}
+
 /// # Safety
 /// As mmap.
 unsafe fn map(mut request: Request) -> Option<usize> {
@@ -188,11 +216,14 @@ unsafe fn map(mut request: Request) -> Option<usize> {
     let replaced = replaces.then(|| pages(request.at, request.len)).flatten();
     let mut heap = heap::lock();
     heap.space().start();
-    // Open until the mapping is there.
-    let _file = shared::give_file(heap.space(), &mut request);
     let fits = fits(heap.space(), request.len, request.flags);
     drop(heap);
-    let contents = if fits { Contents::read(&request) } else { None };
+    // Open until the mapping is there.
+    let _file = if fits { shared::give_file(&mut request) } else { None };
+    let mut ready = Ready { contents: None, file: None };
+    if fits {
+        ready = Ready { contents: Contents::read(&request), file: shared::keep(&request) };
+    }
     if let Some(range) = replaced {
         let mut heap = heap::lock();
         let space = heap.space();
@@ -202,40 +233,56 @@ unsafe fn map(mut request: Request) -> Option<usize> {
         }
         // SAFETY: passed on.
         let base = unsafe { request.carry_out() }?;
-        on_mapped(space, &request, &range, contents.as_ref());
+        on_mapped(space, &request, &range, &mut ready);
         return Some(base);
     }
     // Without the lock: nobody else knows yet what is mapped, and it may take its time.
     // SAFETY: passed on.
     let base = unsafe { request.carry_out() }?;
     if let Some(range) = pages(base, request.len) {
-        on_mapped(heap::lock().space(), &request, &range, contents.as_ref());
+        on_mapped(heap::lock().space(), &request, &range, &mut ready);
     }
     Some(base)
 }
 
 /// Brings what has been mapped just now into the reach of GPUs.
-fn on_mapped(space: &mut Space, request: &Request, range: &Range<usize>, contents: Option<&Contents>) {
+fn on_mapped(space: &mut Space, request: &Request, range: &Range<usize>, ready: &mut Ready) {
     // Whatever the table says of the range has gone without its knowing, or by this call.
     let vacant = space.vacate(range).is_ok();
-    let kind = request.kind();
+    space.forget_notes(range);
+    let kind = request.kind;
     let beyond = matches!(kind, Kind::Pinned(_)) && !space.is_trusted();
     if beyond || matches!(kind, Kind::Other) {
+        request.why_left().into_iter().for_each(|why| space.note(range, why));
         return;
     }
+    let unfit = unfit(space, range.len(), request.flags);
+    unfit.into_iter().for_each(|why| space.note(range, why));
     let reached = vacant
-        && fits(space, range.len(), request.flags)
+        && unfit.is_none()
         && match kind {
             // SAFETY: the mapping is new, so nobody needs what is in it.
             Kind::Zeros => unsafe { space.cover(range.start, range.len(), Purpose::Mapping) },
-            Kind::Shared(fd) => shared::import(space, range, fd, request.offset),
-            Kind::Copy(_) => contents.is_some_and(|contents| {
+            Kind::Shared { len } => {
+                let at = u64::try_from(request.offset).ok();
+                let shown = |(len, at)| {
+                    ready.file.take().is_some_and(|file| space.import(range.start, len, file, at))
+                };
+                len.zip(at).is_some_and(shown)
+            }
+            Kind::Copy { .. } => ready.contents.as_ref().is_some_and(|contents| {
                 // SAFETY: the arena has as many bytes.
                 let copy = |to| unsafe { contents.copy_to(to) };
                 // SAFETY: the mapping is new, so nobody uses it yet.
                 unsafe { space.adopt_file(range.start, contents.len(), copy) }
             }),
-            Kind::Pinned(sharing) => space.pin(&upper_part(range, request.flags), sharing),
+            Kind::Pinned(sharing) => {
+                let part = upper_part(range, request.flags);
+                if part != *range {
+                    space.note(&(range.start..part.start), Why::DeepStack);
+                }
+                space.pin(&part, sharing)
+            }
             // Without a file there is nothing to show.
             Kind::SharedZeros | Kind::Other => false,
         };
@@ -246,8 +293,17 @@ fn on_mapped(space: &mut Space, request: &Request, range: &Range<usize>, content
 
 /// Whether memory of that size is worth asking for.
 fn fits(space: &Space, len: usize, flags: c_int) -> bool {
+    unfit(space, len, flags).is_none()
+}
+
+/// Why it is not.
+fn unfit(space: &Space, len: usize, flags: c_int) -> Option<Why> {
     let within = u64::try_from(len).is_ok_and(|len| len <= space.max_arena_bytes());
-    within && (flags & libc::MAP_NORESERVE == 0 || len <= MAX_RESERVED)
+    if flags & libc::MAP_NORESERVE != 0 && len > MAX_RESERVED {
+        Some(Why::Reserved)
+    } else {
+        (!within).then_some(TOO_LARGE)
+    }
 }
 
 /// The part of a mapping that is pinned: of a stack what it begins with, as of the stacks of threads.
@@ -261,6 +317,7 @@ fn upper_part(range: &Range<usize>, flags: c_int) -> Range<usize> {
 unsafe fn unmap(space: &mut Space, range: &Range<usize>) -> c_int {
     // SAFETY: passed on.
     let unmap = || unsafe { call::unmap(range.start, range.len()) };
+    space.forget_notes(range);
     if !space.has(range) {
         return unmap();
     }
@@ -273,6 +330,54 @@ unsafe fn unmap(space: &mut Space, range: &Range<usize>) -> c_int {
         space.vacate(range).ok();
     }
     result
+}
+
+/// Changes a protection by `call`, piece by piece and gap by gap: where the kernel stops in the middle, the table has what
+/// has been changed by then, and fork goes by that.
+///
+/// # Safety
+/// The caller has the right to the range, and `call` changes nothing else.
+unsafe fn protect(at: usize, len: usize, prot: c_int, call: impl Fn(&Range<usize>) -> c_int) -> c_int {
+    let Some(range) = pages(at, len) else { return call(&(at..at.wrapping_add(len))) };
+    let mut heap = heap::lock();
+    let space = heap.space();
+    if !space.has(&range) {
+        drop(heap);
+        return call(&range);
+    }
+    let prot = prot & (READ_WRITE | libc::PROT_EXEC);
+    // Of what stays in the table, the table knows it.
+    let (mut same, mut forgotten) = (true, false);
+    space.each_in(&range, |_, piece| {
+        same &= piece.prot == prot;
+        forgotten |= matches!(piece.backing, Backing::Shared { .. } | Backing::Pinned { .. });
+    });
+    if same {
+        return call(&range);
+    }
+    let split = if prot == READ_WRITE { space.change(&range, |_| {}) } else { space.withdraw(&range) };
+    if split.is_err() {
+        return failed(libc::ENOMEM);
+    }
+    if forgotten && prot != READ_WRITE {
+        space.note(&range, Why::Protected);
+    }
+    let (mut done, mut result) = (range.start, 0);
+    let gap = |gap: Range<usize>| if gap.is_empty() { 0 } else { call(&gap) };
+    space.each_in(&range, |space, piece| {
+        if result == 0 {
+            result = gap(done..piece.base);
+        }
+        if result == 0 {
+            result = call(&piece.range());
+            done = piece.end();
+        }
+        if result == 0 {
+            // It is one piece, so there is nothing to split.
+            space.change(&piece.range(), |piece| piece.prot = prot).ok();
+        }
+    });
+    if result == 0 { gap(done..range.end) } else { result }
 }
 
 /// The part of a piece that lies in a range.

@@ -6,7 +6,7 @@ use crate::fd::Kept;
 use std::ops::Range;
 
 /// Bytes of a page.
-pub const PAGE: usize = 4096;
+pub const PAGE: usize = guest_agent::driver::dma::PAGE_BYTES;
 /// Most pieces of memory. The agent allows a context fewer arenas by default; the rest is for parts of them.
 const MAX_PIECES: usize = 4096;
 /// Room that new memory leaves for the parts of what there is.

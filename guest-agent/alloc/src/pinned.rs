@@ -78,7 +78,9 @@ pub fn pin(link: &mut Link, range: &Range<usize>) -> Result<u64, Failure> {
     let mut attempts = 1;
     loop {
         match link.pin(as_u64(range.start), as_u64(range.len()), ring.as_fd()) {
-            Err(link::Failure::Refused(status)) if status == -errno::EAGAIN && attempts < MAX_ATTEMPTS => {
+            Err(link::Failure::Refused { status, .. })
+                if status == -errno::EAGAIN && attempts < MAX_ATTEMPTS =>
+            {
                 attempts += 1;
             }
             shown => return shown.map_err(Failure::Agent),

@@ -20,6 +20,7 @@ pub use mapping::{copy_piece, map_anonymous, unmap};
 
 use crate::fd::Kept;
 use crate::fork;
+use crate::left::{Log, Why};
 use crate::link::{Failure, Link, Made};
 use crate::piece::{Backing, PAGE, Piece, Purpose, Table};
 use crate::say::{give_up, say};
@@ -28,9 +29,10 @@ use mapping::{copy_over, fill_over, map_arena};
 use rustix::mm::MapFlags;
 use std::ffi::CStr;
 use std::ops::Range;
+use virtio_gpu_svm::protocol::errno;
 
 /// Most bytes of a socket's path, with the zero at its end: as in `sockaddr_un`.
-pub const PATH: usize = 108;
+pub const PATH: usize = guest_agent::client::SOCKET_NAME;
 
 enum State {
     /// The program's environment cannot be read yet.
@@ -55,9 +57,10 @@ pub struct Space {
     follows_forks: bool,
     table: Table,
     left: Left,
+    log: Log,
 }
 
-/// Mappings of the program that GPUs do not reach though they might have.
+/// Mappings of the program, and of the heap, that GPUs do not reach though they might have.
 #[derive(Clone, Copy)]
 pub struct Left {
     pub mappings: u64,
@@ -75,6 +78,7 @@ impl Space {
             follows_forks: false,
             table: Table::new(),
             left: Left { mappings: 0, bytes: 0 },
+            log: Log::new(),
         }
     }
 
@@ -114,15 +118,26 @@ impl Space {
         CStr::from_bytes_until_nul(&self.socket).unwrap_or_default()
     }
 
+    /// The connection. A child that the library does not know of (vfork, `_Fork`, a raw clone) has none.
     fn link(&self) -> Option<&Link> {
         match &self.state {
-            State::Up(link) => Some(link),
-            State::Early | State::Down => None,
+            State::Up(link) if link.is_mine() => Some(link),
+            _ => None,
         }
     }
 
-    /// The number of the process' context, if it has one.
-    pub fn ctx_id(&self) -> Option<u32> {
+    fn link_mut(&mut self) -> Option<&mut Link> {
+        match &mut self.state {
+            State::Up(link) if link.is_mine() => Some(link),
+            _ => None,
+        }
+    }
+
+    /// The number of the process' context, if it has one still: an agent that was replaced knows nothing of it.
+    pub fn ctx_id(&mut self) -> Option<u32> {
+        if self.link().is_some_and(Link::has_ended) {
+            self.fail(&Failure::Broken);
+        }
         self.link().map(Link::ctx_id)
     }
 
@@ -165,7 +180,14 @@ impl Space {
         unmap(reserved, base - reserved);
         unmap(base + len, room - len - (base - reserved));
         let range = base..base + len;
-        if !self.table.has_room() || self.vacate(&range).is_err() {
+        let vacant = self.vacate(&range).is_ok();
+        if vacant && !self.table.has_room() && purpose == Purpose::Heap {
+            // Small blocks go on where GPUs do not reach. A fork copies that memory by itself.
+            self.leave(len);
+            self.note(&range, Why::Full);
+            return Some(std::ptr::with_exposed_provenance_mut(base));
+        }
+        if !vacant || !self.table.has_room() {
             unmap(base, len);
             return None;
         }
@@ -203,6 +225,7 @@ impl Space {
     /// As [`Self::adopt`]: `place` puts the arena there, with contents.
     fn adopt_by(&mut self, piece: Piece, place: impl FnOnce(&Made) -> bool) -> bool {
         if !self.table.has_room() {
+            self.note(&piece.range(), Why::Full);
             return false;
         }
         let Some(made) = self.take_arena(piece.base, piece.len) else { return false };
@@ -230,6 +253,38 @@ impl Space {
         self.left.bytes = self.left.bytes.saturating_add(u64::try_from(len).unwrap_or(u64::MAX));
     }
 
+    /// Remembers why GPUs do not reach memory.
+    pub fn note(&mut self, range: &Range<usize>, why: Why) {
+        // Without an agent that is the reason, and no other.
+        if self.link().is_some() {
+            self.log.add(range, why);
+        }
+    }
+
+    /// Forgets it, of memory that is gone or another.
+    pub fn forget_notes(&mut self, range: &Range<usize>) {
+        self.log.forget(range);
+    }
+
+    /// Why GPUs do not reach an address, in the kernel's mapping `within`. `None`: they do, or it is not known.
+    pub fn why(&self, address: usize, within: &Range<usize>) -> Option<Why> {
+        let of_stack = |piece: &&Piece| piece.purpose == Purpose::Stack;
+        let stacks = || self.table.pieces().iter().filter(of_stack);
+        match self.table.first_in(&(address..address.saturating_add(1))) {
+            Some(Piece { backing: Backing::Withdrawn, .. }) => {
+                Some(self.log.find(address).unwrap_or(Why::Protected))
+            }
+            Some(Piece { backing: Backing::Own, prot, .. }) if prot != libc::PROT_READ | libc::PROT_WRITE => {
+                Some(Why::Mapped { prot })
+            }
+            Some(Piece { backing: Backing::Own, .. }) => self.log.find(address).or(self.log.refused()),
+            Some(_) => None,
+            None if stacks().any(|piece| piece.base == within.end) => Some(Why::DeepStack),
+            None if stacks().any(|piece| piece.end() == within.start) => Some(Why::TopOfStack),
+            None => self.log.find(address),
+        }
+    }
+
     /// How many there were.
     pub fn left(&self) -> Left {
         self.left
@@ -237,7 +292,12 @@ impl Space {
 
     /// Shows the program's own mapping of `file`, from `at` on, to the agent. False: GPUs do not reach it.
     pub fn import(&mut self, base: usize, len: usize, file: Kept, at: u64) -> bool {
-        let shown = self.table.has_room().then(|| self.show(base, len, file, at)).flatten();
+        let shown = if self.table.has_room() {
+            self.show(base, len, file, at)
+        } else {
+            self.note(&(base..base + len), Why::Full);
+            None
+        };
         let Some(id) = shown else {
             file.close();
             return false;
@@ -248,31 +308,40 @@ impl Space {
     }
 
     fn show(&mut self, base: usize, len: usize, file: Kept, at: u64) -> Option<u64> {
-        let State::Up(link) = &mut self.state else { return None };
-        match link.import(u64::try_from(base).ok()?, u64::try_from(len).ok()?, file.get()?, at) {
-            Ok(id) => Some(id),
-            // Not every file can be: that is no failure.
-            Err(Failure::Refused(_)) => None,
-            Err(failure) => {
-                self.fail(&failure);
-                None
+        let link = self.link_mut()?;
+        let shown = link.import(u64::try_from(base).ok()?, u64::try_from(len).ok()?, file.get()?, at);
+        let failure = match shown {
+            Ok(id) => return Some(id),
+            Err(failure) => failure,
+        };
+        self.log.add_failure(&(base..base + len), &failure);
+        // Not every file can be shown: that is no failure, but a lack of memory or a limit is.
+        let expected = match &failure {
+            Failure::Refused { status, limit } => {
+                limit.is_none() && *status != -errno::ENOMEM && !failure.is_final()
             }
+            _ => false,
+        };
+        if !expected {
+            self.fail(&failure);
         }
+        None
     }
 
     fn take_arena(&mut self, base: usize, len: usize) -> Option<Made> {
-        let State::Up(link) = &mut self.state else { return None };
+        let link = self.link_mut()?;
         let (va, bytes) = (u64::try_from(base).ok()?, u64::try_from(len).ok()?);
         let failure = match link.create(va, bytes) {
             Ok(made) => return Some(made),
             Err(failure) => failure,
         };
+        self.log.add_failure(&(base..base + len), &failure);
         self.fail(&failure);
         None
     }
 
     fn give_arena(&mut self, id: u64) {
-        let State::Up(link) = &mut self.state else { return };
+        let Some(link) = self.link_mut() else { return };
         if let Err(failure) = link.free(id) {
             self.fail(&failure);
         }
@@ -365,6 +434,11 @@ impl Space {
     /// Nobody uses it any more.
     pub unsafe fn release(&mut self, base: usize) {
         let Some(piece) = self.table.find(base) else { return };
+        if matches!(self.state, State::Up(_)) && self.link().is_none() {
+            // The agent cannot be told. By vfork the memory is the parent's too, where other memory would come to the same
+            // addresses; so it is lost instead.
+            return;
+        }
         let range = base..base + piece.block;
         // Where a block ends, a piece ends, so there is nothing to split.
         if self.vacate(&range).is_ok() {
@@ -399,21 +473,22 @@ impl Space {
 
     /// Takes part of an arena out of the reach of GPUs.
     fn cut(&mut self, id: u64, offset: usize, len: usize) {
-        let State::Up(link) = &mut self.state else { return };
+        let Some(link) = self.link_mut() else { return };
         let as_u64 = |bytes| u64::try_from(bytes).unwrap_or(u64::MAX);
         let failure = match link.cut(id, as_u64(offset), as_u64(len)) {
             Ok(()) => return,
             Err(failure) => failure,
         };
-        if matches!(failure, Failure::Refused(_)) {
+        if !failure.is_final() {
             // In too many parts. What must go goes, and the rest with it.
             self.give_arena(id);
             for piece in self.table.entries() {
                 match &mut piece.backing {
                     Backing::Arena { id: other, .. } if *other == id => piece.backing = Backing::Withdrawn,
                     Backing::Pinned { id: other, .. } if *other == id => piece.backing = Backing::Own,
-                    _ => {}
+                    _ => continue,
                 }
+                self.log.add_failure(&piece.range(), &failure);
             }
         }
         self.fail(&failure);
@@ -454,9 +529,14 @@ fn environment_is_there() -> bool {
     !unsafe { environ }.is_null()
 }
 
+/// `None` as well in a program that has rights which whoever started it has not (setuid): that one must not choose who
+/// gives it memory.
 fn variable(name: &CStr) -> Option<&'static CStr> {
+    unsafe extern "C" {
+        fn secure_getenv(name: *const libc::c_char) -> *mut libc::c_char;
+    }
     // SAFETY: the name ends with a zero.
-    let value = unsafe { libc::getenv(name.as_ptr()) };
+    let value = unsafe { secure_getenv(name.as_ptr()) };
     // SAFETY: a value that is there ends with a zero; it is looked at before the program can change it.
     (!value.is_null()).then(|| unsafe { CStr::from_ptr(value) })
 }

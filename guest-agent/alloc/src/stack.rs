@@ -18,16 +18,17 @@ mod record;
 pub use record::Record;
 
 use crate::exports::{free, malloc, set_errno};
+use crate::fork;
 use crate::heap;
 use crate::piece::{PAGE, Purpose};
 use crate::real::Real;
+use crate::say::say;
 use crate::space::Space;
+use crate::thread_word::ThreadWord;
 use libc::{c_int, c_void, pid_t, pthread_attr_t, pthread_t};
-use std::cell::Cell;
 use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Most bytes of a stack that are in an arena: pinned memory is scarce, and few threads go deeper.
 pub const MAX_BYTES: usize = 256 << 10;
@@ -37,13 +38,12 @@ const ABOVE: usize = 16 << 10;
 const ASIDE: usize = 64 << 10;
 /// As above, for forks: handlers of the program run on it.
 const ASIDE_FORK: usize = 1 << 20;
-const NO_KEY: u32 = u32::MAX;
 
 /// As the program's function: a thread may end by unwinding through it.
 type Start = unsafe extern "C-unwind" fn(*mut c_void) -> *mut c_void;
 type Create = unsafe extern "C" fn(*mut pthread_t, *const pthread_attr_t, Start, *mut c_void) -> c_int;
 
-/// Part of a stack that is in an arena, or is to be again.
+/// Part of a stack that is in an arena, or is to be again. Whole pages.
 #[derive(Clone, Copy)]
 pub struct Part {
     base: usize,
@@ -51,27 +51,32 @@ pub struct Part {
 }
 
 impl Part {
+    /// One word: the base with the number of pages in the bits that are 0 in it.
+    fn word(self) -> usize {
+        self.base | (self.len / PAGE)
+    }
+
+    fn of_word(word: usize) -> Option<Self> {
+        let (base, pages) = (word & !(PAGE - 1), word & PAGES);
+        (word != 0).then_some(Self { base, len: pages * PAGE })
+    }
+
     fn range(&self) -> Range<usize> {
         self.base..self.base + self.len
     }
 }
 
-thread_local! {
-    static MINE: Cell<Option<Part>> = const { Cell::new(None) };
-    /// This thread is in [`fork`], on another stack.
-    static FORKS_ASIDE: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Has its destructor run when a thread ends, however it does.
-static KEY: AtomicU32 = AtomicU32::new(NO_KEY);
+/// The part of this thread's stack that is in an arena.
+static MINE: ThreadWord = ThreadWord::new();
+/// Beside it, in the word: the thread is in [`fork`], on another stack.
+const FORKS_ASIDE: usize = PAGE / 2;
+/// The bits of the number of pages.
+const PAGES: usize = FORKS_ASIDE - 1;
+const _: () = assert!(MAX_BYTES / PAGE <= PAGES);
 
 /// Makes ready for threads.
 pub fn watch() {
-    let mut key = 0;
-    // SAFETY: the pointer is to a key that lives here; the destructor is a function of this library.
-    if unsafe { libc::pthread_key_create(&raw mut key, Some(thread_ends)) } == 0 {
-        KEY.store(key, Ordering::Release);
-    }
+    MINE.make_once(Some(thread_ends));
 }
 
 /// What a thread begins with.
@@ -92,7 +97,7 @@ pub unsafe extern "C" fn pthread_create(
     arg: *mut c_void,
 ) -> c_int {
     let Some(create) = real_create() else { return libc::ENOSYS };
-    if KEY.load(Ordering::Acquire) == NO_KEY || has_own_stack(attr) {
+    if has_own_stack(attr) {
         // SAFETY: passed on as it came.
         return unsafe { create(thread, attr, start, arg) };
     }
@@ -138,13 +143,10 @@ unsafe extern "C-unwind" fn thread_begins(begin: *mut c_void) -> *mut c_void {
     if let Some(part) = place() {
         // SAFETY: the part lies below all frames of this thread, which is the only one that uses this stack.
         let adopted = unsafe { heap::lock().space().adopt(part.base, part.len, Purpose::Stack) };
-        if adopted {
-            MINE.set(Some(part));
-            let key = KEY.load(Ordering::Acquire);
-            // Any value but null has the destructor called.
-            let some = std::ptr::without_provenance(1);
-            // SAFETY: the key was made and is never deleted.
-            unsafe { libc::pthread_setspecific(key, some) };
+        if adopted && !MINE.set(part.word()) {
+            // Nothing would give it back when the thread ends.
+            // SAFETY: as above.
+            unsafe { heap::lock().space().forget(&part.range()) }.ok();
         }
     }
     // SAFETY: the program's function gets the program's argument.
@@ -190,8 +192,8 @@ fn place() -> Option<Part> {
     (told == 0 && start < end).then(|| Part { base: start, len: end - start })
 }
 
-unsafe extern "C" fn thread_ends(_: *mut c_void) {
-    if let Some(part) = MINE.take() {
+unsafe extern "C" fn thread_ends(word: *mut c_void) {
+    if let Some(part) = Part::of_word(word.addr()) {
         // SAFETY: the thread's function has ended, so its frames are gone; this one is above the part.
         unsafe { heap::lock().space().forget(&part.range()) }.ok();
     }
@@ -212,39 +214,62 @@ pub unsafe extern "C" fn fork() -> pid_t {
         set_errno(libc::ENOSYS);
         return -1;
     };
-    if !stands_in_arena() {
-        // SAFETY: passed on.
-        return unsafe { real() };
+    if heap::is_mine() {
+        say(format_args!(
+            "the handler of a signal forks while its thread allocates or maps memory: fork fails (ENOMEM)"
+        ));
+        set_errno(libc::ENOMEM);
+        return -1;
     }
-    let mut forked = None;
-    aside(ASIDE_FORK, &mut |(): ()| {
-        FORKS_ASIDE.set(true);
-        // SAFETY: passed on.
-        forked = Some(unsafe { real() });
-        FORKS_ASIDE.set(false);
-    });
-    forked.unwrap_or_else(|| {
+    let (in_arena, shared) = stands_in_arena();
+    let fork = || {
+        if !in_arena {
+            // SAFETY: passed on.
+            return Some(unsafe { real() });
+        }
+        let mut forked = None;
+        aside(ASIDE_FORK, &mut |(): ()| {
+            let word = MINE.get();
+            // A stack of the program's own is in an arena, but no part of a stack.
+            let mark = |aside| if word != 0 { MINE.set(word | aside) } else { false };
+            mark(FORKS_ASIDE);
+            // SAFETY: passed on.
+            forked = Some(unsafe { real() });
+            mark(0);
+        });
+        forked
+    };
+    let forked = fork::with_pipe(shared, fork);
+    if forked.is_none() {
+        say(format_args!(
+            "two descriptors are needed to fork with, and not free, so fork fails: raise the limit of open files"
+        ));
+    }
+    forked.flatten().unwrap_or_else(|| {
         set_errno(libc::ENOMEM);
         -1
     })
 }
 
-fn stands_in_arena() -> bool {
+/// Whether this thread does; and whether any memory is in one.
+fn stands_in_arena() -> (bool, bool) {
     let here = 0u8;
     let here = (&raw const here).addr();
-    let piece = heap::lock().space().first_in(&(here..here + 1));
-    piece.is_some_and(|piece| piece.backing.is_agents())
+    let mut heap = heap::lock();
+    let piece = heap.space().first_in(&(here..here + 1));
+    (piece.is_some_and(|piece| piece.backing.is_agents()), heap.space().is_shared())
 }
 
 /// Where this thread's stack is in an arena.
 pub fn mine() -> Range<usize> {
-    MINE.get().map_or(0..0, |part| part.range())
+    Part::of_word(MINE.get()).map_or(0..0, |part| part.range())
 }
 
 /// Takes this thread's stack out of its arena, if it is in one and the thread stands there: the C library forks by itself
 /// too (`daemon`, `forkpty`). Returns what [`put_back`] needs.
 pub fn take_out(space: &mut Space) -> Option<Part> {
-    let part = MINE.get().filter(|_| !FORKS_ASIDE.get())?;
+    let word = MINE.get();
+    let part = Part::of_word(word).filter(|_| word & FORKS_ASIDE == 0)?;
     let mut done = false;
     aside(ASIDE, &mut |(): ()| {
         // SAFETY: this runs on another stack, and only this thread uses this one.
@@ -262,7 +287,7 @@ pub fn put_back(space: &mut Space, part: Option<Part>) {
         done = unsafe { space.adopt(part.base, part.len, Purpose::Stack) };
     });
     if !done {
-        MINE.set(None);
+        MINE.set(0);
     }
 }
 

@@ -10,8 +10,9 @@
 #![expect(unsafe_code, reason = "takes the place of functions of the C library")]
 
 use crate::exports::set_errno;
+use crate::growing;
 use crate::real::Real;
-use dlmalloc::Allocator;
+use crate::thread_word::ThreadWord;
 use libc::{FILE, c_char, c_int, c_void, size_t, wchar_t};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::cell::{Cell, RefCell};
@@ -20,37 +21,34 @@ use std::ops::Range;
 /// Address space for all streams, taken at the first one and filled as they come: room for some 100 000. Streams beyond
 /// are made of ordinary blocks.
 const ROOM: usize = 64 << 20;
-/// What dlmalloc is given at once.
-const CHUNK: usize = 64 << 10;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Making {
-    Nothing,
-    /// All that the C library allocates is the stream's.
-    Stream,
-    /// The first block is the stream, and then comes a buffer for the program.
-    StreamThenBuffer,
-}
+/// What a thread is making: nothing of ours.
+const NOTHING: usize = 0;
+/// All that the C library allocates is the stream's.
+const STREAM: usize = 1;
+/// The first block is the stream, and then comes a buffer for the program.
+const STREAM_THEN_BUFFER: usize = 2;
 
-thread_local! {
-    static MAKING: Cell<Making> = const { Cell::new(Making::Nothing) };
+static MAKING: ThreadWord = ThreadWord::new();
+
+/// Makes ready for streams, when the library is loaded or at the first one: constructors of other libraries may be earlier.
+pub fn watch() {
+    if !MAKING.is_made() {
+        LIST.find();
+        MAKING.make_once(None);
+    }
 }
 
 /// Whether the block that this thread allocates now is a stream's.
 pub fn asks() -> bool {
     match MAKING.get() {
-        Making::Nothing => false,
-        Making::Stream => true,
-        Making::StreamThenBuffer => {
-            MAKING.set(Making::Nothing);
+        NOTHING => false,
+        STREAM => true,
+        _ => {
+            MAKING.set(NOTHING);
             true
         }
     }
-}
-
-/// Looks at this thread's variables.
-pub fn touch() {
-    MAKING.get();
 }
 
 /// Where the memory of streams comes from: one range, front to back.
@@ -71,43 +69,21 @@ impl Source {
     }
 }
 
-// SAFETY: `alloc` returns parts of a mapping of its own, each once; none is ever taken back, moved or cut.
-unsafe impl Allocator for Source {
-    fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
+// SAFETY: they are parts of a mapping of its own, each given once.
+unsafe impl growing::Source for Source {
+    const CHUNK: usize = 64 << 10;
+
+    fn more(&self, size: usize) -> Option<(*mut u8, usize)> {
         let mut room = self.room.borrow_mut();
         if room.is_empty() {
-            *room = reserve().unwrap_or(0..0);
+            *room = reserve()?;
         }
-        let (len, at) = (size.next_multiple_of(CHUNK), room.start + self.used.get());
+        let (len, at) = (size.next_multiple_of(Self::CHUNK), room.start + self.used.get());
         if len > room.end - at {
-            return (std::ptr::null_mut(), 0, 0);
+            return None;
         }
         self.used.set(self.used.get() + len);
-        (std::ptr::with_exposed_provenance_mut(at), len, 0)
-    }
-
-    fn remap(&self, _ptr: *mut u8, _oldsize: usize, _newsize: usize, _can_move: bool) -> *mut u8 {
-        std::ptr::null_mut()
-    }
-
-    fn free_part(&self, _ptr: *mut u8, _oldsize: usize, _newsize: usize) -> bool {
-        false
-    }
-
-    fn free(&self, _ptr: *mut u8, _size: usize) -> bool {
-        false
-    }
-
-    fn can_release_part(&self, _flags: u32) -> bool {
-        false
-    }
-
-    fn allocates_zeros(&self) -> bool {
-        true
-    }
-
-    fn page_size(&self) -> usize {
-        CHUNK
+        Some((std::ptr::with_exposed_provenance_mut(at), len))
     }
 }
 
@@ -137,7 +113,7 @@ pub static LIST: List = List {
 
 impl List {
     /// Looks for the functions, which may allocate.
-    pub fn find(&self) {
+    fn find(&self) {
         for function in [&self.lock, &self.unlock, &self.reset] {
             function.address();
         }
@@ -180,7 +156,7 @@ pub struct CookieFunctions([*const c_void; 4]);
 /// Functions that make a stream: the C library's own does it, while this thread's blocks are the stream's. A thread may
 /// be cancelled in it, which unwinds through these frames; it allocates little from then on.
 macro_rules! makers {
-    ($($making:ident $name:ident($($arg:ident: $type:ty),*);)*) => {$(
+    ($($making:ident: $name:ident($($arg:ident: $type:ty),*);)*) => {$(
         /// As in the C library.
         ///
         /// # Safety
@@ -198,24 +174,25 @@ macro_rules! makers {
                 set_errno(libc::ENOSYS);
                 return std::ptr::null_mut();
             };
-            MAKING.set(Making::$making);
+            watch();
+            MAKING.set($making);
             // SAFETY: passed on as it came.
             let stream = unsafe { real($($arg),*) };
-            MAKING.set(Making::Nothing);
+            MAKING.set(NOTHING);
             stream
         }
     )*};
 }
 
 makers! {
-    Stream fopen(path: *const c_char, mode: *const c_char);
-    Stream fopen64(path: *const c_char, mode: *const c_char);
-    Stream fdopen(fd: c_int, mode: *const c_char);
-    Stream tmpfile();
-    Stream tmpfile64();
-    Stream popen(command: *const c_char, mode: *const c_char);
-    Stream fmemopen(buffer: *mut c_void, size: size_t, mode: *const c_char);
-    Stream fopencookie(cookie: *mut c_void, mode: *const c_char, functions: CookieFunctions);
-    StreamThenBuffer open_memstream(buffer: *mut *mut c_char, size: *mut size_t);
-    StreamThenBuffer open_wmemstream(buffer: *mut *mut wchar_t, size: *mut size_t);
+    STREAM: fopen(path: *const c_char, mode: *const c_char);
+    STREAM: fopen64(path: *const c_char, mode: *const c_char);
+    STREAM: fdopen(fd: c_int, mode: *const c_char);
+    STREAM: tmpfile();
+    STREAM: tmpfile64();
+    STREAM: popen(command: *const c_char, mode: *const c_char);
+    STREAM: fmemopen(buffer: *mut c_void, size: size_t, mode: *const c_char);
+    STREAM: fopencookie(cookie: *mut c_void, mode: *const c_char, functions: CookieFunctions);
+    STREAM_THEN_BUFFER: open_memstream(buffer: *mut *mut c_char, size: *mut size_t);
+    STREAM_THEN_BUFFER: open_wmemstream(buffer: *mut *mut wchar_t, size: *mut size_t);
 }

@@ -125,7 +125,7 @@ struct svm_failure {
  * on to whoever needs it. A forked child has a context of its own, and opens it after fork().
  *
  * -ENOTCONN  the program runs without libsvm_alloc.so, or that has no agent
- * -EBUSY     another part of the process has joined
+ * -EBUSY     another part of the process has joined: use its handle
  * -ENOENT, -ECONNREFUSED, -EACCES  no agent listens any more
  */
 int svm_open(struct svm **out);
@@ -135,7 +135,8 @@ int svm_open(struct svm **out);
  * without libsvm_alloc.so. `socket` is a path; NULL: what SVM_AGENT_SOCKET names, or /run/svm-agent.sock.
  *
  * -ENOENT, -ECONNREFUSED, -EACCES  no agent listens there
- * -ENOSPC    the host or the agent has as many contexts as it may have
+ * -ENOSPC    the host or the agent has as many contexts as it may have, or as many of this user's (svm_error() says which
+ *            limit it is)
  */
 int svm_connect(const char *socket, struct svm **out);
 
@@ -176,10 +177,10 @@ int svm_unmap(struct svm *svm, void *address);
  * fewer, memory is shown in windows (svm_device_address()).
  *
  * -ENOENT      no such device
- * -EEXIST      the device is mirrored on already, in this context: svm_unmirror() first
+ * -EEXIST      the process is mirrored there already, in this context: use that mirror, or svm_unmirror() it first
  * -EOPNOTSUPP  the device has no page faults, so it cannot
  * -ERANGE      the device has too few address bits for what the process uses
- * -ENOSPC      a limit of the host is reached
+ * -ENOSPC      a limit of the host is reached (svm_error() names it)
  */
 int svm_mirror(struct svm *svm, uint32_t dev_id, struct svm_mirror **out);
 
@@ -214,7 +215,7 @@ int svm_device_address(const struct svm_mirror *mirror, const void *pointer, uin
  * Launches 1 to SVM_MAX_PACKETS packets as one job on ring `ring` (below SVM_MAX_RINGS), and waits for its end. What the
  * job has written is there when this returns. 0: it ended well. Errors of svm_submit(), and those of a job:
  *
- * -EFAULT     it touched an address that is no memory in reach (of no arena, or not mirrored)
+ * -EFAULT     it touched an address that is no memory in reach: svm_error() says which memory that is, and what to do
  * -EINVAL     a packet is wrong, or a node of a list stands at no multiple of 16
  * -EPERM      it wrote to what it may only read
  * -ETIMEDOUT  it ran longer than its device allows, or a fault was not answered
@@ -227,7 +228,7 @@ int svm_run(struct svm_mirror *mirror, uint32_t ring, const struct svm_packet *p
  * As svm_run(), but returns when the job is launched. Its packets and what they read must stay as they are until it ends;
  * the array of packets itself may go at once.
  *
- * -ENOSPC  too many jobs are in flight
+ * -ENOSPC  too many jobs are in flight (svm_error() names the limit)
  * -EPIPE   the mirror is unusable after an error of its device: end it and make another
  */
 int svm_submit(struct svm_mirror *mirror, uint32_t ring, const struct svm_packet *packets, size_t count,

@@ -6,6 +6,7 @@ use crate::failure::{Failure, Result, call, call_void};
 use crate::handle::{self, Svm};
 use crate::types::Device;
 use guest_agent::client::Client;
+use guest_agent::driver::dma::PAGE_BYTES;
 use std::collections::HashMap;
 use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
@@ -137,7 +138,7 @@ pub unsafe extern "C" fn svm_map(
         // SAFETY: NULL, or a handle in use.
         let svm = unsafe { handle::of(svm, NO_SVM) }?;
         handle::check(out)?;
-        if length == 0 || isize::try_from(length).is_err() || !address.addr().is_multiple_of(4096) {
+        if length == 0 || isize::try_from(length).is_err() || !address.addr().is_multiple_of(PAGE_BYTES) {
             return Err(Failure::Argument("`length` is 0 or too large, or `address` is no multiple of 4096"));
         }
         let at = (!address.is_null()).then(|| address.addr());

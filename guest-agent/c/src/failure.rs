@@ -90,12 +90,14 @@ pub fn errno_of(error: &client::Error) -> c_int {
     match error {
         Error::NotReachable { source, .. } => of_system(source, libc::ENOTCONN),
         Error::NoAllocator => libc::ENOTCONN,
+        Error::NotTheAgent { .. } => libc::EACCES,
         Error::HungUp | Error::Lost { .. } => libc::EPIPE,
         Error::Socket(source) | Error::Maps(source) => of_system(source, libc::EIO),
         // What the agent sends is no errno if it is not negative.
         Error::Refused { status, .. } if *status < 0 && *status > -4096 => -status,
         Error::Refused { .. } | Error::BadReply { .. } => libc::EPROTO,
         Error::Map { source, .. } => of_system(source, libc::ENOMEM),
+        Error::NoDescriptor => libc::EMFILE,
         Error::Forked => libc::ECHILD,
         Error::NoDevice { .. } => libc::ENOENT,
         Error::NothingToMirrorOn => libc::ENODEV,

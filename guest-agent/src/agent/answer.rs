@@ -6,8 +6,8 @@ use super::ledger::{Answer, LedgerEntry, LedgerReport};
 use super::table::Window;
 use super::{Agent, Context, ContextState, State};
 use crate::driver::{Completion, Posted, SvmDevice};
-use std::sync::MutexGuard;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, MutexGuard, OnceLock};
+use std::time::Instant;
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 use virtio_gpu_svm::protocol::control::{PAGE_RESP_INVALID, PAGE_RESP_SUCCESS};
 use virtio_gpu_svm::protocol::errno::{EAGAIN, EEXIST, EFAULT, ENOSPC};
@@ -17,7 +17,8 @@ use virtio_gpu_svm::protocol::event::{FAULT_LAST_PAGE, FAULT_PREFETCH, FaultReco
 /// gets here is doing it to itself.
 const MAX_RETRIES: u32 = 1000;
 
-/// Answers that are gathered before they are sent: few enough not to keep the first one waiting.
+/// Answers that are gathered before they are sent, and those to the turn of one more lane: few enough not to keep the
+/// first one waiting.
 const MAX_BATCH: usize = 32;
 
 /// A fault that is to be answered: a page, a group of pages or a range that is to be there before it is touched.
@@ -28,8 +29,8 @@ pub(super) struct Asked {
     /// CPU addresses `[start, end)`.
     start: u64,
     end: u64,
-    /// When that was known.
-    since: Instant,
+    /// When that record was found in the ring.
+    found: Instant,
 }
 
 /// An answer that the device has not taken yet.
@@ -40,24 +41,31 @@ pub(super) struct PendingAnswer {
     runs: u32,
     retries: u32,
     pid: i32,
-    /// From the record to the sending of the answer.
-    took: Duration,
+    sent: Sent,
 }
+
+/// When a batch was with the device and the doorbell rung, which is after its answers can be looked up: the device may
+/// be faster than who sends.
+type Sent = Arc<OnceLock<Instant>>;
 
 /// Answers that go to the device together.
 #[derive(Default)]
-pub(super) struct Batch(Vec<(PendingAnswer, Posted)>);
+pub(super) struct Batch {
+    answers: Vec<(PendingAnswer, Posted)>,
+    /// Of the first answer and all others.
+    sent: Option<Sent>,
+}
 
 impl Batch {
     pub(super) fn is_full(&self) -> bool {
-        self.0.len() >= MAX_BATCH
+        self.answers.len() >= MAX_BATCH
     }
 }
 
 impl Agent {
-    pub(super) fn on_fault(&self, fault: FaultRecord, batch: &mut Batch) {
+    pub(super) fn on_fault(&self, fault: FaultRecord, found: Instant, batch: &mut Batch) {
         let mut state = self.lock();
-        let Some(asked) = state.whole(fault) else { return };
+        let Some(asked) = state.whole(fault, found) else { return };
         state.ledger.counts().faults += 1;
         if let Some(context) = state.contexts.get_mut(&fault.ctx_id.get()) {
             context.faults += 1;
@@ -98,24 +106,20 @@ impl Agent {
             runs: u32::try_from(runs.len()).unwrap_or(u32::MAX),
             retries,
             pid,
-            took: Duration::ZERO,
+            sent: batch.sent.get_or_insert_default().clone(),
         };
         // A window has no more runs than fit.
         if let Ok(posted) = SvmDevice::page_response(self.token(), (ctx_id, cookie), number, &runs) {
-            batch.0.push((pending, posted));
+            batch.answers.push((pending, posted));
         }
     }
 
     /// Sends a batch, but not what is for contexts that have ended meanwhile.
     pub(super) fn send(&self, batch: Batch) {
-        if batch.0.is_empty() {
-            return;
-        }
-        let mut commands = Vec::with_capacity(batch.0.len());
-        let now = Instant::now();
+        let Batch { answers, sent: Some(sent) } = batch else { return };
+        let mut commands = Vec::with_capacity(answers.len());
         let mut state = self.lock();
-        for (mut pending, posted) in batch.0 {
-            pending.took = now.saturating_duration_since(pending.asked.since);
+        for (pending, posted) in answers {
             if state.serves(pending.asked.fault.ctx_id.get()).is_none() {
                 state.ledger.counts().unowned += 1;
                 continue;
@@ -132,6 +136,7 @@ impl Agent {
                 state.answers.remove(&token);
             }
         }
+        sent.get_or_init(Instant::now);
     }
 
     /// The device's answer to something that was posted: a fault's answer or a HELLO.
@@ -153,6 +158,8 @@ impl Agent {
             return self.answer(self.lock(), pending.asked, pending.retries, 0, batch);
         }
         let fault = &pending.asked.fault;
+        let sent = pending.sent.get().copied().unwrap_or_else(Instant::now);
+        let took = sent.saturating_duration_since(pending.asked.found);
         let entry = LedgerEntry {
             index: 0,
             ctx_id: fault.ctx_id.get(),
@@ -169,7 +176,7 @@ impl Agent {
             status,
             retries: pending.retries,
             pid: pending.pid,
-            answer_ns: u64::try_from(pending.took.as_nanos()).unwrap_or(u64::MAX),
+            answer_ns: u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
         };
         self.lock().ledger.record(entry);
     }
@@ -206,7 +213,7 @@ impl Agent {
 impl State {
     /// All that a fault asks for, once its last record is here. Records of a context come in order and those of a group
     /// follow each other; what was begun and is not ended was dropped by the device.
-    fn whole(&mut self, fault: FaultRecord) -> Option<Asked> {
+    fn whole(&mut self, fault: FaultRecord, found: Instant) -> Option<Asked> {
         let (cookie, page) = (fault.cookie.get(), fault.cpu_addr.get());
         let is_last = fault.flags.get() & FAULT_LAST_PAGE != 0;
         let begun = self.contexts.get_mut(&fault.ctx_id.get()).and_then(|context| {
@@ -221,7 +228,7 @@ impl State {
             _ => u64::from(fault.length_hint.get()).max(PAGE_SIZE),
         };
         let start = begun.map_or(page, |(_, first)| first);
-        is_last.then(|| Asked { fault, start, end: page.saturating_add(bytes), since: Instant::now() })
+        is_last.then(|| Asked { fault, start, end: page.saturating_add(bytes), found })
     }
 
     /// A context whose faults are answered.

@@ -1,7 +1,7 @@
 //! Lives of the driver: the first HELLO, and what follows when the daemon has lost this guest's state.
 
 use super::{Agent, Context, Error, Result, State};
-use crate::driver::Completion;
+use crate::driver::{Completion, new_incarnation};
 use std::sync::atomic::Ordering;
 use virtio_gpu_svm::protocol::control::HelloResp;
 use virtio_gpu_svm::protocol::errno::EPIPE;
@@ -38,17 +38,6 @@ impl Life {
             Life::Failed { .. } => 0,
         }
     }
-}
-
-/// A number that no earlier life of a driver has used: random, not 0.
-pub fn new_incarnation() -> u64 {
-    let mut bytes = [0; 8];
-    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    // A guest whose random pool is not ready yet still has a clock that does not stand still.
-    let clock =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |d| d.as_nanos());
-    let random = if filled.is_ok() { u64::from_le_bytes(bytes) } else { u64::try_from(clock).unwrap_or(1) };
-    random.max(1)
 }
 
 impl Agent {
@@ -133,7 +122,7 @@ impl Agent {
 
     fn tell_lost(&self, lost: Vec<(u32, Context)>) {
         for (ctx_id, context) in lost {
-            self.device.forget_progress(ctx_id);
+            self.device.forget(ctx_id);
             let record = NoticeRecord {
                 kind: EVENT_CONTEXT_LOST.into(),
                 ctx_id: ctx_id.into(),
@@ -163,7 +152,8 @@ impl State {
             held.clear();
         }
         let mut lost: Vec<(u32, Context)> = self.contexts.drain().collect();
-        for (_, context) in &mut lost {
+        for (ctx_id, context) in &mut lost {
+            self.keys.end(*ctx_id, std::mem::take(&mut context.lease));
             self.orphans.extend(context.arenas.take_all());
         }
         lost

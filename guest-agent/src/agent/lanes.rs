@@ -2,20 +2,32 @@
 //! order whoever acts on them, and contexts do not wait for each other.
 //!
 //! A lane is with one thread at a time, from [`Lanes::take`] until [`Lanes::give_back`]; what comes for it meanwhile waits
-//! in it. The pump serves too, and so answers the fault that it has just heard of without a change of thread; others are
-//! woken only when there is enough for them.
+//! in it. Who takes it gets a few records and puts the lane behind the others that are ready: a context with thousands of
+//! faults delays those of another one by a few of its own.
+//!
+//! The pump serves too, and so answers the fault that it has just heard of without a change of thread; others are woken
+//! only when there is enough for them.
 
 use crate::driver::Event;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Records beyond which another thread is woken: acting on so many takes longer than waking it.
 const WORTH_A_THREAD: usize = 8;
+/// Most records of a lane that are acted on before those of others: as many as are worth a command to the device at once.
+const TURN: usize = 32;
 /// Most records that wait. Then the pump takes no more from the device, which keeps what it has.
 const MAX_WAITING: usize = 8192;
 
-/// A record with the daemon epoch that it came under.
-pub(super) type Record = (u64, Event);
+/// A record.
+pub(super) struct Record {
+    /// The daemon epoch that it came under.
+    pub(super) epoch: u64,
+    /// When it was found in the ring.
+    pub(super) found: Instant,
+    pub(super) event: Event,
+}
 
 #[derive(Default)]
 struct Lane {
@@ -48,19 +60,16 @@ impl Lanes {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds records in the order of the device, and wakes as many of `helpers` as they are worth. Waits while too many are
-    /// there; those who serve never wait for anything, so that ends.
+    /// Adds records in the order of the device, and wakes as many of `helpers` as what waits is worth. Waits while too much
+    /// is there and all of it is with others; those who serve never wait for anything, so that ends.
     pub(super) fn add(&self, records: Vec<Record>, helpers: usize) {
-        if records.is_empty() {
-            return;
-        }
-        let full = |inner: &mut Inner| inner.waiting > MAX_WAITING && !inner.ended;
+        let full = |inner: &mut Inner| inner.is_full() && inner.ready.is_empty() && !inner.ended;
         let mut inner = self.drained.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
         inner.waiting += records.len();
         for record in records {
             inner.add(record);
         }
-        // One lane is for the thread that is here.
+        // One lane is for the thread that is here. What it gave back counts too.
         let others = (inner.waiting / WORTH_A_THREAD).min(inner.ready.len().saturating_sub(1)).min(helpers);
         drop(inner);
         for _ in 0..others {
@@ -68,7 +77,17 @@ impl Lanes {
         }
     }
 
-    /// Takes a lane that is ready, with all that waits in it.
+    /// Whether there is something to take.
+    pub(super) fn are_ready(&self) -> bool {
+        !self.lock().ready.is_empty()
+    }
+
+    /// Whether so much waits that it must be acted on before more is added.
+    pub(super) fn are_full(&self) -> bool {
+        self.lock().is_full()
+    }
+
+    /// Takes a lane that is ready, with the first records that wait in it.
     pub(super) fn take(&self) -> Option<(u32, VecDeque<Record>)> {
         self.lock().take()
     }
@@ -99,8 +118,12 @@ impl Lanes {
 }
 
 impl Inner {
+    fn is_full(&self) -> bool {
+        self.waiting > MAX_WAITING
+    }
+
     fn add(&mut self, record: Record) {
-        let ctx_id = record.1.ctx_id();
+        let ctx_id = record.event.ctx_id();
         let lane = self.lanes.entry(ctx_id).or_default();
         if lane.records.is_empty() && !lane.taken {
             self.ready.push_back(ctx_id);
@@ -112,7 +135,8 @@ impl Inner {
         let ctx_id = self.ready.pop_front()?;
         let lane = self.lanes.get_mut(&ctx_id)?;
         lane.taken = true;
-        let records = std::mem::take(&mut lane.records);
+        let rest = lane.records.split_off(lane.records.len().min(TURN));
+        let records = std::mem::replace(&mut lane.records, rest);
         self.waiting -= records.len();
         Some((ctx_id, records))
     }
@@ -136,11 +160,11 @@ mod tests {
 
     fn record(ctx_id: u32, value: u64) -> Record {
         let notice = NoticeRecord { ctx_id: ctx_id.into(), value: value.into(), ..NoticeRecord::default() };
-        (0, Event::Notice(notice))
+        Record { epoch: 0, found: Instant::now(), event: Event::Notice(notice) }
     }
 
     fn values(records: &VecDeque<Record>) -> Vec<u64> {
-        let value = |(_, event): &Record| match event {
+        let value = |record: &Record| match &record.event {
             Event::Notice(notice) => notice.value.get(),
             _ => u64::MAX,
         };
@@ -164,6 +188,22 @@ mod tests {
         assert!(lanes.lock().lanes.is_empty(), "nothing is kept of contexts that are silent");
     }
 
+    /// A lane that is as long as it can be delays another one by a turn.
+    #[test]
+    fn lanes_take_turns() {
+        let lanes = Lanes::default();
+        lanes.add((0..1000).map(|value| record(1, value)).chain([record(2, 0)]).collect(), 0);
+        let mut seen = Vec::new();
+        while let Some((ctx_id, records)) = lanes.take() {
+            seen.extend(values(&records).into_iter().map(|value| (ctx_id, value)));
+            lanes.give_back(&[ctx_id]);
+        }
+        assert_eq!(seen.iter().position(|(ctx_id, _)| *ctx_id == 2), Some(TURN));
+        let first = seen.iter().filter(|(ctx_id, _)| *ctx_id == 1).map(|(_, value)| *value);
+        assert!(first.eq(0..1000), "all of it, in its order");
+        assert!(!lanes.are_ready() && lanes.lock().waiting == 0);
+    }
+
     #[test]
     fn end_wakes_all_who_wait() {
         let lanes = Lanes::default();
@@ -172,9 +212,10 @@ mod tests {
             lanes.end();
             assert!(waiting.into_iter().all(|thread| thread.join().unwrap()));
         });
-        let many = (0..=MAX_WAITING as u64).map(|value| record(1, value)).collect();
+        let many = (0..=(MAX_WAITING + TURN) as u64).map(|value| record(1, value)).collect();
         lanes.add(many, 0);
-        // Would wait for ever, had nobody said that this is the end.
+        assert!(lanes.take().is_some() && !lanes.are_ready() && lanes.are_full());
+        // Would wait for ever for who took the lane, had nobody said that this is the end.
         lanes.add(vec![record(1, 0)], 0);
     }
 

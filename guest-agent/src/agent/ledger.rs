@@ -47,7 +47,8 @@ pub struct LedgerEntry {
     pub retries: u32,
     /// Process that owns the context; 0 if there was none.
     pub pid: i32,
-    /// Nanoseconds from the fault's record to the sending of this answer; what was held back counts.
+    /// Nanoseconds from when the agent found the fault's record in its ring to when it had put this answer into the
+    /// device's and rung its doorbell. What was held back counts; the interrupt's wake-up before does not.
     pub answer_ns: u64,
 }
 

@@ -61,7 +61,8 @@ impl Agent {
     }
 
     fn turn(&self, pulse: &mut Pulse) -> driver::Result<()> {
-        let pump = self.device.pump(PUMP_TIMEOUT.min(self.options.pulse))?;
+        let idle = PUMP_TIMEOUT.min(self.options.pulse);
+        let pump = self.device.pump(if self.lanes.are_ready() { Duration::ZERO } else { idle })?;
         let mut batch = Batch::default();
         for completion in pump.completions {
             if pulse.waiting == Some(completion.token) {
@@ -74,34 +75,40 @@ impl Agent {
         if pump.foreign_epoch.is_some() {
             self.on_epoch_lost();
         }
-        let (quiet, records): (Vec<Record>, Vec<Record>) =
+        let (quiet, others): (Vec<_>, Vec<_>) =
             pump.events.into_iter().partition(|(_, event)| is_quiet(event));
         for (_, event) in quiet {
             if let Event::Notice(notice) = event {
                 self.on_quiet(notice.value.get());
             }
         }
-        self.lanes.add(records, self.helpers());
+        // Without a record none was found, and what was given back may still be worth a helper.
+        let found = pump.found.into_iter().cycle();
+        let records =
+            others.into_iter().zip(found).map(|((epoch, event), found)| Record { epoch, found, event });
+        self.lanes.add(records.collect(), self.helpers());
+        // No more than that before the device is heard again: somebody else's fault may be there by now.
         while let Some(lane) = self.lanes.take() {
             self.serve(lane, &mut batch);
+            if !self.lanes.are_full() {
+                break;
+            }
         }
         self.send(batch);
         self.feel(pulse)
     }
 
-    /// Acts on the records of a lane, and of others that are ready, and sends what it leads to before it gives them back.
+    /// Acts on some records of a lane, and of others that are ready while they lead to little, and sends what they lead to
+    /// before it gives them back.
     fn serve(&self, lane: (u32, VecDeque<Record>), batch: &mut Batch) {
         let mut lanes = Vec::new();
         let mut next = Some(lane);
         while let Some((ctx_id, records)) = next {
             lanes.push(ctx_id);
-            for (epoch, event) in records {
-                self.on_event(epoch, &event, batch);
-                if batch.is_full() {
-                    self.send(std::mem::take(batch));
-                }
+            for record in records {
+                self.on_event(&record, batch);
             }
-            next = self.lanes.take();
+            next = if batch.is_full() { None } else { self.lanes.take() };
         }
         self.send(std::mem::take(batch));
         self.lanes.give_back(&lanes);
@@ -121,12 +128,12 @@ impl Agent {
         self.device.post_get_device(token, 0)
     }
 
-    fn on_event(&self, epoch: u64, event: &Event, batch: &mut Batch) {
-        if epoch != self.device.epoch() {
+    fn on_event(&self, record: &Record, batch: &mut Batch) {
+        if record.epoch != self.device.epoch() {
             return;
         }
-        match event {
-            Event::Fault(fault) => self.on_fault(*fault, batch),
+        match &record.event {
+            Event::Fault(fault) => self.on_fault(*fault, record.found, batch),
             Event::Job(job) => self.forward(job.ctx_id.get(), job.as_bytes()),
             Event::Notice(notice) => self.on_notice(notice),
         }
@@ -139,9 +146,11 @@ impl Agent {
                 let mut state = self.lock();
                 let retiring = |context: &Context| context.state == ContextState::Retiring;
                 if state.contexts.get(&ctx_id).is_some_and(retiring) {
-                    let arenas = state.contexts.remove(&ctx_id).map(|mut context| context.arenas.take_all());
+                    // Before its number may be another one's.
+                    self.device.forget(ctx_id);
+                    let mut context = state.end_context(ctx_id);
                     drop(state);
-                    self.device.forget_progress(ctx_id);
+                    let arenas = context.as_mut().map(|context| context.arenas.take_all());
                     self.release(arenas.into_iter().flatten());
                 }
             }

@@ -104,7 +104,7 @@ pub struct AgentStatus {
     pub contexts: Vec<ContextReport>,
     /// The file that says who is trusted; none: nobody is.
     pub trust_file: Option<PathBuf>,
-    /// Bytes of pinned memory of processes.
+    /// Bytes of pinned memory of processes, that on its way in and out included.
     pub pinned_bytes: u64,
     /// Counts of faults and answers.
     pub ledger: LedgerReport,
@@ -141,7 +141,7 @@ impl Agent {
             devices,
             contexts,
             trust_file: self.options.trust.file.clone(),
-            pinned_bytes: state.arena_bytes(),
+            pinned_bytes: state.accounts.bytes(),
             ledger,
         }
     }

@@ -4,6 +4,7 @@
 //! it: no answer covers it from the first, and its addresses are free, and its arena may go, only from the last.
 
 use super::{Error, Result};
+use crate::message::AgentLimit;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use virtio_gpu_svm::protocol::{MAX_RUNS, PAGE_SIZE};
 pub struct Arena {
     /// Names it towards the maker of its memory.
     pub id: u64,
+    /// User whose limits it counts towards.
+    pub uid: u32,
     /// First guest CPU address.
     pub va: u64,
     /// Bytes.
@@ -46,13 +49,11 @@ struct Standing {
 }
 
 /// Something that no answer covers any more, though engines may still use it: to be invalidated, then removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Withdrawal {
     number: u64,
-    /// The range that holds all of it.
-    pub va: u64,
-    /// Bytes of the range.
-    pub len: u64,
+    /// First address and bytes of each of its parts. What lies between them is not of it.
+    pub ranges: Vec<(u64, u64)>,
 }
 
 /// The arenas of a context, in parts of which none overlaps another.
@@ -60,6 +61,7 @@ pub struct Withdrawal {
 pub struct ArenaTable {
     parts: BTreeMap<u64, Part>,
     arenas: HashMap<u64, Standing>,
+    bytes: u64,
 }
 
 impl ArenaTable {
@@ -78,6 +80,7 @@ impl ArenaTable {
             return Err(arena);
         }
         self.parts.insert(arena.va, Part { arena: arena.id, end: arena.end(), leaving: None });
+        self.bytes += arena.len;
         self.arenas.insert(arena.id, Standing { arena, parts: 1 });
         Ok(())
     }
@@ -88,15 +91,15 @@ impl ArenaTable {
     /// [`Error::NoArena`]: there is no such arena, or all of it is leaving already.
     pub fn withdraw(&mut self, number: u64, id: u64) -> Result<Withdrawal> {
         let arena = &self.arenas.get(&id).ok_or(Error::NoArena(id))?.arena;
-        let mut span: Option<(u64, u64)> = None;
+        let mut ranges = Vec::new();
+        // Parts that stay never touch each other, so each is a range.
         for (&va, part) in self.parts.range_mut(arena.va..arena.end()) {
             if part.arena == id && part.leaving.is_none() {
                 part.leaving = Some(number);
-                span = Some((span.map_or(va, |(first, _)| first), part.end));
+                ranges.push((va, part.end - va));
             }
         }
-        let (va, end) = span.ok_or(Error::NoArena(id))?;
-        Ok(Withdrawal { number, va, len: end - va })
+        if ranges.is_empty() { Err(Error::NoArena(id)) } else { Ok(Withdrawal { number, ranges }) }
     }
 
     /// Withdraws `len` bytes of an arena, `offset` bytes from its beginning; both are multiples of the page size. The
@@ -125,7 +128,7 @@ impl ArenaTable {
         let (before, last) = (first < va, part.end);
         let more = usize::from(before) + usize::from(end < last);
         if self.parts.len() + more > limit {
-            return Err(Error::TooMany { what: "parts of arenas", limit });
+            return Err(Error::TooMany { which: AgentLimit::Parts, limit });
         }
         let part = |end, leaving| Part { arena: id, end, leaving };
         if before {
@@ -138,28 +141,27 @@ impl ArenaTable {
         if let Some(standing) = self.arenas.get_mut(&id) {
             standing.parts += more;
         }
-        Ok(Withdrawal { number, va, len })
+        Ok(Withdrawal { number, ranges: vec![(va, len)] })
     }
 
     /// Removes what no engine uses any more: its addresses are free. Gives back the arena of which nothing is left.
-    pub fn remove(&mut self, withdrawn: Withdrawal) -> Option<Arena> {
-        let range = withdrawn.va..withdrawn.va.saturating_add(withdrawn.len);
-        let gone: Vec<(u64, u64)> = self
-            .parts
-            .range(range)
-            .filter(|(_, part)| part.leaving == Some(withdrawn.number))
-            .map(|(&va, part)| (va, part.arena))
-            .collect();
-        let &(_, id) = gone.first()?;
-        for (va, _) in &gone {
-            self.parts.remove(va);
+    pub fn remove(&mut self, withdrawn: &Withdrawal) -> Option<Arena> {
+        let mut gone: Option<u64> = None;
+        for (va, _) in &withdrawn.ranges {
+            if self.parts.get(va).is_none_or(|part| part.leaving != Some(withdrawn.number)) {
+                continue;
+            }
+            if let Some(part) = self.parts.remove(va)
+                && let Some(standing) = self.arenas.get_mut(&part.arena)
+            {
+                standing.parts -= 1;
+                gone = Some(part.arena);
+            }
         }
-        let standing = self.arenas.get_mut(&id)?;
-        standing.parts -= gone.len();
-        if standing.parts > 0 {
-            return None;
-        }
-        self.arenas.remove(&id).map(|standing| standing.arena)
+        let id = gone.filter(|id| self.arenas.get(id).is_some_and(|standing| standing.parts == 0))?;
+        let arena = self.arenas.remove(&id)?.arena;
+        self.bytes -= arena.len;
+        Some(arena)
     }
 
     /// Arena, first address and bytes of each part that is in reach, by address.
@@ -171,6 +173,7 @@ impl ArenaTable {
     /// Removes all.
     pub fn take_all(&mut self) -> Vec<Arena> {
         self.parts.clear();
+        self.bytes = 0;
         std::mem::take(&mut self.arenas).into_values().map(|standing| standing.arena).collect()
     }
 
@@ -191,7 +194,7 @@ impl ArenaTable {
 
     /// Bytes that are pinned: a part that was cut away is, as long as another one of its arena is left.
     pub fn bytes(&self) -> u64 {
-        self.arenas.values().map(|standing| standing.arena.len).sum()
+        self.bytes
     }
 
     /// The pages of the aligned windows of `window_pages` around a range of addresses, cut to the part of an arena that
@@ -265,7 +268,7 @@ mod tests {
 
     fn arena(va: u64, pages: &[u64]) -> Arena {
         let len = pages.len() as u64 * PAGE_SIZE;
-        Arena { id: va, va, len, pages: pages.iter().map(|p| p * PAGE_SIZE).collect() }
+        Arena { id: va, uid: 0, va, len, pages: pages.iter().map(|p| p * PAGE_SIZE).collect() }
     }
 
     fn table(arenas: &[Arena]) -> ArenaTable {
@@ -357,7 +360,7 @@ mod tests {
         };
         check(&table);
         assert!(table.overlaps(0x13000, 1), "an engine may still be there");
-        assert!(table.remove(withdrawn).is_none(), "the rest is left");
+        assert!(table.remove(&withdrawn).is_none(), "the rest is left");
         check(&table);
         assert!(!table.overlaps(0x13000, 0x2000));
         assert_eq!(table.bytes(), 0x8000, "still pinned");

@@ -85,7 +85,7 @@ impl AdminListener {
     }
 
     pub(super) fn serve(&self, agent: &Agent, stop: BorrowedFd<'_>) {
-        while super::wait_readable(self.listener.as_fd(), stop).is_some() {
+        while super::wait_readable(self.listener.as_fd(), stop) {
             // An operator that hangs up early is no concern of the agent's.
             let answered = self.listener.accept().and_then(|(stream, _)| answer(agent, stream));
             answered.ok();

@@ -4,6 +4,10 @@
 //! which must never wait: they are sent if the socket has room, else queued up to a bound; a process that does not read
 //! loses its connection, and with it its context, and delays nobody.
 //!
+//! A context ends with the address space that its process had at HELLO, be the socket open in the next program: that is
+//! looked at before each message, and now and then. Pages stay pinned until the device is through with them, so what is
+//! noticed late harms nobody.
+//!
 //! A descriptor that a process sends is looked at and closed on its own connection's thread: where it is one of a FUSE
 //! server that does not answer, that thread waits, and nobody else ([`super::Broker::close`]).
 //!
@@ -11,13 +15,13 @@
 //! and neither has to read the other's messages. The one that joins gets the records; the one that opened it, and nobody
 //! else, ends it.
 
-use crate::agent::{self, Agent, EventSink, Owner};
+use crate::agent::{self, Agent, ContextKey, EventSink, Owner};
 use crate::memory_file::MemoryFile;
 use crate::message::{
     ARENA_CREATE, ARENA_CUT, ARENA_FREE, ARENA_IMPORT, ARENA_PIN, ArenaCreate, ArenaCut, ArenaFree,
     ArenaImport, ArenaPin, ArenaReply, DEVICES, DeviceEntry, EVENTS, HELLO, HELLO_TRUSTED, Head, Hello,
-    HelloReply, MAX_MESSAGE_BYTES, MAX_RECORDS, MAX_REPLY_BYTES, MESSAGE_VERSION, SUBMIT, Submit,
-    SubmitReply,
+    HelloReply, MAX_MESSAGE_BYTES, MAX_RECORDS, MAX_REPLY_BYTES, MESSAGE_VERSION, Reached, Refusal, SUBMIT,
+    Submit, SubmitReply,
 };
 use crate::process_memory::ProcessMemory;
 use crate::socket::{Credentials, MessageSocket, Peer, Received};
@@ -27,12 +31,15 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::control::GetDeviceResp;
 use virtio_gpu_svm::protocol::event::EVENT_RECORD_BYTES;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Records that may wait for a process to read.
 const MAX_QUEUED_RECORDS: usize = 8192;
+/// How long a process that says nothing may have executed another program before that is noticed.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 type Record = [u8; EVENT_RECORD_BYTES];
 
@@ -49,20 +56,34 @@ struct Outbox {
     dead: bool,
 }
 
-/// Connections that opened a context, by its number.
+/// Connections that opened a context, by the context's number: with its key, for numbers come back.
 #[derive(Default)]
-pub(super) struct Openers(Mutex<HashMap<u32, Weak<Connection>>>);
+pub(super) struct Openers(Mutex<HashMap<u32, (ContextKey, Weak<Connection>)>>);
 
 impl Openers {
-    fn locked(&self) -> MutexGuard<'_, HashMap<u32, Weak<Connection>>> {
+    fn locked(&self) -> MutexGuard<'_, HashMap<u32, (ContextKey, Weak<Connection>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The opener of the context that has this number now.
+    fn lookup(&self, ctx_id: u32) -> Option<(ContextKey, Arc<Connection>)> {
+        let (key, opener) = self.locked().get(&ctx_id).cloned()?;
+        Some((key, opener.upgrade()?))
+    }
+
+    /// Removes the opener of this context, and of no other one that has its number by now.
+    fn remove(&self, key: ContextKey) {
+        let mut openers = self.locked();
+        if openers.get(&key.ctx_id()).is_some_and(|(other, _)| *other == key) {
+            openers.remove(&key.ctx_id());
+        }
     }
 }
 
 /// The context that a connection speaks for.
 #[derive(Clone, Copy)]
 struct Place {
-    ctx_id: u32,
+    key: ContextKey,
     /// The context ends with this connection.
     opened: bool,
 }
@@ -82,8 +103,10 @@ pub(super) struct Connection {
     outbox: Mutex<Outbox>,
     /// Readable when something was queued.
     wake: OwnedFd,
-    /// For a process that is trusted.
-    memory: Option<ProcessMemory>,
+    /// Whether what the process says of its memory is believed.
+    trusted: bool,
+    /// The address space, from when the connection is served.
+    memory: OnceLock<ProcessMemory>,
     /// Sender of the first message.
     sender: OnceLock<Credentials>,
     /// The context, once HELLO has made or joined it.
@@ -106,7 +129,13 @@ impl Outcome {
     }
 
     fn done(result: agent::Result<()>) -> Self {
-        result.map_or_else(|error| Self::failed(error.status()), |()| Self::ok(&[]))
+        result.map_or_else(|error| Self::refused(&error), |()| Self::ok(&[]))
+    }
+
+    /// What the agent does not do; where a limit is the reason the body names it.
+    fn refused(error: &agent::Error) -> Self {
+        let body = error.reached().map_or_else(Vec::new, |limit| refusal(limit).as_bytes().to_vec());
+        Self::Reply { status: error.status(), body, fd: None }
     }
 
     fn failed(status: i32) -> Self {
@@ -122,7 +151,6 @@ impl Connection {
         peer: Peer,
     ) -> io::Result<Self> {
         let trusted = agent.trusts(peer.credentials.uid);
-        let memory = trusted.then(|| ProcessMemory::open(&peer)).transpose()?;
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self {
             agent,
@@ -131,7 +159,8 @@ impl Connection {
             peer,
             outbox: Mutex::new(Outbox::default()),
             wake,
-            memory,
+            trusted,
+            memory: OnceLock::new(),
             sender: OnceLock::new(),
             place: Mutex::new(None),
             reader: Mutex::new(Reader::Opener),
@@ -139,26 +168,52 @@ impl Connection {
     }
 
     /// Serves until the process is gone or has done something wrong; then its context is destroyed.
-    pub(super) fn serve(self: &Arc<Self>, stop: BorrowedFd<'_>) {
+    /// It has so long to say HELLO.
+    pub(super) fn serve(self: &Arc<Self>, stop: BorrowedFd<'_>, hello_timeout: Duration) {
         let mut buf = vec![0; MAX_MESSAGE_BYTES];
-        while self.turn(stop, &mut buf).is_some() {}
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Place { ctx_id, opened: true }) = place {
-            self.openers.locked().remove(&ctx_id);
-            self.agent.destroy_context(ctx_id);
+        // Here and not where connections are accepted: it may wait for the process.
+        if let Ok(memory) = ProcessMemory::open(&self.peer) {
+            self.memory.get_or_init(|| memory);
+            self.serve_process(stop, hello_timeout, &mut buf);
+        }
+        // What was not read is dropped here, where closing its descriptors may wait for the process: the last to have this
+        // socket may be a thread that serves everybody.
+        rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both).ok();
+        while self.socket.receive(&mut buf, false).is_ok_and(|left| left.len > 0 || left.sender.is_some()) {}
+    }
+
+    fn serve_process(self: &Arc<Self>, stop: BorrowedFd<'_>, hello_timeout: Duration, buf: &mut [u8]) {
+        let begun = Instant::now();
+        // Who has no context has no reason to stay. A message that is there is looked at first.
+        let left = || self.place().is_none().then(|| hello_timeout.saturating_sub(begun.elapsed()));
+        while self.turn(stop, left(), buf).is_some() && left() != Some(Duration::ZERO) {}
+        let place = self.place().take();
+        if let Some(Place { key, opened: true }) = place {
+            self.openers.remove(key);
+            // Whoever has joined it has the key of a context that is no more.
+            self.agent.destroy_context(key);
         }
     }
 
+    fn place(&self) -> MutexGuard<'_, Option<Place>> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the program that connected is no more, though its process may be.
+    fn has_executed(&self) -> bool {
+        self.memory.get().is_none_or(ProcessMemory::has_gone)
+    }
+
     fn take_place(&self, place: Place) {
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
+        *self.place() = Some(place);
     }
 
     fn reader(&self) -> MutexGuard<'_, Reader> {
         self.reader.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `None`: the connection ends.
-    fn turn(self: &Arc<Self>, stop: BorrowedFd<'_>, buf: &mut [u8]) -> Option<()> {
+    /// Waits for something to happen, at most as long as is `left`. `None`: the connection ends.
+    fn turn(self: &Arc<Self>, stop: BorrowedFd<'_>, left: Option<Duration>, buf: &mut [u8]) -> Option<()> {
         let waiting = !self.outbox().queue.is_empty();
         // No new request before the last reply is out: so at most one is outstanding.
         let wish = if waiting { PollFlags::OUT } else { PollFlags::IN };
@@ -168,7 +223,8 @@ impl Connection {
             PollFd::new(&self.wake, PollFlags::IN),
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
         ];
-        match rustix::event::poll(&mut fds, None) {
+        let pause = left.map_or(LOOK_INTERVAL, |left| left.min(LOOK_INTERVAL));
+        match rustix::event::poll(&mut fds, pause.try_into().ok().as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(_) => return None,
         }
@@ -184,7 +240,7 @@ impl Connection {
         if !waiting && socket.contains(PollFlags::IN) {
             return self.receive(buf);
         }
-        Some(())
+        if self.has_executed() { None } else { Some(()) }
     }
 
     fn receive(self: &Arc<Self>, buf: &mut [u8]) -> Option<()> {
@@ -223,7 +279,8 @@ impl Connection {
         // inherited the socket nor a program that was executed with other rights may use the context.
         let of_peer = received.sender.filter(|sender| sender.pid == self.peer.credentials.pid);
         let sender = of_peer.ok_or(Errno::ACCESS)?;
-        if *self.sender.get_or_init(|| sender) != sender {
+        // Nor may the next program of that process, which cannot have sent this before the last one's memory was gone.
+        if *self.sender.get_or_init(|| sender) != sender || self.has_executed() {
             return Err(Errno::ACCESS);
         }
         // One message comes with a descriptor, and with one alone.
@@ -236,28 +293,28 @@ impl Connection {
     }
 
     fn carry_out(self: &Arc<Self>, head: &Head, body: &[u8], fd: Option<OwnedFd>) -> Outcome {
-        let place = *self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        let ctx_id = place.map(|place| place.ctx_id);
-        match (head.kind.get(), ctx_id) {
+        let place = *self.place();
+        let key = place.map(|place| place.key);
+        match (head.kind.get(), key) {
             (HELLO, None) => parsed::<Hello>(body).map_or_else(Outcome::Refuse, |hello| self.on_hello(hello)),
             (DEVICES, Some(_)) if body.is_empty() => self.on_devices(),
-            (ARENA_CREATE, Some(ctx_id)) => {
-                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_create(ctx_id, request))
+            (ARENA_CREATE, Some(key)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_create(key, request))
             }
-            (ARENA_IMPORT, Some(ctx_id)) => match (parsed(body), fd) {
-                (Ok(request), Some(fd)) => self.on_arena_import(ctx_id, request, fd),
+            (ARENA_IMPORT, Some(key)) => match (parsed(body), fd) {
+                (Ok(request), Some(fd)) => self.on_arena_import(key, request, fd),
                 _ => Outcome::Refuse(Errno::INVAL),
             },
-            (ARENA_PIN, Some(ctx_id)) => {
-                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_pin(ctx_id, request))
+            (ARENA_PIN, Some(key)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_pin(key, request))
             }
-            (ARENA_FREE, Some(ctx_id)) => {
-                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_free(ctx_id, request))
+            (ARENA_FREE, Some(key)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_free(key, request))
             }
-            (ARENA_CUT, Some(ctx_id)) => {
-                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_cut(ctx_id, request))
+            (ARENA_CUT, Some(key)) => {
+                parsed(body).map_or_else(Outcome::Refuse, |request| self.on_arena_cut(key, request))
             }
-            (SUBMIT, Some(ctx_id)) => self.on_submit(ctx_id, body),
+            (SUBMIT, Some(key)) => self.on_submit(key, body),
             _ => Outcome::Refuse(Errno::INVAL),
         }
     }
@@ -269,7 +326,7 @@ impl Connection {
         match hello.join.get() {
             0 => self.open(),
             ctx_id => match self.join(ctx_id) {
-                Ok(()) => self.hello_reply(ctx_id),
+                Ok(key) => self.hello_reply(key),
                 Err(errno) => Outcome::failed(-errno.raw_os_error()),
             },
         }
@@ -280,21 +337,21 @@ impl Connection {
         let owner = Owner { pid, uid, name: program_name(pid) };
         let sink: Arc<dyn EventSink> = self.clone();
         match self.agent.create_context(owner, sink) {
-            Ok(ctx_id) => {
-                self.take_place(Place { ctx_id, opened: true });
-                self.openers.locked().insert(ctx_id, Arc::downgrade(self));
-                self.hello_reply(ctx_id)
+            Ok(key) => {
+                self.take_place(Place { key, opened: true });
+                self.openers.locked().insert(key.ctx_id(), (key, Arc::downgrade(self)));
+                self.hello_reply(key)
             }
-            Err(error) => Outcome::failed(error.status()),
+            Err(error) => Outcome::refused(&error),
         }
     }
 
     /// Takes a place in a context of the same process. Contexts of others are not told from such as do not exist.
-    fn join(self: &Arc<Self>, ctx_id: u32) -> Result<(), Errno> {
-        let opener = self.openers.locked().get(&ctx_id).and_then(Weak::upgrade).ok_or(Errno::NOENT)?;
+    fn join(self: &Arc<Self>, ctx_id: u32) -> Result<ContextKey, Errno> {
+        let (key, opener) = self.openers.lookup(ctx_id).ok_or(Errno::NOENT)?;
         let same_names = opener.peer.credentials == self.peer.credentials && opener.sender == self.sender;
         // While the process that opened it lives, its id names no other process.
-        if !same_names || opener.peer.has_exited() {
+        if !same_names || opener.peer.has_exited() || opener.has_executed() {
             return Err(Errno::NOENT);
         }
         let mut reader = opener.reader();
@@ -303,17 +360,17 @@ impl Connection {
         }
         *reader = Reader::Joined(Arc::downgrade(self));
         drop(reader);
-        self.take_place(Place { ctx_id, opened: false });
-        Ok(())
+        self.take_place(Place { key, opened: false });
+        Ok(key)
     }
 
-    fn hello_reply(&self, ctx_id: u32) -> Outcome {
+    fn hello_reply(&self, key: ContextKey) -> Outcome {
         let num_devices = u32::try_from(self.agent.devices().len()).unwrap_or(u32::MAX);
         let reply = HelloReply {
-            ctx_id: ctx_id.into(),
+            ctx_id: key.ctx_id().into(),
             num_devices: num_devices.into(),
             max_arena_bytes: self.agent.context_arena_bytes().into(),
-            flags: if self.memory.is_some() { HELLO_TRUSTED } else { 0 }.into(),
+            flags: if self.trusted { HELLO_TRUSTED } else { 0 }.into(),
             reserved: 0.into(),
         };
         Outcome::ok(reply.as_bytes())
@@ -324,52 +381,52 @@ impl Connection {
         Outcome::ok(entries.as_bytes())
     }
 
-    fn on_arena_create(&self, ctx_id: u32, request: ArenaCreate) -> Outcome {
-        match self.agent.create_arena(ctx_id, request.va.get(), request.len.get()) {
+    fn on_arena_create(&self, key: ContextKey, request: ArenaCreate) -> Outcome {
+        match self.agent.create_arena(key, request.va.get(), request.len.get()) {
             Ok(made) => {
                 let reply = ArenaReply { arena_id: made.id.into(), offset: made.offset.into() };
                 Outcome::Reply { status: 0, body: reply.as_bytes().to_vec(), fd: Some(made.fd) }
             }
-            Err(error) => Outcome::failed(error.status()),
+            Err(error) => Outcome::refused(&error),
         }
     }
 
-    fn on_arena_import(&self, ctx_id: u32, request: ArenaImport, fd: OwnedFd) -> Outcome {
+    fn on_arena_import(&self, key: ContextKey, request: ArenaImport, fd: OwnedFd) -> Outcome {
         let (offset, len) = (request.offset.get(), request.len.get());
         let file = match MemoryFile::new(fd, offset, len) {
             Ok(file) => file,
             Err(error) => return Outcome::failed(-error.errno().raw_os_error()),
         };
-        match self.agent.import_arena(ctx_id, request.va.get(), &file) {
+        match self.agent.import_arena(key, request.va.get(), &file) {
             Ok(id) => Outcome::ok(ArenaReply { arena_id: id.into(), offset: offset.into() }.as_bytes()),
-            Err(error) => Outcome::failed(error.status()),
+            Err(error) => Outcome::refused(&error),
         }
     }
 
-    fn on_arena_pin(&self, ctx_id: u32, request: ArenaPin) -> Outcome {
+    fn on_arena_pin(&self, key: ContextKey, request: ArenaPin) -> Outcome {
         let (va, len, ring) = (request.va.get(), request.len.get(), request.ring.get());
         if request.reserved.get() != 0 {
             return Outcome::Refuse(Errno::INVAL);
         }
-        let Some(memory) = &self.memory else {
+        let Some(memory) = self.memory.get().filter(|_| self.trusted) else {
             return Outcome::failed(-Errno::ACCESS.raw_os_error());
         };
-        match self.agent.pin_arena(ctx_id, va, len, || memory.pinned(&self.peer, ring, va, len)) {
+        match self.agent.pin_arena(key, va, len, || memory.pinned(&self.peer, ring, va, len)) {
             Ok(id) => Outcome::ok(ArenaReply { arena_id: id.into(), offset: 0.into() }.as_bytes()),
-            Err(error) => Outcome::failed(error.status()),
+            Err(error) => Outcome::refused(&error),
         }
     }
 
-    fn on_arena_free(&self, ctx_id: u32, request: ArenaFree) -> Outcome {
-        Outcome::done(self.agent.free_arena(ctx_id, request.arena_id.get()))
+    fn on_arena_free(&self, key: ContextKey, request: ArenaFree) -> Outcome {
+        Outcome::done(self.agent.free_arena(key, request.arena_id.get()))
     }
 
-    fn on_arena_cut(&self, ctx_id: u32, request: ArenaCut) -> Outcome {
+    fn on_arena_cut(&self, key: ContextKey, request: ArenaCut) -> Outcome {
         let (offset, len) = (request.offset.get(), request.len.get());
-        Outcome::done(self.agent.cut_arena(ctx_id, request.arena_id.get(), offset, len))
+        Outcome::done(self.agent.cut_arena(key, request.arena_id.get(), offset, len))
     }
 
-    fn on_submit(&self, ctx_id: u32, body: &[u8]) -> Outcome {
+    fn on_submit(&self, key: ContextKey, body: &[u8]) -> Outcome {
         let Ok((submit, payload)) = Submit::read_from_prefix(body) else {
             return Outcome::Refuse(Errno::INVAL);
         };
@@ -380,7 +437,7 @@ impl Connection {
         if submit.reserved.get() != 0 || reply_len > MAX_REPLY_BYTES || payload.is_empty() {
             return Outcome::Refuse(Errno::INVAL);
         }
-        match self.agent.submit(ctx_id, payload, room) {
+        match self.agent.submit(key, payload, room) {
             Ok(response) => {
                 let reply = SubmitReply {
                     detail: response.head.detail,
@@ -483,6 +540,11 @@ impl Connection {
 /// A body that is exactly a `T`.
 fn parsed<T: FromBytes + Immutable + KnownLayout>(body: &[u8]) -> Result<T, Errno> {
     T::read_from_bytes(body).map_err(|_| Errno::INVAL)
+}
+
+/// The body of a refusal.
+pub(super) fn refusal(limit: Reached) -> Refusal {
+    Refusal { limit: limit.to_wire().into(), reserved: 0.into() }
 }
 
 fn empty_head() -> Head {

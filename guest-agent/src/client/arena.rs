@@ -4,13 +4,12 @@
 
 use super::connection::Connection;
 use super::{Error, Result};
+use crate::driver::dma::PAGE_BYTES;
 use crate::mapping::{self, Placement, SharedMapping};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-
-const PAGE: usize = 4096;
 
 /// Memory at an address of this process, zeroed at first, that bound GPU VMs reach.
 ///
@@ -25,7 +24,7 @@ pub struct Arena {
     connection: Arc<Connection>,
 }
 
-/// An address range that nothing else can take while the agent is asked; given up before the real mapping takes it.
+/// An address range that nothing else can take while the agent is asked; the real mapping takes its place.
 pub(super) struct Reservation {
     at: usize,
     len: usize,
@@ -52,6 +51,15 @@ impl Reservation {
     pub(super) fn at(&self) -> usize {
         self.at
     }
+
+    /// Maps a file in its place. Where that fails the range is given up and stays taken, if the kernel has left it so:
+    /// to unmap it might hit what others have mapped there by then.
+    fn replace(self, fd: BorrowedFd<'_>, offset: u64) -> mapping::Result<SharedMapping> {
+        let Self { at, len } = self;
+        std::mem::forget(self);
+        // SAFETY: the range was this reservation's own mapping, which nothing points into and nobody else unmaps.
+        unsafe { SharedMapping::in_place_of(at, fd, offset, len) }
+    }
 }
 
 impl Drop for Reservation {
@@ -65,19 +73,18 @@ impl Drop for Reservation {
 
 impl Arena {
     pub(super) fn create(connection: &Arc<Connection>, len: usize, at: Option<usize>) -> Result<Self> {
-        let len = len.next_multiple_of(PAGE);
+        let len = len.next_multiple_of(PAGE_BYTES);
         let reservation = Reservation::new(at, len)?;
         let place = reservation.at;
         let va = u64::try_from(place).unwrap_or(u64::MAX);
         let (reply, fd) = connection.create_arena(u64::try_from(len).unwrap_or(u64::MAX), va)?;
         let id = reply.arena_id.get();
-        drop(reservation);
-        let mapping = SharedMapping::new(fd.as_fd(), reply.offset.get(), len, Placement::At(place));
+        let mapping = reservation.replace(fd.as_fd(), reply.offset.get());
         Self::mapped(connection, mapping, va, id, place)
     }
 
     pub(super) fn create_as_if_at(connection: &Arc<Connection>, len: usize, va: u64) -> Result<Self> {
-        let len = len.next_multiple_of(PAGE);
+        let len = len.next_multiple_of(PAGE_BYTES);
         let (reply, fd) = connection.create_arena(u64::try_from(len).unwrap_or(u64::MAX), va)?;
         let mapping = SharedMapping::new(fd.as_fd(), reply.offset.get(), len, Placement::Anywhere);
         Self::mapped(connection, mapping, va, reply.arena_id.get(), 0)

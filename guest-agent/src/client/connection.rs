@@ -7,11 +7,11 @@
 use super::readiness::Readiness;
 use super::{Error, Result};
 use crate::message::{
-    self, ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, Head, MAX_MESSAGE_BYTES, SUBMIT,
-    Submit, SubmitReply,
+    self, ARENA_CREATE, ARENA_FREE, ArenaCreate, ArenaFree, ArenaReply, Head, MAX_MESSAGE_BYTES, Reached,
+    Refusal, SUBMIT, Submit, SubmitReply,
 };
-use crate::socket::{MessageSocket, Received};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use crate::socket::{MessageSocket, Received, peer_credentials};
+use crate::wait;
 use rustix::process::{Pid, getpid};
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -24,17 +24,16 @@ use virtio_gpu_svm::protocol::errno;
 use virtio_gpu_svm::protocol::event::{
     EVENT_BIND_DONE, EVENT_CONTEXT_LOST, EVENT_JOB_DONE, EVENT_RECORD_BYTES, JobRecord, NoticeRecord,
 };
-use virtio_gpu_svm::protocol::limit::Limit;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// How long an agent may take to notice that a connection has ended.
-const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+const LEAVE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What became of a payload.
 pub(super) struct SubmitStatus {
     pub(super) status: i32,
     pub(super) detail: u32,
-    pub(super) limit: Option<Limit>,
+    pub(super) limit: Option<Reached>,
 }
 
 /// A message from the agent that was waited for.
@@ -119,6 +118,11 @@ impl Connection {
     pub(super) fn open(path: &Path, joined: bool) -> Result<Arc<Self>> {
         let not_reachable = |source| Error::NotReachable { path: path.to_owned(), source };
         let socket = MessageSocket::connect(path).map_err(not_reachable)?;
+        let uid = peer_credentials(&socket).map_err(Error::Socket)?.uid;
+        // Whoever answers gives this process its memory.
+        if uid != 0 && uid != rustix::process::geteuid().as_raw() {
+            return Err(Error::NotTheAgent { path: path.to_owned(), uid });
+        }
         // The agent asks for the sender of each message; this covers the first ones too.
         socket.pass_credentials().map_err(Error::Socket)?;
         Ok(Arc::new(Self::over(socket, joined)))
@@ -178,7 +182,9 @@ impl Connection {
         if reply.status == 0 {
             Ok(reply)
         } else {
-            Err(Error::Refused { what, status: reply.status, detail: 0, limit: None })
+            let refusal = Refusal::read_from_bytes(&reply.body).ok();
+            let limit = refusal.and_then(|refusal| Reached::from_wire(refusal.limit.get()));
+            Err(Error::Refused { what, status: reply.status, detail: 0, limit })
         }
     }
 
@@ -210,7 +216,7 @@ impl Connection {
         let reply = self.exchange("SUBMIT", SUBMIT, &body)?;
         match SubmitReply::read_from_prefix(&reply.body) {
             Ok((head, area)) => {
-                let (detail, limit) = (head.detail.get().into(), Limit::from_wire(head.limit.get()));
+                let (detail, limit) = (head.detail.get().into(), Reached::from_wire(head.limit.get().into()));
                 Ok((SubmitStatus { status: reply.status, detail, limit }, area.to_vec()))
             }
             // The agent itself refused, before the device was asked.
@@ -223,9 +229,15 @@ impl Connection {
 
     pub(super) fn create_arena(&self, len: u64, va: u64) -> Result<(ArenaReply, OwnedFd)> {
         let request = ArenaCreate { len: len.into(), va: va.into() };
-        let reply = self.ask("ARENA_CREATE", ARENA_CREATE, &[request.as_bytes()])?;
-        let fd = reply.fd.ok_or(Error::BadReply { what: "ARENA_CREATE" })?;
-        Ok((parsed("ARENA_CREATE", &reply.body)?, fd))
+        let what = "ARENA_CREATE";
+        let reply = self.ask(what, ARENA_CREATE, &[request.as_bytes()])?;
+        let made: ArenaReply = parsed(what, &reply.body)?;
+        let Some(fd) = reply.fd else {
+            // The kernel drops a descriptor for which this process has no number free. If this fails, the next call tells.
+            self.free_arena(made.arena_id.get()).ok();
+            return Err(Error::NoDescriptor);
+        };
+        Ok((made, fd))
     }
 
     pub(super) fn free_arena(&self, arena_id: u64) -> Result<()> {
@@ -390,7 +402,7 @@ impl Connection {
         };
         if let Some(left) = left {
             // What is wrong with the socket is told by receiving from it.
-            wait_readable(&self.socket, left).ok();
+            wait::readable(&self.socket, Some(left)).ok();
         }
         match self.socket.receive(buffer, false) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
@@ -422,12 +434,6 @@ impl Connection {
             readiness.set(inbox.has_untaken(), missed);
         }
     }
-}
-
-/// Waits until there is something to read, at most so long.
-pub(super) fn wait_readable(fd: &impl std::os::fd::AsFd, left: Duration) -> rustix::io::Result<()> {
-    let left = Timespec::try_from(left).ok();
-    rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], left.as_ref()).map(|_| ())
 }
 
 impl Inbox {

@@ -6,6 +6,7 @@
 
 use super::arena::Reservation;
 use super::{Client, Device, Error, Result, Vm};
+use crate::driver::dma::PAGE_BYTES;
 use std::ops::{Deref, Range};
 use virtio_gpu_svm::protocol::LEAF_SIZE;
 use virtio_gpu_svm::protocol::request::{BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BindOp};
@@ -152,7 +153,7 @@ fn choose(device: &Device) -> Result<Vec<Window>> {
         return Ok(identity(USER_ADDRESS_BITS));
     }
     let used = arenas().map_err(Error::Maps)?;
-    let next = Reservation::new(None, PAGE).map(|reservation| reservation.at())?;
+    let next = Reservation::new(None, PAGE_BYTES).map(|reservation| reservation.at())?;
     let next = u64::try_from(next).unwrap_or(u64::MAX);
     let space = 1u64 << device.va_bits;
     let below = |address: u64| address < space;
@@ -166,9 +167,6 @@ fn choose(device: &Device) -> Result<Vec<Window>> {
         used: used.iter().map(|range| range.end - range.start).sum(),
     })
 }
-
-/// Bytes of a page.
-const PAGE: usize = 4096;
 
 /// Where this process has memory that may be an arena: shared and writable, by address.
 fn arenas() -> std::io::Result<Vec<Range<u64>>> {

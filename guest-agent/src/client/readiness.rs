@@ -1,10 +1,11 @@
 //! A descriptor for programs that wait for many things at once: poll(2), epoll, tokio's `AsyncFd`.
 
-use super::connection::{Connection, wait_readable};
+use super::connection::Connection;
 use super::{Error, Result};
 use crate::socket::MessageSocket;
+use crate::wait;
+use rustix::event::EventfdFlags;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -94,12 +95,8 @@ impl Events {
     /// # Errors
     /// When the kernel cannot wait.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<()> {
-        let waited = match timeout {
-            Some(timeout) => wait_readable(self, timeout),
-            None => rustix::event::poll(&mut [PollFd::new(self, PollFlags::IN)], None).map(|_| ()),
-        };
-        match waited {
-            Ok(()) | Err(Errno::INTR) => {}
+        match wait::readable(self, timeout) {
+            Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(Error::Socket(errno.into())),
         }
         self.dispatch();

@@ -2,9 +2,9 @@
 
 use super::connection::{Connection, SubmitStatus};
 use super::{Error, FencePoint, Job, Result, Window};
+use crate::message::Reached;
 use std::sync::Arc;
 use virtio_gpu_svm::protocol::job::Packet;
-use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::{
     BIND_CPU_ADDR_MIRROR, BIND_OP_MAP, BIND_OP_MAP_USERPTR, BIND_OP_UNMAP, BindOp, Exec, ExecRsp, ReqHdr,
     RspHdr, SVM_REQ_EXEC, SVM_REQ_VM_BIND, SVM_REQ_VM_CREATE, SVM_REQ_VM_DESTROY, SVM_REQ_VM_GET_PROPERTY,
@@ -289,7 +289,7 @@ fn request_one<R: FromBytes + Immutable + KnownLayout>(
     // The reply's own verdict is the more precise one; without it the request was not reached.
     match RspHdr::read_from_prefix(&area) {
         Ok((head, _)) if head.len.get() != 0 && head.ret.get() != 0 => {
-            let (detail, limit) = (head.detail.get().into(), Limit::from_wire(head.limit.get()));
+            let (detail, limit) = (head.detail.get().into(), Reached::from_wire(head.limit.get().into()));
             Err(Error::Refused { what, status: head.ret.get(), detail, limit })
         }
         _ if status != 0 => Err(Error::Refused { what, status, detail, limit }),

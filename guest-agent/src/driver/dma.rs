@@ -38,18 +38,6 @@ impl DmaRegion {
         Ok(Self { mapping, pages })
     }
 
-    /// Wraps a mapping of which every page's device address is known.
-    ///
-    /// # Errors
-    /// [`Error::OutOfRange`] when there are not as many pages as addresses.
-    pub fn from_mapping(mapping: SharedMapping, pages: Vec<u64>) -> Result<Self> {
-        if pages.len().checked_mul(PAGE_BYTES) != Some(mapping.len()) {
-            let bytes = pages.len().saturating_mul(PAGE_BYTES);
-            return Err(Error::OutOfRange { offset: 0, bytes, len: mapping.len() });
-        }
-        Ok(Self { mapping, pages })
-    }
-
     /// The memory.
     pub fn memory(&self) -> &SharedMapping {
         &self.mapping

@@ -1,7 +1,7 @@
 //! The device as a PCI function of this guest (virtio 1.3, 4.1, modern), driven through sysfs.
 //!
 //! [`PciDevice`] finds the function, takes it from whatever driver has it, and sets it up: the keeper's part.
-//! [`PciTransport`] rings doorbells, waits for interrupts and reads config space: the serving process' part, made from
+//! [`PciTransport`] rings doorbells and waits for interrupts: the serving process' part, made from
 //! descriptors that the keeper hands over, so that this process needs no rights of its own.
 //!
 //! Where the registers are is in [`capability`], sysfs in `discovery`, interrupts in [`irq`].
@@ -11,10 +11,10 @@ mod discovery;
 pub mod irq;
 
 use super::dma::DmaRegion;
+use super::hardware::{Failure, Hardware};
 use super::svm::{RingConfig, Rings};
 use super::transport::Transport;
 use super::virtqueue::{MAX_SIZE, QueueAddresses};
-use crate::keeper::Hardware;
 use crate::mapping::{self, Placement, SharedMapping};
 use capability::{CapabilityError, Layout};
 use irq::{Irq, IrqMode};
@@ -305,8 +305,6 @@ impl PciDevice {
             status: self.layout.common + DEVICE_STATUS,
             notify: self.notify,
             isr: self.layout.isr,
-            config: self.layout.device,
-            config_len: self.layout.device_len,
             uio: self.uio.is_some(),
         };
         let mut fds = vec![self.bar_file.as_fd(), self.config.as_fd()];
@@ -316,14 +314,11 @@ impl PciDevice {
 }
 
 impl Hardware for PciDevice {
-    fn restart(
-        &mut self,
-        dma: &DmaRegion,
-    ) -> std::result::Result<Rings, Box<dyn std::error::Error + Send + Sync>> {
+    fn restart(&mut self, dma: &DmaRegion) -> std::result::Result<Rings, Failure> {
         Ok(self.start(dma)?)
     }
 
-    fn stop(&mut self) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn stop(&mut self) -> std::result::Result<(), Failure> {
         Ok(self.reset()?)
     }
 
@@ -346,8 +341,6 @@ pub struct PciHandover {
     status: usize,
     notify: [usize; NUM_QUEUES],
     isr: usize,
-    config: usize,
-    config_len: usize,
     uio: bool,
 }
 
@@ -397,20 +390,6 @@ impl Transport for PciTransport {
 
     fn wait(&self, timeout: Duration) -> io::Result<bool> {
         self.irq.wait(timeout)
-    }
-
-    fn read_config(&self, offset: usize, buf: &mut [u8]) -> io::Result<()> {
-        let end = offset.checked_add(buf.len()).filter(|&end| end <= self.handover.config_len);
-        if end.is_none() || !offset.is_multiple_of(4) || !buf.len().is_multiple_of(4) {
-            return Err(io::Error::from(io::ErrorKind::InvalidInput));
-        }
-        // In words: a VMM asks its daemon for every access.
-        for (index, word) in buf.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let at = self.handover.config + offset + 4 * index;
-            let value: u32 = self.bar.register(at).map_err(io::Error::other)?;
-            *word = value.to_le_bytes();
-        }
-        Ok(())
     }
 }
 

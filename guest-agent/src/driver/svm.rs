@@ -3,8 +3,8 @@
 //! Owns the rings, the DMA pages of commands in flight and the event buffers. Any thread may issue commands; one thread
 //! pumps: it waits for the interrupt, hands answers to those who wait for them, and returns records. Commands that are
 //! posted ([`SvmDevice::post`]) come back through the pump, so that the pumping thread itself can answer faults. What
-//! finds no room in the ring waits in one line, whoever sent it: neither a storm of faults nor many small commands can
-//! keep another command out.
+//! finds no room in the ring waits in the lines of `backlog`: neither a storm of faults nor many small commands can keep
+//! another command out, no user another one's, and no context another one's answers.
 //!
 //! The device answers control commands in order and none of them waits in it (PROTOCOL 4), so room in the ring comes
 //! back within the time of the commands that are there. The commands themselves are in `commands`.
@@ -13,11 +13,12 @@ use super::dma::{DmaRegion, PAGE_BYTES, Segment};
 use super::transport::Transport;
 use super::virtqueue::{QueueAddresses, QueueLayout, Used, Virtqueue};
 use super::{Error, Result};
-use std::collections::{HashMap, VecDeque};
+use backlog::Backlog;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use virtio_gpu_svm::protocol::control::{
     HelloResp, InvalidateResp, SvmResp, VIRTIO_GPU_CMD_SVM_HELLO, VIRTIO_GPU_CMD_SVM_INVALIDATE,
 };
@@ -26,9 +27,10 @@ use virtio_gpu_svm::protocol::event::{
     FaultRecord, JobRecord, NoticeRecord,
 };
 use virtio_gpu_svm::protocol::gpu::CtrlHdr;
-use virtio_gpu_svm::protocol::{CONTROLQ, EVENTQ, NUM_QUEUES, SVM_CONFIG_OFFSET, SvmConfig};
+use virtio_gpu_svm::protocol::{CONTROLQ, EVENTQ, NUM_QUEUES};
 use zerocopy::FromBytes;
 
+mod backlog;
 mod commands;
 
 /// How long an answer is waited for. Commands never wait in the device, so this only bounds how long a dead daemon goes
@@ -184,6 +186,8 @@ pub struct Completion {
 pub struct Pump {
     /// Records, each with the daemon epoch of its buffer.
     pub events: Vec<(u64, Event)>,
+    /// When the first of their buffers was found in the ring.
+    pub found: Option<Instant>,
     /// Answers to posted commands.
     pub completions: Vec<Completion>,
     /// A daemon epoch other than that of the last HELLO was seen: the daemon has lost this guest's state.
@@ -217,19 +221,19 @@ struct Control {
     queue: Virtqueue,
     in_flight: HashMap<u16, InFlight>,
     free_pages: Vec<usize>,
-    /// Commands that wait for room, in the order in which they came.
-    backlog: VecDeque<Command>,
+    /// Commands that wait for room.
+    backlog: Backlog,
     next_serial: u64,
     broken: bool,
 }
 
 impl Control {
-    /// Puts a command at the end of the line; its serial number.
+    /// Puts a command at the end of its line; its serial number.
     fn line_up(&mut self, waiter: Waiter, request: Vec<u8>, response_len: usize) -> u64 {
         let (kind, ctx_id) = command_number(&request);
         let serial = self.next_serial;
         self.next_serial += 1;
-        self.backlog.push_back(Command { serial, waiter, kind, ctx_id, request, response_len });
+        self.backlog.push(Command { serial, waiter, kind, ctx_id, request, response_len });
         serial
     }
 }
@@ -288,7 +292,7 @@ impl SvmDevice {
             control: Mutex::new(Control {
                 queue: Virtqueue::new(dma.clone(), control, event_idx, in_order)?,
                 in_flight: HashMap::new(),
-                backlog: VecDeque::new(),
+                backlog: Backlog::default(),
                 next_serial: 0,
                 broken: false,
                 free_pages: free_pages.clone(),
@@ -331,18 +335,6 @@ impl SvmDevice {
         self.transport.notify(queue).map_err(|source| Error::Transport { what: "doorbell", source })
     }
 
-    /// The protocol's part of config space.
-    ///
-    /// # Errors
-    /// When config space cannot be read.
-    pub fn config(&self) -> Result<SvmConfig> {
-        let mut bytes = [0; size_of::<SvmConfig>()];
-        self.transport
-            .read_config(SVM_CONFIG_OFFSET, &mut bytes)
-            .map_err(|source| Error::Transport { what: "config space", source })?;
-        SvmConfig::read_from_bytes(&bytes).map_err(|_| Error::Setup("config space is too short"))
-    }
-
     /// Daemon epoch that the last HELLO was answered with; 0 before.
     pub fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
@@ -351,15 +343,23 @@ impl SvmDevice {
     // Progress of invalidations.
 
     fn note_done(&self, ctx_id: u32, seq: u64) {
-        let mut progress = lock(&self.progress);
-        let known = progress.entry(ctx_id).or_default();
-        known.done = known.done.max(seq);
+        // Of a context that has ended nothing is kept.
+        if let Some(known) = lock(&self.progress).get_mut(&ctx_id) {
+            known.done = known.done.max(seq);
+        }
         self.progressed.notify_all();
     }
 
-    /// A context of this id is about to begin or has ended for good.
-    pub fn forget_progress(&self, ctx_id: u32) {
+    /// A context has ended for good.
+    pub fn forget(&self, ctx_id: u32) {
+        lock(&self.control).backlog.forget(ctx_id);
         lock(&self.progress).remove(&ctx_id);
+    }
+
+    /// A context is about to begin: nothing is known of it but whose its commands are.
+    fn begin(&self, ctx_id: u32, line: u32) {
+        lock(&self.control).backlog.assign(ctx_id, line);
+        lock(&self.progress).insert(ctx_id, Progress::default());
     }
 
     /// Sequence of the last invalidation of `ctx_id` that the device has accepted. Known before any later answer is
@@ -370,9 +370,9 @@ impl SvmDevice {
 
     /// Notes the sequence of an accepted invalidation, on the pump's thread.
     fn note_accepted(&self, ctx_id: u32, response: &Response) {
-        if let Ok(accepted) = response.parse::<InvalidateResp>(VIRTIO_GPU_CMD_SVM_INVALIDATE) {
-            let mut progress = lock(&self.progress);
-            let known = progress.entry(ctx_id).or_default();
+        if let Ok(accepted) = response.parse::<InvalidateResp>(VIRTIO_GPU_CMD_SVM_INVALIDATE)
+            && let Some(known) = lock(&self.progress).get_mut(&ctx_id)
+        {
             known.accepted = known.accepted.max(accepted.seq.get());
         }
     }
@@ -414,7 +414,7 @@ impl SvmDevice {
             Err(RecvTimeoutError::Disconnected) => Err(Error::Broken),
             Err(RecvTimeoutError::Timeout) => {
                 // Not to be carried out after its caller was told that it was not.
-                lock(&self.control).backlog.retain(|command| command.serial != serial);
+                lock(&self.control).backlog.withdraw(serial);
                 Err(Error::Timeout { kind, seconds: ANSWER_DEADLINE.as_secs() })
             }
         }
@@ -471,22 +471,19 @@ impl SvmDevice {
     }
 
     fn flush_backlog(&self, control: &mut Control) -> Result<bool> {
-        while let Some(command) = control.backlog.pop_front() {
-            if let Some(back) = self.enqueue(control, command)? {
-                control.backlog.push_front(back);
-                break;
-            }
+        let pages = |command: &Command| pages_for(command.request.len()) + pages_for(command.response_len);
+        loop {
+            let room = control.free_pages.len().min(control.queue.free_descriptors());
+            let Some(command) = control.backlog.pop_if(|command| pages(command) <= room) else { break };
+            self.enqueue(control, command)?;
         }
         control.queue.publish()
     }
 
-    /// Puts a command into the ring, or gives it back for want of room.
-    fn enqueue(&self, control: &mut Control, command: Command) -> Result<Option<Command>> {
+    /// Puts a command into the ring, which has room for it.
+    fn enqueue(&self, control: &mut Control, command: Command) -> Result<()> {
         let request_pages = pages_for(command.request.len());
         let needed = request_pages + pages_for(command.response_len);
-        if needed > control.free_pages.len() || needed > control.queue.free_descriptors() {
-            return Ok(Some(command));
-        }
         let at = control.free_pages.len() - needed;
         let pages = control.free_pages.split_off(at);
         let (question, answer) = pages.split_at(request_pages);
@@ -500,7 +497,7 @@ impl SvmDevice {
             let Command { waiter, kind, ctx_id, .. } = command;
             control.in_flight.insert(head, InFlight { waiter, kind, ctx_id, pages, answer });
         }
-        Ok(None)
+        Ok(())
     }
 
     fn segments(&self, pages: &[usize], len: usize) -> Result<Vec<Segment>> {
@@ -518,8 +515,8 @@ impl SvmDevice {
 
     // The pump.
 
-    /// Takes what the device has used; if there is nothing, waits for an interrupt, at most `timeout`, and looks once
-    /// more. One thread at a time.
+    /// Takes what the device has used; if there is nothing, and a `timeout`, waits for an interrupt, at most that long, and
+    /// looks once more. One thread at a time.
     ///
     /// # Errors
     /// A protocol violation or a failed transport: the device is not used any more, and all who wait get
@@ -534,7 +531,7 @@ impl SvmDevice {
 
     fn pump_once(&self, timeout: Duration) -> Result<Pump> {
         let mut pump = Pump::default();
-        if self.harvest(&mut pump)? {
+        if self.harvest(&mut pump)? || timeout.is_zero() {
             return Ok(pump);
         }
         let control_ready = lock(&self.control).queue.arm()?;
@@ -619,6 +616,7 @@ impl SvmDevice {
         let mut any = false;
         while let Some(used) = events.queue.take_used()? {
             any = true;
+            pump.found.get_or_insert_with(Instant::now);
             let Some(page) = events.buffers.remove(&used.head) else {
                 return Err(Error::Broken);
             };

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-/// Doorbell, interrupt and config space of one device whose queues are set up and running.
+/// Doorbell and interrupt of one device whose queues are set up and running.
 pub trait Transport: Send + Sync {
     /// Tells the device that `queue` has new buffers.
     ///
@@ -17,10 +17,4 @@ pub trait Transport: Send + Sync {
     /// # Errors
     /// When no interrupt can come any more.
     fn wait(&self, timeout: Duration) -> io::Result<bool>;
-
-    /// Copies config space from `offset`.
-    ///
-    /// # Errors
-    /// When the range lies outside config space, or the device cannot be reached.
-    fn read_config(&self, offset: usize, buf: &mut [u8]) -> io::Result<()>;
 }

@@ -179,11 +179,6 @@ impl Virtqueue {
         self.free.len()
     }
 
-    /// Chains that the device has.
-    pub fn in_flight(&self) -> usize {
-        self.order.len()
-    }
-
     /// Puts a chain into the ring and returns its head; `None` if there are not enough descriptors. The device sees it
     /// after [`Self::publish`]. A chain needs at least one segment.
     ///

@@ -1,6 +1,6 @@
 //! The serving process' side of the keeper: taking over the device, and memory on request.
 
-use super::wire::{self, MAX_HANDOVER, Reply, Request};
+use super::wire::{self, Answered, Asked, MAX_HANDOVER, Reply, Request};
 use super::{Handover, Serving};
 use crate::agent::{ArenaMemory, ArenaPages, ImportedPages};
 use crate::driver::{self, DmaRegion, Rings, SvmDevice, Transport};
@@ -8,11 +8,14 @@ use crate::memory_file::MemoryFile;
 use crate::socket::MessageSocket;
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::PidfdFlags;
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// The name of the hidden subcommand that runs a serving process; its standard input is the keeper's socket.
@@ -93,94 +96,141 @@ pub fn drive(
     SvmDevice::new(transport, dma, &Rings::new(handover.rings)?)
 }
 
-/// Memory that the keeper makes and holds.
+/// Memory that the keeper makes and holds. Any number of threads may ask at once.
 pub struct KeeperMemory {
-    /// One request at a time.
-    socket: Mutex<MessageSocket>,
+    asking: Arc<Asking>,
+}
+
+/// An answer and what came with it.
+type Reception = (Reply, Vec<OwnedFd>);
+
+struct Asking {
+    socket: MessageSocket,
+    last_number: AtomicU64,
+    /// Who waits for which answer; `None` once the conversation has ended.
+    waiting: Mutex<Option<HashMap<u64, SyncSender<Reception>>>>,
 }
 
 impl KeeperMemory {
     /// Asks over a socket on which the handover has been received.
-    pub fn new(socket: MessageSocket) -> Self {
-        Self { socket: Mutex::new(socket) }
-    }
-
-    fn ask(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<(Reply, Vec<OwnedFd>)> {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let answered = exchange(&socket, request, fds);
-        if answered.is_err() {
-            // A reply may still be on its way, and would be taken for that to the next request: one process would get
-            // another one's memory. So there is none; the keeper replaces this process. Fails only when it is gone.
-            rustix::net::shutdown(&*socket, rustix::net::Shutdown::Both).ok();
-        }
-        answered
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn new(socket: MessageSocket) -> io::Result<Self> {
+        let (last_number, waiting) = (AtomicU64::new(0), Mutex::new(Some(HashMap::new())));
+        let asking = Arc::new(Asking { socket, last_number, waiting });
+        let hearing = asking.clone();
+        std::thread::Builder::new().name("svm-keeper".into()).spawn(move || hearing.hear())?;
+        Ok(Self { asking })
     }
 }
 
-fn exchange(
-    socket: &MessageSocket,
-    request: Request,
-    fds: &[BorrowedFd<'_>],
-) -> io::Result<(Reply, Vec<OwnedFd>)> {
-    socket.send(&[&serde_json::to_vec(&request)?], fds, true)?;
-    let mut buf = [0; wire::MAX_REQUEST];
-    let received = socket.receive(&mut buf, true)?;
-    Ok((serde_json::from_slice(buf.get(..received.len).unwrap_or_default())?, received.fds))
+impl Drop for KeeperMemory {
+    fn drop(&mut self) {
+        self.asking.end();
+    }
 }
 
-impl ArenaMemory for KeeperMemory {
-    fn create(&self, len: u64) -> io::Result<ArenaPages> {
-        let (reply, fds) = self.ask(Request::Create { len }, &[])?;
-        let mut fds = fds.into_iter();
-        match (reply, fds.next(), fds.next()) {
-            (Reply::Created { id }, Some(fd), Some(pages)) => match wire::pages_from_file(pages) {
-                Ok(pages) => Ok(ArenaPages { id, fd, offset: 0, pages }),
-                Err(error) => {
-                    self.release(id);
-                    Err(error)
-                }
-            },
-            // The kernel had no room for the descriptors here, but the keeper has made the memory.
-            (Reply::Created { id }, ..) => {
-                self.release(id);
-                Err(io::Error::from(io::ErrorKind::OutOfMemory))
-            }
-            _ => Err(io::Error::from(io::ErrorKind::OutOfMemory)),
-        }
+impl Asking {
+    fn waiting(&self) -> MutexGuard<'_, Option<HashMap<u64, SyncSender<Reception>>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn import(&self, file: &MemoryFile) -> io::Result<ImportedPages> {
-        let request = Request::Import { offset: file.offset(), len: file.len() };
-        let (reply, fds) = self.ask(request, &[file.as_fd()])?;
-        match (reply, fds.into_iter().next()) {
-            (Reply::Imported { id }, Some(pages)) => match wire::pages_from_file(pages) {
-                Ok(pages) => Ok(ImportedPages { id, pages }),
-                Err(error) => {
-                    self.release(id);
-                    Err(error)
-                }
-            },
-            (Reply::Imported { id }, None) => {
-                self.release(id);
-                Err(io::Error::from(io::ErrorKind::OutOfMemory))
-            }
-            (Reply::NotImported { errno }, _) => Err(io::Error::from_raw_os_error(errno)),
-            _ => Err(io::Error::from(io::ErrorKind::OutOfMemory)),
-        }
+    /// Hands answers to those who wait for them. After one that is not understood there is no other one: the keeper
+    /// replaces this process.
+    fn hear(&self) {
+        while self.hear_one().is_some() {}
+        self.end();
     }
 
-    fn hold(&self, ring: OwnedFd) -> io::Result<u64> {
-        let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
-        match self.ask(Request::Hold { fd: ring.as_raw_fd() }, &[own.as_fd()])?.0 {
-            Reply::Held { id } => Ok(id),
-            Reply::NotImported { errno } => Err(io::Error::from_raw_os_error(errno)),
-            _ => Err(io::Error::from(io::ErrorKind::OutOfMemory)),
+    fn hear_one(&self) -> Option<()> {
+        let mut buf = [0; wire::MAX_REQUEST];
+        let received = self.socket.receive(&mut buf, true).ok()?;
+        let answered: Answered = serde_json::from_slice(buf.get(..received.len)?).ok()?;
+        let waiting = self.waiting().as_mut()?.remove(&answered.number)?;
+        // There is room for one, and it waits.
+        waiting.send((answered.reply, received.fds)).ok()
+    }
+
+    fn end(&self) {
+        // Whoever waits hears of it by that.
+        drop(self.waiting().take());
+        // Fails only when the other end is gone.
+        rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both).ok();
+    }
+
+    fn tell(&self, number: u64, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let told = self.socket.send(&[&serde_json::to_vec(&Asked { number, request })?], fds, true);
+        if told.is_err() {
+            self.end();
+        }
+        told
+    }
+
+    fn ask(&self, request: Request, fds: &[BorrowedFd<'_>]) -> io::Result<Reception> {
+        let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let number = self.last_number.fetch_add(1, Ordering::Relaxed) + 1;
+        let (sender, answer) = mpsc::sync_channel(1);
+        self.waiting().as_mut().ok_or_else(gone)?.insert(number, sender);
+        self.tell(number, request, fds)?;
+        answer.recv().map_err(|_| gone())
+    }
+
+    /// Asks for memory: its name, the descriptors before the list of its pages, and that list.
+    fn ask_for_memory(
+        &self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+        before: usize,
+    ) -> io::Result<(u64, Vec<OwnedFd>, Vec<u64>)> {
+        let (reply, mut fds) = self.ask(request, fds)?;
+        let id = kept(reply)?;
+        // The kernel may have had no room for the descriptors here, but the keeper has the memory.
+        let list = if fds.len() == before + 1 { fds.pop() } else { None };
+        let pages = list.ok_or(io::Error::from(io::ErrorKind::OutOfMemory)).and_then(wire::pages_from_file);
+        match pages {
+            Ok(pages) => Ok((id, fds, pages)),
+            Err(error) => {
+                self.release(id);
+                Err(error)
+            }
         }
     }
 
     fn release(&self, id: u64) {
         // Fails only when the keeper is gone, and then so is everything that it held.
-        self.ask(Request::Release { id }, &[]).ok();
+        self.tell(0, Request::Release { id }, &[]).ok();
+    }
+}
+
+fn kept(reply: Reply) -> io::Result<u64> {
+    match reply {
+        Reply::Kept { id } => Ok(id),
+        Reply::Refused { errno } => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+impl ArenaMemory for KeeperMemory {
+    fn create(&self, len: u64) -> io::Result<ArenaPages> {
+        let (id, fds, pages) = self.asking.ask_for_memory(Request::Create { len }, &[], 1)?;
+        // One that was asked for is there.
+        let fd = fds.into_iter().next().ok_or(io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(ArenaPages { id, fd, offset: 0, pages })
+    }
+
+    fn import(&self, file: &MemoryFile) -> io::Result<ImportedPages> {
+        let request = Request::Import { offset: file.offset(), len: file.len() };
+        let (id, _, pages) = self.asking.ask_for_memory(request, &[file.as_fd()], 0)?;
+        Ok(ImportedPages { id, pages })
+    }
+
+    fn hold(&self, ring: OwnedFd) -> io::Result<u64> {
+        let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+        kept(self.asking.ask(Request::Hold { fd: ring.as_raw_fd() }, &[own.as_fd()])?.0)
+    }
+
+    fn release(&self, id: u64) {
+        self.asking.release(id);
     }
 }
 

@@ -23,6 +23,24 @@ pub struct Handover {
     pub hardware: serde_json::Value,
 }
 
+/// A request. Several may be under way.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Asked {
+    /// Comes back with the answer.
+    pub number: u64,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// An answer, in whatever order.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Answered {
+    /// Of the request.
+    pub number: u64,
+    /// What came of it.
+    pub reply: Reply,
+}
+
 /// From the serving process.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) enum Request {
@@ -44,9 +62,9 @@ pub(super) enum Request {
         /// What that process calls it.
         fd: i32,
     },
-    /// Let it go: no engine can use it any more.
+    /// Let it go: no engine can use it any more. Has no answer.
     Release {
-        /// From [`Reply::Created`], [`Reply::Imported`] or [`Reply::Held`].
+        /// From [`Reply::Kept`].
         id: u64,
     },
 }
@@ -54,30 +72,16 @@ pub(super) enum Request {
 /// From the keeper.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
-    /// Descriptors: the memory, and a file with the address of each page.
-    Created {
+    /// Done. Descriptors: memory that was made, then, of memory, a file with the address of each page.
+    Kept {
         /// Names it.
         id: u64,
     },
-    /// Descriptor: a file with the address of each page.
-    Imported {
-        /// Names it.
-        id: u64,
-    },
-    /// Kept.
-    Held {
-        /// Names it.
-        id: u64,
-    },
-    /// Not imported.
-    NotImported {
+    /// Not done.
+    Refused {
         /// Why, for the process.
         errno: i32,
     },
-    /// Done.
-    Released,
-    /// Not done.
-    Refused,
 }
 
 /// Page addresses do not fit a message; a file does.

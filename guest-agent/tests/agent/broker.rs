@@ -3,14 +3,20 @@
 use crate::agent::Bench;
 use crate::mock::{FULL, eventually, file};
 use crate::virtqueue::Random;
-use guest_agent::agent::{AgentOptions, AgentStatus, LedgerReport};
+use guest_agent::agent::{ARENA_OVERHEAD_BYTES, AgentOptions, AgentStatus, LedgerReport};
 use guest_agent::broker::{AdminRequest, Broker, BrokerOptions, ask_admin};
 use guest_agent::client::{self, Client, Error, packet};
+use guest_agent::mapping::{Placement, SharedMapping};
 use guest_agent::message::*;
 use guest_agent::socket::MessageSocket;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::time::Duration;
 use virtio_gpu_svm::protocol::event::{EVENT_CONTEXT_RETIRED, EVENT_JOB_DONE};
 use virtio_gpu_svm::protocol::job::Packet;
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::{
     BIND_OP_MAP_USERPTR, BindOp, Exec, FencePoint, VM_BIND_ASYNC, VmBind,
 };
@@ -28,10 +34,14 @@ impl Served {
     }
 
     fn limited(options: AgentOptions, max_clients: usize) -> Self {
+        Self::with(options, |broker| broker.max_clients_per_uid = max_clients)
+    }
+
+    fn with(options: AgentOptions, choose: impl FnOnce(&mut BrokerOptions)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut broker = BrokerOptions::at(directory.path().join("agent.sock"));
         broker.admin_socket = Some(directory.path().join("admin.sock"));
-        broker.max_clients = max_clients;
+        choose(&mut broker);
         let bench = Bench::new(options);
         let broker = Broker::start(bench.agent.clone(), broker).unwrap();
         Self { bench, _broker: broker, directory }
@@ -57,13 +67,19 @@ pub fn message(kind: u32, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// Sends and returns the status of the reply; `None` when the agent hung up without one.
+/// Sends and returns the status of the reply; `None` when the agent hung up without one. Records that come before are
+/// passed over.
 pub fn exchange(socket: &MessageSocket, bytes: &[u8]) -> Option<i32> {
     socket.send(&[bytes], &[], true).unwrap();
     let mut buf = vec![0; MAX_MESSAGE_BYTES];
-    let received = socket.receive(&mut buf, true).ok().filter(|received| received.len > 0)?;
-    let (head, _) = Head::read_from_prefix(&buf[..received.len]).unwrap();
-    Some(head.status.get())
+    loop {
+        let received = socket.receive(&mut buf, true).ok().filter(|received| received.len > 0)?;
+        let (head, _) = Head::read_from_prefix(&buf[..received.len]).unwrap();
+        // A refusal has the kind of what is refused.
+        if head.kind.get() != EVENTS || head.status.get() != 0 {
+            return Some(head.status.get());
+        }
+    }
 }
 
 pub fn hang_up(socket: &MessageSocket) -> bool {
@@ -78,7 +94,7 @@ fn program_runs_a_job_on_its_own_memory() {
     let client = served.client();
     assert_eq!(client.devices().unwrap().len(), 2);
     assert_eq!(client.devices().unwrap()[1].name, "mock");
-    let at = 0x5151_0000_0000usize;
+    let at = 0x5050_0000_0000usize;
     let arena = client.arena(10_000, Some(at)).unwrap();
     assert_eq!((arena.address(), arena.len()), (at as u64, 12_288));
     arena.set_word(8, 99);
@@ -219,6 +235,102 @@ fn second_connection_of_a_process_joins_its_context() {
     assert_eq!(exchange(&served.raw(), &hello_joining(ctx_id + 1)), Some(-2));
 }
 
+/// Numbers of contexts go round. Who had joined one that has ended reaches nothing of the process that has its number
+/// next: no memory, no job, no record.
+#[test]
+fn joined_connection_does_not_enter_who_has_the_number_next() {
+    let served = Served::new(AgentOptions { last_ctx_id: 2, ..AgentOptions::default() });
+    let owner = served.raw();
+    assert_eq!(exchange(&owner, &hello_joining(0)), Some(0));
+    let joined = served.raw();
+    assert_eq!(exchange(&joined, &hello_joining(1)), Some(0));
+    drop(owner);
+    let contexts = || served.bench.agent.status().contexts;
+    eventually("the context ends with its opener", || contexts().is_empty());
+    let next = [served.client(), served.client()];
+    assert_eq!(next.each_ref().map(Client::ctx_id), [2, 1]);
+    let victim = &next[1];
+    let arena = victim.arena_as_if_at(4096, 0x7000_0000).unwrap();
+    // Memory is numbered as it is made.
+    let id = 1;
+    let create = ArenaCreate { len: 4096.into(), va: 0x7100_0000.into() };
+    let cut = ArenaCut { arena_id: id.into(), offset: 0.into(), len: 4096.into() };
+    let submit = Submit { reply_len: 16.into(), reserved: 0.into() };
+    for bytes in [
+        message(ARENA_CREATE, create.as_bytes()),
+        message(ARENA_CUT, cut.as_bytes()),
+        message(ARENA_FREE, ArenaFree { arena_id: id.into() }.as_bytes()),
+        message(SUBMIT, &[submit.as_bytes(), &[0xff; 16]].concat()),
+    ] {
+        assert_eq!(exchange(&joined, &bytes), Some(-32));
+    }
+    drop(joined);
+    victim.vm(0).unwrap().exec(0, &[Packet::default()], 0).unwrap().wait().unwrap();
+    assert_eq!(contexts().iter().map(|context| context.arenas).sum::<usize>(), 1);
+    arena.free().unwrap();
+}
+
+/// Who opened a context that the daemon has lost ends no other one, and hides no other one from those who join.
+#[test]
+fn opener_of_a_lost_context_does_not_end_who_has_the_number_next() {
+    let served = Served::limited(AgentOptions { last_ctx_id: 2, ..AgentOptions::default() }, 3);
+    let opener = served.raw();
+    assert_eq!(exchange(&opener, &hello_joining(0)), Some(0));
+    served.bench.mock.script(|script| {
+        script.lose_state();
+        script.notice(EVENT_JOB_DONE, 0u32, 0);
+    });
+    let hellos = || served.bench.mock.look().log.iter().filter(|line| *line == "hello").count();
+    eventually("a new life", || hellos() == 2 && served.bench.agent.check_open().is_ok());
+    let next = [served.client(), served.client()];
+    assert_eq!(next.each_ref().map(Client::ctx_id), [2, 1]);
+    drop(opener);
+    // There is room for another connection once that one has ended.
+    let mut joined = None;
+    eventually("room", || {
+        joined = MessageSocket::connect(&served.socket()).ok().filter(|socket| {
+            socket.pass_credentials().unwrap();
+            let sent = socket.send(&[&hello_joining(1)], &[], true);
+            let mut buf = [0; 256];
+            let received = sent.and_then(|()| socket.receive(&mut buf, true));
+            received.is_ok_and(|received| received.len > 0 && buf[8..12] == [0; 4])
+        });
+        joined.is_some()
+    });
+    let contexts = served.bench.agent.status().contexts;
+    assert!(contexts.len() == 2 && contexts.iter().all(|context| context.state == "alive"), "{contexts:?}");
+    next[1].vm(0).unwrap();
+}
+
+/// Other threads map memory all the while: nothing of theirs comes where an arena is to stand, and none is refused.
+#[test]
+fn arena_takes_its_place_while_other_threads_map_memory() {
+    const LEN: usize = 64 << 10;
+    let served = Served::new(AgentOptions::default());
+    let client = served.client();
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let file = file(LEN as u64);
+                while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                    let map = || SharedMapping::new(file.as_fd(), 0, LEN, Placement::Anywhere).unwrap();
+                    drop([map(), map(), map()]);
+                }
+            });
+        }
+        let made = (0..500).map(|n| {
+            let arena = client.arena(LEN, None)?;
+            arena.set_word(0, n);
+            let found = arena.word(0);
+            arena.free().map(|()| found)
+        });
+        let made: Result<Vec<u64>, Error> = made.collect();
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(made.unwrap().into_iter().eq(0..500));
+    });
+}
+
 #[test]
 fn lost_context_is_told_to_the_program() {
     let served = Served::new(AgentOptions::default());
@@ -355,7 +467,6 @@ fn program_that_dies_mid_fault_keeps_its_pages_until_engines_let_go() {
 
 #[test]
 fn message_with_a_descriptor_is_refused() {
-    use std::os::fd::AsFd;
     let served = Served::new(AgentOptions::default());
     let socket = served.raw();
     let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
@@ -371,7 +482,7 @@ fn message_with_a_descriptor_is_refused() {
 /// One message comes with one descriptor; what is wrong with it is told, and the connection goes on.
 #[test]
 fn memory_of_a_process_comes_with_its_message() {
-    use std::os::fd::{AsFd, BorrowedFd};
+    use std::os::fd::BorrowedFd;
     let served = Served::new(AgentOptions::default());
     let import = |len: u64, offset: u64| {
         let body = ArenaImport { len: len.into(), va: 0x7000_0000.into(), offset: offset.into() };
@@ -419,7 +530,6 @@ fn memory_of_a_process_comes_with_its_message() {
 /// A child process that inherited the socket is not the one that connected.
 #[test]
 fn inherited_socket_gives_no_right() {
-    use std::os::fd::AsFd;
     let served = Served::new(AgentOptions::default());
     let socket = served.raw();
     let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: 0.into() }.as_bytes());
@@ -458,7 +568,6 @@ fn program_that_does_not_read_is_disconnected() {
 
 /// One step of a program that means no good. False: it leaves.
 fn misbehave(socket: &MessageSocket, random: &mut Random) -> bool {
-    use std::os::fd::AsFd;
     let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
     let va = random.below(4) << 40 | random.below(64) << 12;
     let len = [4096, 1 << 20, 1 << 40, u64::MAX, 0, 5][random.below(6) as usize];
@@ -536,15 +645,220 @@ fn broker_that_closes_hangs_up_on_everybody() {
     eventually("nothing is left", || bench.agent.status().contexts.is_empty());
 }
 
+/// What the library says of a refusal of -ENOSPC, and the limit that it is about.
+fn reached(refused: Result<impl std::fmt::Debug, Error>) -> (Option<Reached>, String) {
+    match refused {
+        Err(error @ Error::Refused { status: -28, limit, .. }) => (limit, error.to_string()),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
-fn too_many_programs_are_turned_away() {
-    let served = Served::limited(AgentOptions::default(), 2);
-    let first = served.client();
-    let second = served.client();
-    assert!(matches!(Client::connect(served.socket()), Err(Error::HungUp | Error::Socket(_))));
-    drop(first);
+fn too_many_programs_are_told_which_limit_they_meet() {
+    let served = Served::with(AgentOptions::default(), |broker| broker.max_clients = 3);
+    // Others than root have half of them.
+    let mut clients = vec![];
+    let beyond = loop {
+        match Client::connect(served.socket()) {
+            Ok(client) => clients.push(client),
+            refused => break refused,
+        }
+    };
+    let (limit, said) = reached(beyond);
+    assert_eq!(limit, Some(Reached::Agent(AgentLimit::Clients)));
+    assert!(said.contains("HELLO: ENOSPC") && said.contains("--max-clients of `svm-agent serve`"), "{said}");
+    drop(clients.remove(0));
     eventually("room again", || Client::connect(served.socket()).is_ok());
-    drop(second);
+    drop(clients);
+
+    let of_user = Served::with(AgentOptions::default(), |broker| broker.max_clients_per_uid = 1);
+    let only = of_user.client();
+    let (limit, said) = reached(Client::connect(of_user.socket()));
+    assert_eq!(limit, Some(Reached::Agent(AgentLimit::UserClients)));
+    assert!(said.contains("--max-clients-per-user"), "{said}");
+    drop(only);
+
+    let of_host = Served::new(AgentOptions::default());
+    of_host.bench.mock.script(|script| script.max_contexts = 0);
+    let (limit, said) = reached(Client::connect(of_host.socket()));
+    assert_eq!(limit, Some(Reached::Host(Limit::Contexts)));
+    assert!(said.contains("limits.contexts in svmd.toml"), "{said}");
+}
+
+/// Programs beyond the limit that say nothing, or not what is asked of them, and never read.
+#[test]
+fn program_that_is_turned_away_delays_nobody() {
+    let served = Served::limited(AgentOptions::default(), 1);
+    let only = served.client();
+    let silent: Vec<MessageSocket> = (0..100).map(|_| served.raw()).collect();
+    let wrong = served.raw();
+    wrong.send(&[&message(DEVICES, &[])], &[], true).unwrap();
+    assert!(hang_up(&wrong));
+    let empty = served.raw();
+    empty.send(&[&[1, 2, 3]], &[], true).unwrap();
+    assert!(hang_up(&empty));
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: 0.into() }.as_bytes());
+    let (deaf, own) =
+        (served.raw(), rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap());
+    deaf.send(&[&hello], &[own.as_fd()], true).unwrap();
+    let (limit, _) = reached(Client::connect(served.socket()));
+    assert_eq!(limit, Some(Reached::Agent(AgentLimit::UserClients)));
+    // Those that were silent for longest were hung up on, and the others are still heard.
+    assert!(hang_up(&silent[0]));
+    assert_eq!(exchange(&silent[99], &hello), Some(-28));
+    drop(only);
+    eventually("room again", || Client::connect(served.socket()).is_ok());
+}
+
+/// A descriptor whose last close waits until the other end has read everything.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (reader, _) = listener.accept().unwrap();
+    sender.set_nonblocking(true).unwrap();
+    while sender.write(&[0; 1 << 16]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&sender, Some(Duration::from_secs(600))).unwrap();
+    (reader, sender)
+}
+
+/// Reads until whoever closes the other end is through.
+fn let_close(mut reader: TcpStream) {
+    std::io::copy(&mut reader, &mut std::io::sink()).unwrap();
+}
+
+/// A process decides how long it takes to close what it sends, and keeps nobody by it: not when it is dropped unread with
+/// a context, either.
+#[test]
+fn descriptor_that_is_slow_to_close_delays_nobody() {
+    let served = Served::new(AgentOptions::default());
+    let victim = served.client();
+    let (reader, sender) = lingering();
+    loop {
+        let hostile = served.raw();
+        let hello = Hello { version: MESSAGE_VERSION.into(), join: 0.into() };
+        assert_eq!(exchange(&hostile, &message(HELLO, hello.as_bytes())), Some(0));
+        // The first one ends the connection, so the other one stays in the socket, if it comes in time.
+        hostile.send(&[&message(0x7777, &[])], &[], true).unwrap();
+        if hostile.send(&[&message(DEVICES, &[])], &[sender.as_fd()], true).is_ok() {
+            break;
+        }
+    }
+    drop(sender);
+    eventually("one context", || served.bench.agent.status().contexts.len() == 1);
+    // By way of the thread that hears the device.
+    victim.vm(1).unwrap();
+    served.client().vm(1).unwrap();
+    let_close(reader);
+}
+
+/// As little as what comes with a connection that is refused.
+#[test]
+fn descriptor_of_a_refused_connection_delays_nobody() {
+    let served = Served::limited(AgentOptions::default(), 1);
+    let only = served.client();
+    let (reader, sender) = lingering();
+    let refused = served.raw();
+    refused.send(&[&message(DEVICES, &[])], &[sender.as_fd()], true).unwrap();
+    drop((sender, refused));
+    drop(only);
+    // One that is refused meanwhile hears nothing: that thread waits.
+    let hello = message(HELLO, Hello { version: MESSAGE_VERSION.into(), join: 0.into() }.as_bytes());
+    eventually("a place", || {
+        let next = served.raw();
+        next.send(&[&hello], &[], true).unwrap();
+        let mut answers = [rustix::event::PollFd::new(&next, rustix::event::PollFlags::IN)];
+        let soon = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+        rustix::event::poll(&mut answers, Some(&soon)).unwrap() == 1
+            && next.receive(&mut [0; 256], true).is_ok_and(|answer| answer.len > size_of::<Head>())
+    });
+    let_close(reader);
+}
+
+/// Each limit of memory by its own name.
+#[test]
+fn limit_of_memory_that_is_reached_is_named() {
+    let some = AgentOptions { context_arena_bytes: 1 << 20, ..AgentOptions::default() };
+    let one = 4096 + ARENA_OVERHEAD_BYTES;
+    let cases = [
+        (
+            AgentOptions { context_arena_bytes: 4096, ..some.clone() },
+            AgentLimit::ProcessMemory,
+            "--process-memory",
+        ),
+        (AgentOptions { user_arena_bytes: one, ..some.clone() }, AgentLimit::UserMemory, "--user-memory"),
+        (AgentOptions { total_arena_bytes: one, ..some.clone() }, AgentLimit::TotalMemory, "--total-memory"),
+        (AgentOptions { user_arenas: 1, ..some.clone() }, AgentLimit::UserArenas, "of one user"),
+        (AgentOptions { total_arenas: 1, ..some.clone() }, AgentLimit::TotalArenas, "all processes"),
+        (AgentOptions { context_arenas: 1, ..some.clone() }, AgentLimit::Arenas, "arenas"),
+        (AgentOptions { context_parts: 1, ..some }, AgentLimit::Parts, "parts"),
+    ];
+    for (options, expected, words) in cases {
+        let served = Served::new(options);
+        let client = served.client();
+        let first = client.arena(4096, None).unwrap();
+        let (limit, said) = reached(client.arena(4096, None));
+        assert_eq!(limit, Some(Reached::Agent(expected)));
+        assert!(said.contains("ARENA_CREATE: ENOSPC") && said.contains(words), "{said}");
+        drop(first);
+    }
+}
+
+/// What is wrong with a second one is not what is wrong with a bind.
+#[test]
+fn second_handle_and_second_mirror_are_told_of_the_first() {
+    let served = Served::new(AgentOptions::default());
+    let opener = served.client();
+    let hello = Hello { version: MESSAGE_VERSION.into(), join: opener.ctx_id().into() };
+    let (first, second) = (served.raw(), served.raw());
+    assert_eq!(exchange(&first, &message(HELLO, hello.as_bytes())), Some(0));
+    assert_eq!(exchange(&second, &message(HELLO, hello.as_bytes())), Some(-16));
+    let refused = |what, status| Error::Refused { what, status, detail: 0, limit: None }.to_string();
+    let said = refused("HELLO", -16);
+    assert!(said.contains("has joined") && said.contains("handle") && !said.contains("window"), "{said}");
+    served.bench.mock.script(|script| script.played = true);
+    let mirror = opener.mirror(0).unwrap();
+    let said = opener.mirror(0).unwrap_err().to_string();
+    assert!(said.starts_with("VM_CREATE: EEXIST") && said.contains("use that one"), "{said}");
+    assert!(!said.contains("another range"), "{said}");
+    mirror.end().unwrap();
+    // What they mean elsewhere.
+    assert!(
+        refused("VM_BIND", -16).contains("mirror window")
+            && refused("VM_BIND", -17).contains("another range")
+    );
+}
+
+/// A connection that says nothing is no way to keep a place from others, nor is one that asks for what it does not get.
+#[test]
+fn connection_without_a_context_ends() {
+    let served = Served::with(AgentOptions::default(), |broker| {
+        broker.max_clients_per_uid = 3;
+        broker.hello_timeout = Duration::from_millis(200);
+    });
+    // On a slow machine it may be too late, too.
+    let mut client = None;
+    eventually("a client", || {
+        client = Client::connect(served.socket()).ok();
+        client.is_some()
+    });
+    let (silent, asking) = (served.raw(), served.raw());
+    let join = Hello { version: MESSAGE_VERSION.into(), join: 0x00ab_cdef.into() };
+    let asked = std::thread::spawn(move || {
+        let message = message(HELLO, join.as_bytes());
+        let mut buf = [0; 256];
+        while asking.send(&[&message], &[], true).is_ok()
+            && asking.receive(&mut buf, true).is_ok_and(|received| received.len > 0)
+        {}
+    });
+    let has_ended = || match silent.receive(&mut [0; 256], false) {
+        Ok(received) => received.len == 0,
+        Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+    };
+    eventually("the end of the silent one", has_ended);
+    eventually("the end of the other one", || asked.is_finished());
+    eventually("their places", || Client::connect(served.socket()).is_ok());
+    // One that has a context stays.
+    assert_eq!(client.unwrap().devices().unwrap().len(), 2);
 }
 
 #[test]

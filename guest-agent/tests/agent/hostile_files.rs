@@ -4,6 +4,7 @@ use crate::hostile::{
     ALL_KINDS, CONTEXT_BYTES, EACCES, EINVAL, EOPNOTSUPP, Fate, PAGE, Scene, Session, alone, free, import,
     message,
 };
+use crate::lacking::lacking;
 use crate::mock::file;
 use guest_agent::message::{ARENA_IMPORT, ArenaReply};
 use guest_agent::socket::MessageSocket;
@@ -111,7 +112,7 @@ fn things(scene: &Scene, session: &Session) -> Vec<(&'static str, OwnedFd, i32)>
     let build = std::env::current_exe().unwrap();
     let disk = opened_unnamed(build.parent().unwrap());
     if rustix::fs::fstatfs(&disk).unwrap().f_type == rustix::fs::fstatfs(&plain).unwrap().f_type {
-        eprintln!("not tested: a file on a disk (the build is on tmpfs)");
+        lacking("a file on a disk (the build is on tmpfs: choose another CARGO_TARGET_DIR)");
     } else {
         things.push(("a file on a disk", disk, EOPNOTSUPP));
     }

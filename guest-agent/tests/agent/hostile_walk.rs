@@ -112,7 +112,7 @@ fn hostile_messages_in_random_order() {
         return;
     }
     let given = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
-    let seed = given("SVM_SEED").unwrap_or_else(guest_agent::agent::new_incarnation);
+    let seed = given("SVM_SEED").unwrap_or_else(guest_agent::driver::new_incarnation);
     let ops = given("SVM_OPS").unwrap_or(OPS);
     println!("SVM_SEED={seed} SVM_OPS={ops}");
     let scene = Scene::new();

@@ -1,28 +1,32 @@
 //! The keeper: between two serving processes nothing is let go before the device is quiet.
 
+use crate::agent::TestSink;
+use crate::lacking::lacking;
 use crate::mock::{Mock, MockTransport, eventually, file};
 use crate::ring::region;
-use guest_agent::agent::{Agent, AgentOptions, ArenaMemory};
+use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, Owner};
 use guest_agent::broker::{Broker, BrokerOptions};
 use guest_agent::client::Client;
 use guest_agent::driver::dma::PAGE_BYTES;
+use guest_agent::driver::hardware::{Failure, Hardware};
 use guest_agent::driver::{DmaRegion, RingConfig, Rings, Transport};
-use guest_agent::keeper::{Hardware, Keeper, Serving, serving};
+use guest_agent::keeper::{Keeper, Serving, serving};
 use guest_agent::memory_file::MemoryFile;
 use guest_agent::message::{ARENA_IMPORT, ArenaImport, HELLO, Head, Hello, MESSAGE_VERSION};
-use guest_agent::pin::{self, Held, Pinned, Pinner};
+use guest_agent::pin::{self, Held, Pinner, Pinning, Progress};
 use guest_agent::socket::MessageSocket;
 use rustix::event::EventfdFlags;
+use rustix::net::SocketFlags;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::event::EVENT_QUIET;
 use zerocopy::{FromBytes, IntoBytes};
-
-type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The mock as a machine that can be reset.
 struct MockMachine(Arc<Mock>, Arc<OwnedFd>);
@@ -63,23 +67,34 @@ impl Drop for Hold {
     }
 }
 
+/// Pinned at the first look.
+struct AtOnce(Held);
+
+impl Pinning for AtOnce {
+    fn advance(self: Box<Self>) -> pin::Result<Progress> {
+        Ok(Progress::Done(self.0))
+    }
+}
+
 impl Pinner for LoggingPinner {
-    fn pin(&self, len: usize) -> pin::Result<Pinned> {
+    fn make(&self, len: usize) -> pin::Result<(OwnedFd, Box<dyn Pinning>)> {
         let mut count = self.2.lock().unwrap();
         *count += 1;
         let pages =
             (0..(len / PAGE_BYTES) as u64).map(|page| (*count << 32) + page * PAGE_BYTES as u64).collect();
         // The first one is the ring memory, which the mock maps too.
         let fd = if *count == 1 { self.1.try_clone().unwrap() } else { file(len as u64) };
-        Ok(Pinned::new(fd, pages, Box::new(Hold(self.0.clone(), *count))))
+        let hold = Box::new(Hold(self.0.clone(), *count));
+        Ok((fd, Box::new(AtOnce(Held { pages, hold }))))
     }
 
-    fn import(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> pin::Result<Held> {
+    fn import(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> pin::Result<Box<dyn Pinning>> {
         let mut count = self.2.lock().unwrap();
         *count += 1;
         let size = rustix::fs::fstat(file).unwrap().st_size.cast_unsigned();
         assert!(offset + len as u64 <= size, "the descriptor is the process' file");
-        Ok(Held { pages: vec![*count << 32; len / PAGE_BYTES], hold: Box::new(Hold(self.0.clone(), *count)) })
+        let (pages, hold) = (vec![*count << 32; len / PAGE_BYTES], Box::new(Hold(self.0.clone(), *count)));
+        Ok(Box::new(AtOnce(Held { pages, hold })))
     }
 }
 
@@ -109,7 +124,7 @@ fn serve(mock: &Arc<Mock>, socket: OwnedFd, path: &Path) -> Played {
     let (handover, dma, _) = serving::take_over(&socket).unwrap();
     let transport = Arc::new(MockTransport(mock.clone()));
     let device = serving::drive(&handover, dma, transport).unwrap();
-    let memory: Arc<dyn ArenaMemory> = Arc::new(serving::KeeperMemory::new(socket));
+    let memory: Arc<dyn ArenaMemory> = Arc::new(serving::KeeperMemory::new(socket).unwrap());
     let agent = Agent::start(Arc::new(device), memory, AgentOptions::default()).unwrap();
     let broker = Broker::start(agent.clone(), BrokerOptions::at(path)).unwrap();
     Played { broker: Some(broker), agent }
@@ -194,7 +209,7 @@ fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
     mock.script(|script| {
         script.retiring = 0;
         let incarnation = script.incarnation;
-        script.notice(EVENT_QUIET, 0, incarnation);
+        script.notice(EVENT_QUIET, 0u32, incarnation);
     });
     for unpinned in ["unpin 2", "unpin 3"] {
         eventually(unpinned, || mock.look().log.iter().any(|line| line == unpinned));
@@ -220,16 +235,16 @@ fn memory_of_a_dead_serving_process_stays_until_the_device_is_quiet() {
 #[test]
 fn memory_that_did_not_arrive_is_given_back() {
     let (ours, theirs) = MessageSocket::pair().unwrap();
-    let asking = std::thread::spawn(move || serving::KeeperMemory::new(theirs).create(4096).map(|_| ()));
+    let memory = serving::KeeperMemory::new(theirs).unwrap();
+    let asking = std::thread::spawn(move || memory.create(4096).map(|_| ()));
     let hear = || {
         let mut buf = [0; 256];
         let received = ours.receive(&mut buf, true).unwrap();
         String::from_utf8(buf[..received.len].to_vec()).unwrap()
     };
-    assert_eq!(hear(), r#"{"Create":{"len":4096}}"#);
-    ours.send(&[br#"{"Created":{"id":7}}"#], &[], true).unwrap();
-    assert_eq!(hear(), r#"{"Release":{"id":7}}"#);
-    ours.send(&[br#""Released""#], &[], true).unwrap();
+    assert_eq!(hear(), r#"{"number":1,"request":{"Create":{"len":4096}}}"#);
+    ours.send(&[br#"{"number":1,"reply":{"Kept":{"id":7}}}"#], &[], true).unwrap();
+    assert_eq!(hear(), r#"{"number":0,"request":{"Release":{"id":7}}}"#);
     assert!(asking.join().unwrap().is_err());
 }
 
@@ -237,7 +252,7 @@ fn memory_that_did_not_arrive_is_given_back() {
 fn imported_memory_that_did_not_arrive_is_given_back_and_refusals_are_told() {
     let (ours, theirs) = MessageSocket::pair().unwrap();
     let asking = std::thread::spawn(move || {
-        let memory = serving::KeeperMemory::new(theirs);
+        let memory = serving::KeeperMemory::new(theirs).unwrap();
         let brought = MemoryFile::new(file(8192), 4096, 4096).unwrap();
         [memory.import(&brought), memory.import(&brought)].map(|made| made.map(|_| ()).unwrap_err())
     });
@@ -246,31 +261,208 @@ fn imported_memory_that_did_not_arrive_is_given_back_and_refusals_are_told() {
         let received = ours.receive(&mut buf, true).unwrap();
         (String::from_utf8(buf[..received.len].to_vec()).unwrap(), received.fds.len())
     };
-    let asked = (r#"{"Import":{"offset":4096,"len":4096}}"#.to_owned(), 1);
-    assert_eq!(hear(), asked);
-    ours.send(&[br#"{"Imported":{"id":7}}"#], &[], true).unwrap();
-    assert_eq!(hear(), (r#"{"Release":{"id":7}}"#.to_owned(), 0));
-    ours.send(&[br#""Released""#], &[], true).unwrap();
-    assert_eq!(hear(), asked);
-    ours.send(&[br#"{"NotImported":{"errno":14}}"#], &[], true).unwrap();
+    let asked = |number: u64| {
+        (format!(r#"{{"number":{number},"request":{{"Import":{{"offset":4096,"len":4096}}}}}}"#), 1)
+    };
+    assert_eq!(hear(), asked(1));
+    ours.send(&[br#"{"number":1,"reply":{"Kept":{"id":7}}}"#], &[], true).unwrap();
+    assert_eq!(hear(), (r#"{"number":0,"request":{"Release":{"id":7}}}"#.to_owned(), 0));
+    assert_eq!(hear(), asked(2));
+    ours.send(&[br#"{"number":2,"reply":{"Refused":{"errno":14}}}"#], &[], true).unwrap();
     let [lost, refused] = asking.join().unwrap();
     assert_eq!((lost.kind(), refused.raw_os_error()), (io::ErrorKind::OutOfMemory, Some(14)));
 }
 
+/// Each answer is for the request that bears its number.
+#[test]
+fn answers_come_in_any_order() {
+    let (ours, theirs) = MessageSocket::pair().unwrap();
+    let memory = Arc::new(serving::KeeperMemory::new(theirs).unwrap());
+    let ask = |expected: &str| {
+        let memory = memory.clone();
+        let asking = std::thread::spawn(move || memory.create(4096).map(|_| ()).unwrap_err());
+        let mut buf = [0; 256];
+        let received = ours.receive(&mut buf, true).unwrap();
+        assert_eq!(String::from_utf8(buf[..received.len].to_vec()).unwrap(), expected);
+        asking
+    };
+    let first = ask(r#"{"number":1,"request":{"Create":{"len":4096}}}"#);
+    let second = ask(r#"{"number":2,"request":{"Create":{"len":4096}}}"#);
+    ours.send(&[br#"{"number":2,"reply":{"Refused":{"errno":2}}}"#], &[], true).unwrap();
+    assert_eq!(second.join().unwrap().raw_os_error(), Some(2));
+    assert!(!first.is_finished());
+    ours.send(&[br#"{"number":1,"reply":{"Refused":{"errno":1}}}"#], &[], true).unwrap();
+    assert_eq!(first.join().unwrap().raw_os_error(), Some(1));
+}
+
+const LARGE: usize = 2 * Rings::BYTES;
+const SMALL: usize = PAGE_BYTES;
+/// Slices of a small piece.
+const SMALL_SLICES: usize = 3;
+
+/// Memory of which large pieces are not pinned before they are let.
+#[derive(Default)]
+struct Slow {
+    let_through: AtomicBool,
+    large_begun: AtomicUsize,
+    small_held: AtomicUsize,
+    /// Slices of large pieces since something was done for a small one, and the most of them.
+    between: Mutex<(usize, usize)>,
+}
+
+impl Slow {
+    fn did_large(&self) {
+        self.between.lock().unwrap().0 += 1;
+        // Else it takes what the others need.
+        std::thread::yield_now();
+    }
+
+    fn did_small(&self) {
+        let mut between = self.between.lock().unwrap();
+        *between = (0, between.1.max(between.0));
+    }
+}
+
+struct SlowPinner(Arc<Slow>, Arc<OwnedFd>);
+
+struct Slices {
+    slow: Arc<Slow>,
+    len: usize,
+    left: usize,
+}
+
+struct SmallHold(Arc<Slow>);
+
+impl Drop for SmallHold {
+    fn drop(&mut self) {
+        self.0.small_held.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Pinning for Slices {
+    fn advance(mut self: Box<Self>) -> pin::Result<Progress> {
+        let large = self.len == LARGE;
+        self.left = self.left.saturating_sub(1);
+        let done = if large {
+            self.slow.did_large();
+            self.slow.let_through.load(Ordering::SeqCst)
+        } else {
+            self.slow.did_small();
+            self.left == 0
+        };
+        if !done {
+            return Ok(Progress::Going(self));
+        }
+        let pages = (0..self.len / PAGE_BYTES).map(|page| (page * PAGE_BYTES) as u64).collect();
+        let hold: pin::Hold = if self.len == SMALL {
+            self.slow.small_held.fetch_add(1, Ordering::SeqCst);
+            Box::new(SmallHold(self.slow.clone()))
+        } else {
+            Box::new(())
+        };
+        Ok(Progress::Done(Held { pages, hold }))
+    }
+}
+
+impl Pinner for SlowPinner {
+    fn make(&self, len: usize) -> pin::Result<(OwnedFd, Box<dyn Pinning>)> {
+        let fd = if len == Rings::BYTES { self.1.try_clone().unwrap() } else { file(len as u64) };
+        if len == LARGE {
+            self.0.large_begun.fetch_add(1, Ordering::SeqCst);
+        } else {
+            *self.0.between.lock().unwrap() = (0, 0);
+        }
+        Ok((fd, Box::new(Slices { slow: self.0.clone(), len, left: SMALL_SLICES })))
+    }
+}
+
+/// Whatever becomes of the test, its threads end.
+struct LetThrough<'a>(&'a Slow);
+
+impl Drop for LetThrough<'_> {
+    fn drop(&mut self) {
+        self.0.let_through.store(true, Ordering::SeqCst);
+    }
+}
+
+/// However much one user asks for, and however long it takes, another one waits for a slice of it at a time.
+#[test]
+fn large_memory_of_a_user_is_not_waited_for_by_others() {
+    let (mock, _thread) = Mock::start();
+    let (ring, slow) = (Arc::new(file(Rings::BYTES as u64)), Arc::new(Slow::default()));
+    let pinner = SlowPinner(slow.clone(), ring.clone());
+    let (keeper, socket, stop) = keeper(&mock, ring, Box::new(pinner));
+    let (handover, dma, _) = serving::take_over(&socket).unwrap();
+    let device = serving::drive(&handover, dma, Arc::new(MockTransport(mock.clone()))).unwrap();
+    let memory = Arc::new(serving::KeeperMemory::new(socket).unwrap());
+    let agent = Agent::start(Arc::new(device), memory, AgentOptions::default()).unwrap();
+    let context = |uid| {
+        let owner = Owner { pid: 1, uid, name: "test".into() };
+        agent.create_context(owner, Arc::new(TestSink::default())).unwrap()
+    };
+    std::thread::scope(|scope| {
+        let let_through = LetThrough(&slow);
+        let create = |ctx_id, len: usize| agent.create_arena(ctx_id, 0x1_0000_0000, len as u64).unwrap();
+        let waiting: Vec<_> = (0..4)
+            .map(|_| {
+                let ctx_id = context(1);
+                scope.spawn(move || create(ctx_id, LARGE))
+            })
+            .collect();
+        eventually("a large one is begun", || slow.large_begun.load(Ordering::SeqCst) > 0);
+        let other = context(2);
+        for _ in 0..3 {
+            let making = scope.spawn(move || create(other, SMALL));
+            eventually("another user's", || making.is_finished());
+            let id = making.join().unwrap().id;
+            assert_eq!(slow.small_held.load(Ordering::SeqCst), 1);
+            let most = slow.between.lock().unwrap().1;
+            assert!(most <= 1, "{most} slices of one were before one of the other");
+            agent.free_arena(other, id).unwrap();
+            eventually("released", || slow.small_held.load(Ordering::SeqCst) == 0);
+        }
+        assert_eq!(slow.large_begun.load(Ordering::SeqCst), 1, "one of a user at a time");
+        assert!(waiting.iter().all(|waiting| !waiting.is_finished()));
+        drop(let_through);
+    });
+    assert_eq!(slow.large_begun.load(Ordering::SeqCst), 4);
+    agent.stop();
+    rustix::io::write(&*stop, &1u64.to_ne_bytes()).unwrap();
+    keeper.join().unwrap().unwrap();
+    mock.end();
+}
+
+/// A keeper whose serving process this one is, at the socket.
+type Kept = (JoinHandle<guest_agent::keeper::Result<()>>, MessageSocket, Arc<OwnedFd>);
+
+fn keeper(mock: &Arc<Mock>, ring: Arc<OwnedFd>, pinner: Box<dyn Pinner>) -> Kept {
+    let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    let (connected, connection) = std::sync::mpsc::channel();
+    let (mock, stopping) = (mock.clone(), stop.clone());
+    let keeper = std::thread::spawn(move || {
+        let mut keeper = Keeper::new(MockMachine(mock.clone(), ring), pinner, |_| {}).unwrap();
+        let mut spawn = |socket: OwnedFd| -> io::Result<Box<dyn Serving>> {
+            connected.send(socket).map_err(io::Error::other)?;
+            let (_, played) = std::sync::mpsc::channel();
+            Ok(Box::new(Threaded { mock: mock.clone(), played }))
+        };
+        keeper.run(&mut spawn, stopping.as_fd())
+    });
+    (keeper, MessageSocket::from(connection.recv().unwrap()), stop)
+}
+
 /// Two sockets: what is read from one tells whether anybody has the other.
 fn pipe() -> (OwnedFd, OwnedFd) {
-    let (kind, flags) = (rustix::net::SocketType::STREAM, rustix::net::SocketFlags::NONBLOCK);
+    let (kind, flags) = (rustix::net::SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC);
     rustix::net::socketpair(rustix::net::AddressFamily::UNIX, kind, flags, None).unwrap()
 }
 
 fn io_uring(what: &str) -> Option<OwnedFd> {
-    use io::Write;
     let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
     match io_uring::IoUring::new(1) {
         Ok(ring) => Some(pidfd_getfd(own, ring.as_raw_fd(), PidfdGetfdFlags::empty()).unwrap()),
         Err(error) => {
-            let mut out = io::stderr();
-            writeln!(out, "not tested: {what} ({error})").unwrap();
+            lacking(&format!("{what} ({error})"));
             None
         }
     }
@@ -281,30 +473,16 @@ fn io_uring(what: &str) -> Option<OwnedFd> {
 fn descriptor_is_held_until_it_is_released() {
     let (mock, _thread) = Mock::start();
     let ring = Arc::new(file(Rings::BYTES as u64));
-    let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap());
-    let (connected, connection) = std::sync::mpsc::channel();
-    let keeper = {
-        let (mock, ring, stop) = (mock.clone(), ring.clone(), stop.clone());
-        std::thread::spawn(move || {
-            let pinner = LoggingPinner(mock.clone(), ring.clone(), Mutex::new(0));
-            let mut keeper = Keeper::new(MockMachine(mock.clone(), ring), Box::new(pinner), |_| {}).unwrap();
-            let mut spawn = |socket: OwnedFd| -> io::Result<Box<dyn Serving>> {
-                connected.send(socket).map_err(io::Error::other)?;
-                let (_, played) = std::sync::mpsc::channel();
-                Ok(Box::new(Threaded { mock: mock.clone(), played }))
-            };
-            keeper.run(&mut spawn, stop.as_fd())
-        })
-    };
-    let socket = MessageSocket::from(connection.recv().unwrap());
+    let pinner = LoggingPinner(mock.clone(), ring.clone(), Mutex::new(0));
+    let (keeper, socket, stop) = keeper(&mock, ring, Box::new(pinner));
     serving::take_over(&socket).unwrap();
-    let memory = serving::KeeperMemory::new(socket);
+    let memory = serving::KeeperMemory::new(socket).unwrap();
     let (reader, writer) = pipe();
     let id = memory.hold(writer).unwrap();
     let mut byte = [0];
     assert_eq!(rustix::io::read(&reader, &mut byte), Err(rustix::io::Errno::AGAIN), "open");
     memory.release(id);
-    assert_eq!(rustix::io::read(&reader, &mut byte), Ok(0), "closed");
+    eventually("closed", || rustix::io::read(&reader, &mut byte) == Ok(0));
     let (reader, writer) = pipe();
     memory.hold(writer).unwrap();
     if let Some(ring) = io_uring("the keeper holds an io_uring, which no socket carries") {
@@ -323,8 +501,8 @@ fn descriptor_is_held_until_it_is_released() {
 fn broken_conversation_with_the_keeper_ends() {
     let (ours, theirs) = MessageSocket::pair().unwrap();
     ours.send(&[b"?"], &[], true).unwrap();
-    ours.send(&[br#"{"Created":{"id":7}}"#], &[], true).unwrap();
-    let memory = serving::KeeperMemory::new(theirs);
+    ours.send(&[br#"{"number":1,"reply":{"Kept":{"id":7}}}"#], &[], true).unwrap();
+    let memory = serving::KeeperMemory::new(theirs).unwrap();
     assert!(memory.create(4096).is_err());
     let again = memory.create(4096).map(|_| ()).unwrap_err();
     assert_eq!(again.kind(), io::ErrorKind::BrokenPipe);

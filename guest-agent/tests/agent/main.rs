@@ -16,13 +16,17 @@ mod broker;
 mod client;
 mod command;
 mod driver;
+mod exec;
 mod hostile;
 mod hostile_files;
 mod hostile_lives;
 mod hostile_walk;
 mod keeper;
+#[expect(dead_code, reason = "shared with other tests, which need huge pages")]
+mod lacking;
 mod mock;
 mod ring;
+mod serving;
 mod table;
 mod trusted;
 mod virtqueue;

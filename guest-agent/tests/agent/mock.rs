@@ -15,6 +15,7 @@ use virtio_gpu_svm::protocol::control::*;
 use virtio_gpu_svm::protocol::event::*;
 use virtio_gpu_svm::protocol::gpu::*;
 use virtio_gpu_svm::protocol::job::{OP_NOP, OPCODES, Packet};
+use virtio_gpu_svm::protocol::limit::Limit;
 use virtio_gpu_svm::protocol::request::*;
 use virtio_gpu_svm::protocol::{CONTROLQ, CURSORQ, EVENTQ, NUM_QUEUES, PAGE_SIZE};
 use zerocopy::little_endian::U64;
@@ -104,12 +105,16 @@ pub struct Script {
     pub hold_done: bool,
     pub pending: HashSet<u64>,
     pub submissions: Vec<Vec<u8>>,
+    /// Context, first address and bytes of each invalidation.
+    pub invalidated: Vec<(u32, u64, u64)>,
     /// What happened, in order.
     pub log: Vec<String>,
     /// Write a used entry that no device may write.
     pub break_rings: bool,
     /// The state is lost; only HELLO works.
     pub lost: bool,
+    /// Contexts that may be alive.
+    pub max_contexts: usize,
     next_cookie: u64,
     records: VecDeque<Vec<u8>>,
 }
@@ -134,9 +139,11 @@ impl Default for Script {
             hold_done: false,
             pending: HashSet::new(),
             submissions: Vec::new(),
+            invalidated: Vec::new(),
             log: Vec::new(),
             break_rings: false,
             lost: false,
+            max_contexts: usize::MAX,
             next_cookie: 100,
             records: VecDeque::new(),
         }
@@ -144,10 +151,15 @@ impl Default for Script {
 }
 
 impl Script {
-    pub fn notice(&mut self, kind: u32, ctx_id: u32, value: u64) {
+    /// Records that are not in a buffer of the driver's yet.
+    pub fn undelivered(&self) -> usize {
+        self.records.len()
+    }
+
+    pub fn notice(&mut self, kind: u32, ctx_id: impl Into<u32>, value: u64) {
         let notice = NoticeRecord {
             kind: kind.into(),
-            ctx_id: ctx_id.into(),
+            ctx_id: ctx_id.into().into(),
             value: value.into(),
             ..NoticeRecord::default()
         };
@@ -155,7 +167,7 @@ impl Script {
     }
 
     /// Raises a fault and returns its cookie.
-    pub fn fault(&mut self, ctx_id: u32, cpu_addr: u64) -> u64 {
+    pub fn fault(&mut self, ctx_id: impl Into<u32>, cpu_addr: u64) -> u64 {
         let cookie = self.cookie();
         self.fault_record(ctx_id, cookie, cpu_addr, (FAULT_LAST_PAGE, 4096));
         cookie
@@ -171,14 +183,14 @@ impl Script {
     /// One record of a fault.
     pub fn fault_record(
         &mut self,
-        ctx_id: u32,
+        ctx_id: impl Into<u32>,
         cookie: u64,
         cpu_addr: u64,
         (flags, length_hint): (u32, u32),
     ) {
         let record = FaultRecord {
             kind: EVENT_FAULT.into(),
-            ctx_id: ctx_id.into(),
+            ctx_id: ctx_id.into().into(),
             cookie: cookie.into(),
             flags: flags.into(),
             length_hint: length_hint.into(),
@@ -208,6 +220,10 @@ impl Script {
         match kind {
             VIRTIO_GPU_CMD_SVM_HELLO => self.hello(request),
             VIRTIO_GPU_CMD_SVM_GET_DEVICE => self.device(request),
+            VIRTIO_GPU_CMD_CTX_CREATE if self.contexts.len() >= self.max_contexts => {
+                let limit = Limit::Contexts.to_wire().into();
+                SvmResp { limit, ..self.head(ctx_id, -28) }.as_bytes().to_vec()
+            }
             VIRTIO_GPU_CMD_CTX_CREATE => {
                 self.contexts.insert(ctx_id, 0);
                 self.log.push(format!("create {ctx_id}"));
@@ -223,7 +239,7 @@ impl Script {
                 self.head(ctx_id, 0).as_bytes().to_vec()
             }
             VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE => self.page_response(request),
-            VIRTIO_GPU_CMD_SVM_INVALIDATE => self.invalidate(ctx_id),
+            VIRTIO_GPU_CMD_SVM_INVALIDATE => self.invalidate(ctx_id, request),
             VIRTIO_GPU_CMD_SUBMIT_3D => self.submit(ctx_id, request),
             other => panic!("command {other:#x}"),
         }
@@ -290,7 +306,9 @@ impl Script {
         SupplyResp { resp: self.head(ctx_id, status), ..SupplyResp::default() }.as_bytes().to_vec()
     }
 
-    fn invalidate(&mut self, ctx_id: u32) -> Vec<u8> {
+    fn invalidate(&mut self, ctx_id: u32, request: &[u8]) -> Vec<u8> {
+        let range = Invalidate::read_from_bytes(request).unwrap();
+        self.invalidated.push((ctx_id, range.start.get(), range.length.get()));
         let seq = self.contexts.get_mut(&ctx_id).expect("a context");
         *seq += 1;
         let seq = *seq;
@@ -569,10 +587,6 @@ impl Transport for MockTransport {
 
     fn wait(&self, timeout: Duration) -> io::Result<bool> {
         Ok(self.0.call.take(timeout))
-    }
-
-    fn read_config(&self, _offset: usize, _buf: &mut [u8]) -> io::Result<()> {
-        Err(io::Error::from(io::ErrorKind::Unsupported))
     }
 }
 

@@ -70,8 +70,13 @@ impl Played {
     fn insert(&mut self) {
         let (first, count, id) = (1 + self.random.below(SPACE), 1 + self.random.below(16), self.next());
         let places: Vec<u64> = (0..count).map(|n| (id * 1000 + n * 2) * PAGE).collect();
-        let arena =
-            Arena { id, va: first * PAGE, len: count * PAGE, pages: places.iter().copied().collect() };
+        let arena = Arena {
+            id,
+            uid: 0,
+            va: first * PAGE,
+            len: count * PAGE,
+            pages: places.iter().copied().collect(),
+        };
         let free = (first..first + count).all(|page| !self.model.pages.contains_key(&page));
         assert_eq!(self.table.insert(arena).is_ok(), free, "arena {id} at page {first}");
         if free {
@@ -95,8 +100,10 @@ impl Played {
         let withdrawn = self.table.withdraw(number, id);
         assert_eq!(withdrawn.is_ok(), !staying.is_empty(), "arena {id}");
         if let Ok(withdrawn) = withdrawn {
-            let (first, last) = (staying.first().unwrap(), staying.last().unwrap());
-            assert_eq!((withdrawn.va, withdrawn.len), (first * PAGE, (last + 1 - first) * PAGE));
+            let pages = withdrawn.ranges.iter().flat_map(|(va, len)| va / PAGE..(va + len) / PAGE);
+            assert_eq!(pages.collect::<Vec<u64>>(), staying.iter().copied().collect::<Vec<u64>>());
+            let apart = withdrawn.ranges.is_sorted_by(|(va, len), (next, _)| va + len < *next);
+            assert!(apart, "one for each run: {withdrawn:?}");
             self.model.mark(staying, number);
             self.under_way.push((number, withdrawn));
         }
@@ -124,7 +131,7 @@ impl Played {
         self.model.mark(pages.iter().copied(), number);
         match cut {
             Ok(withdrawn) => {
-                assert_eq!((withdrawn.va, withdrawn.len), (pages[0] * PAGE, count * PAGE));
+                assert_eq!(withdrawn.ranges, [(pages[0] * PAGE, count * PAGE)]);
                 self.under_way.push((number, withdrawn));
             }
             Err(Error::TooMany { limit, .. }) => {
@@ -141,9 +148,9 @@ impl Played {
         }
         let index = self.random.below(self.under_way.len() as u64) as usize;
         let (number, withdrawn) = self.under_way.swap_remove(index);
-        let gone = self.table.remove(withdrawn).map(|arena| arena.id);
+        let gone = self.table.remove(&withdrawn).map(|arena| arena.id);
         assert_eq!(gone, self.model.remove(number));
-        assert!(self.table.remove(withdrawn).is_none(), "removed twice");
+        assert!(self.table.remove(&withdrawn).is_none(), "removed twice");
     }
 
     fn compare(&mut self) {

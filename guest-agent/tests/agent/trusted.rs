@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "registers memory with io_uring, as a process would")]
 
 use crate::broker::{Served, exchange, hang_up, message};
+use crate::lacking::lacking;
 use crate::mock::eventually;
 use guest_agent::agent::{AgentOptions, TrustLevel};
 use guest_agent::driver::dma::PAGE_BYTES;
@@ -12,7 +13,6 @@ use guest_agent::socket::MessageSocket;
 use guest_agent::trust::Trust;
 use io_uring::IoUring;
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use zerocopy::IntoBytes;
@@ -60,9 +60,7 @@ fn pinned(what: &str) -> Option<(Memory, IoUring)> {
         Ok(ring) => return Some((memory, ring)),
         Err(error) => format!("io_uring: {error}"),
     };
-    // Not by eprintln, which the test harness captures.
-    let mut out = std::io::stderr();
-    writeln!(out, "not tested: {what} ({why})").unwrap();
+    lacking(&format!("{what} ({why})"));
     None
 }
 
@@ -170,7 +168,7 @@ fn file_that_a_trusted_process_pinned_is_looked_up_in_its_own_mapping() {
     };
     let file = crate::mock::file(PAGE_BYTES as u64);
     let mapping = SharedMapping::new(file.as_fd(), 0, PAGE_BYTES, Placement::Anywhere).unwrap();
-    mapping.populate().unwrap();
+    mapping.populate(0, PAGE_BYTES).unwrap();
     ring.submitter().unregister_buffers().unwrap();
     let base = std::ptr::with_exposed_provenance_mut(mapping.address());
     let buffer = libc::iovec { iov_base: base, iov_len: PAGE_BYTES };

@@ -26,7 +26,7 @@ pub struct Random(u64);
 impl Random {
     pub fn seeded() -> Self {
         let seed = std::env::var("SVM_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or_else(guest_agent::agent::new_incarnation);
+        let seed = seed.unwrap_or_else(guest_agent::driver::new_incarnation);
         println!("SVM_TEST_SEED={seed}");
         Self(seed | 1)
     }
@@ -80,7 +80,6 @@ fn any_traffic(event_idx: bool, in_order: bool) {
             assert!(used.len <= room);
             completed += 1;
         }
-        assert_eq!(driver.in_flight(), driver_has.len());
     }
 }
 

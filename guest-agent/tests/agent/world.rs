@@ -5,11 +5,13 @@
 //! the library has mapped it, the process has it in an arena, and the agent knows it.
 
 use crate::mock::{self, Launch, Mock, Shape, eventually};
-use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, ArenaPages};
+use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, ArenaPages, ImportedPages};
 use guest_agent::broker::{Broker, BrokerOptions};
+use guest_agent::memory_file::MemoryFile;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +30,20 @@ struct Pages {
     files: HashMap<u64, File>,
 }
 
+impl Pages {
+    /// A part of a file becomes memory; its pages. Neighbours in the file are none in guest memory.
+    fn add(&mut self, file: File, offset: u64, len: u64) -> (u64, Vec<u64>) {
+        self.made += 1;
+        let id = self.made;
+        let addresses: Vec<u64> = (0..len / 4096).map(|page| (id << 32) + page * 8192).collect();
+        for (page, address) in (0..).zip(&addresses) {
+            self.by_address.insert(*address, (id, offset + page * 4096));
+        }
+        self.files.insert(id, file);
+        (id, addresses)
+    }
+}
+
 /// Memory that is read and written by guest-physical address.
 #[derive(Default)]
 struct Memory(Mutex<Pages>);
@@ -35,16 +51,14 @@ struct Memory(Mutex<Pages>);
 impl ArenaMemory for Memory {
     fn create(&self, len: u64) -> io::Result<ArenaPages> {
         let fd = mock::file(len);
-        let mut pages = self.0.lock().unwrap();
-        pages.made += 1;
-        let id = pages.made;
-        // Neighbours in the file are none in guest memory.
-        let addresses: Vec<u64> = (0..len / 4096).map(|page| (id << 32) + page * 8192).collect();
-        for (page, address) in (0..).zip(&addresses) {
-            pages.by_address.insert(*address, (id, page * 4096));
-        }
-        pages.files.insert(id, File::from(fd.try_clone()?));
-        Ok(ArenaPages { id, fd, offset: 0, pages: addresses })
+        let (id, pages) = self.0.lock().unwrap().add(File::from(fd.try_clone()?), 0, len);
+        Ok(ArenaPages { id, fd, offset: 0, pages })
+    }
+
+    fn import(&self, file: &MemoryFile) -> io::Result<ImportedPages> {
+        let own = File::from(file.as_fd().try_clone_to_owned()?);
+        let (id, pages) = self.0.lock().unwrap().add(own, file.offset(), file.len());
+        Ok(ImportedPages { id, pages })
     }
 
     fn release(&self, id: u64) {
@@ -67,6 +81,11 @@ pub struct World {
 impl World {
     /// With devices of these shapes.
     pub fn new(shapes: &[Shape]) -> Self {
+        Self::limited(shapes, AgentOptions::default(), |_| {})
+    }
+
+    /// As [`Self::new`], with other limits.
+    pub fn limited(shapes: &[Shape], limits: AgentOptions, limit: impl FnOnce(&mut BrokerOptions)) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (mock, device) = mock::device();
         mock.script(|script| {
@@ -75,9 +94,10 @@ impl World {
             script.played = true;
         });
         let memory = Arc::new(Memory::default());
-        let agent = Agent::start(device, memory.clone(), AgentOptions::default()).unwrap();
+        let agent = Agent::start(device, memory.clone(), limits).unwrap();
         let mut options = BrokerOptions::at(directory.path().join("agent.sock"));
         options.admin_socket = Some(directory.path().join("admin.sock"));
+        limit(&mut options);
         let broker = Some(Broker::start(agent.clone(), options).unwrap());
         let (ended, paused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let engines = Engines { mock: mock.clone(), memory, ended: ended.clone(), paused: paused.clone() };
@@ -126,8 +146,10 @@ struct Engines {
 impl Engines {
     fn run(&self) {
         while !self.ended.load(Ordering::SeqCst) {
-            let waits = self.paused.load(Ordering::SeqCst);
-            let launch = self.mock.script(|script| if waits { None } else { script.launched.pop_front() });
+            // Looked at together: what is launched after a pause waits.
+            let launch = self.mock.script(|script| {
+                if self.paused.load(Ordering::SeqCst) { None } else { script.launched.pop_front() }
+            });
             match launch {
                 None => std::thread::sleep(Duration::from_millis(1)),
                 Some(launch) => {

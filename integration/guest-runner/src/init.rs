@@ -3,6 +3,7 @@
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use guest_runner::MODULES;
@@ -47,6 +48,7 @@ fn bring_up() -> io::Result<()> {
         }
     }
     load_modules()?;
+    bring_up_processors()?;
     let server = Command::new("/init")
         .arg(SERVE)
         .env_clear()
@@ -65,6 +67,26 @@ fn bring_up() -> io::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Those that the kernel was told to leave.
+fn bring_up_processors() -> io::Result<()> {
+    for entry in fs::read_dir("/sys/devices/system/cpu")? {
+        let online = entry?.path().join("online");
+        // The first has no such file, and of other things there it says something else.
+        if online.parent().is_some_and(is_processor)
+            && fs::read_to_string(&online).is_ok_and(|text| text == "0\n")
+        {
+            fs::write(&online, "1")?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a folder is that of a processor: `cpu3`, not `cpufreq`.
+fn is_processor(folder: &Path) -> bool {
+    let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.strip_prefix("cpu").is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 fn load_modules() -> io::Result<()> {

@@ -229,10 +229,11 @@ impl Forward {
 
     /// Whether the pipe is readable, and whether the process has ended and that matters still.
     fn wait(&self) -> io::Result<(bool, bool)> {
-        let mut both = [PollFd::new(&self.pipe, PollFlags::IN), PollFd::new(&self.process, PollFlags::IN)];
-        let watched = if self.done.is_some() { &mut both[..] } else { &mut both[..1] };
+        // They are looked at in this order: of a process that was seen to have ended, the pipe has all that it wrote.
+        let mut both = [PollFd::new(&self.process, PollFlags::IN), PollFd::new(&self.pipe, PollFlags::IN)];
+        let watched = if self.done.is_some() { &mut both[..] } else { &mut both[1..] };
         retry_on_intr(|| poll(watched, None))?;
-        let [pipe, process] = both.map(|fd| !fd.revents().is_empty());
+        let [process, pipe] = both.map(|fd| !fd.revents().is_empty());
         Ok((pipe, process))
     }
 

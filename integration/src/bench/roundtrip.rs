@@ -146,7 +146,7 @@ pub fn wait(place: Place) -> Wait {
 fn sample(slice: Duration, mut take: impl FnMut() -> Result<Duration>) -> Result<f64> {
     let begin = Instant::now();
     let mut times = vec![];
-    while begin.elapsed() < slice {
+    while times.is_empty() || begin.elapsed() < slice {
         for _ in 0..BATCH {
             times.push(take()?.as_secs_f64() * 1e6);
         }

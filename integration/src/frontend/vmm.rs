@@ -226,8 +226,4 @@ impl Transport for Vmm {
     fn wait(&self, timeout: Duration) -> io::Result<bool> {
         self.wait_for_interrupt(timeout).map_err(io::Error::other)
     }
-
-    fn read_config(&self, offset: usize, buf: &mut [u8]) -> io::Result<()> {
-        self.connection().read_config(offset, buf).map_err(io::Error::other)
-    }
 }

@@ -2,7 +2,7 @@
 
 use crate::frontend::ram::GuestRam;
 use anyhow::{Context, Result, bail, ensure};
-use guest_agent::agent::{Agent, EventSink, Owner};
+use guest_agent::agent::{Agent, ContextKey, EventSink, Owner};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -45,7 +45,7 @@ pub struct Turn<'a> {
 pub struct SimulatedProcess {
     agent: Arc<Agent>,
     ram: Arc<GuestRam>,
-    ctx_id: u32,
+    key: ContextKey,
     /// Page number of the process -> guest-physical address.
     pages: BTreeMap<u64, u64>,
     vms: BTreeMap<u32, GpuVm>,
@@ -70,14 +70,14 @@ impl SimulatedProcess {
     pub(super) fn new(agent: &Arc<Agent>, ram: &Arc<GuestRam>, name: &str) -> Result<Self> {
         let (sender, jobs) = channel();
         let owner = Owner { name: name.into(), ..Owner::default() };
-        let ctx_id = agent.create_context(owner, Arc::new(JobSink(sender)))?;
+        let key = agent.create_context(owner, Arc::new(JobSink(sender)))?;
         let (agent, ram) = (agent.clone(), ram.clone());
-        Ok(Self { agent, ram, ctx_id, pages: BTreeMap::new(), vms: BTreeMap::new(), jobs })
+        Ok(Self { agent, ram, key, pages: BTreeMap::new(), vms: BTreeMap::new(), jobs })
     }
 
     /// Its context at the daemon.
     pub fn ctx_id(&self) -> u32 {
-        self.ctx_id
+        self.key.ctx_id()
     }
 
     /// Makes memory at its CPU addresses `[va, va + bytes)`. Returns what names it.
@@ -85,7 +85,7 @@ impl SimulatedProcess {
     /// # Errors
     /// The agent refused.
     pub fn map_memory(&mut self, va: u64, bytes: u64) -> Result<u64> {
-        let arena = self.agent.create_arena(self.ctx_id, va, bytes)?;
+        let arena = self.agent.create_arena(self.key, va, bytes)?;
         self.pages.extend((va / PAGE_SIZE..).zip(arena.pages));
         Ok(arena.id)
     }
@@ -95,7 +95,7 @@ impl SimulatedProcess {
     /// # Errors
     /// The agent refused.
     pub fn unmap_memory(&mut self, arena: u64, va: u64, bytes: u64) -> Result<()> {
-        self.agent.free_arena(self.ctx_id, arena)?;
+        self.agent.free_arena(self.key, arena)?;
         self.pages.retain(|page, _| !(va..va + bytes).contains(&(page * PAGE_SIZE)));
         Ok(())
     }
@@ -283,7 +283,7 @@ impl SimulatedProcess {
     /// None ends.
     pub fn wait_job(&self) -> Result<JobRecord> {
         let waited = self.jobs.recv_timeout(JOB_PATIENCE);
-        waited.with_context(|| format!("no job of context {} ends", self.ctx_id))
+        waited.with_context(|| format!("no job of context {} ends", self.ctx_id()))
     }
 
     /// Waits for the next job to end, which must be well.
@@ -296,7 +296,7 @@ impl SimulatedProcess {
         ensure!(
             status == 0,
             "a job of context {} ends with {} in packet {} at {addr:#x}",
-            self.ctx_id,
+            self.ctx_id(),
             errno::name(status),
             job.packet.get()
         );
@@ -305,12 +305,12 @@ impl SimulatedProcess {
 
     /// Ends the process, whatever it has in flight.
     pub fn exit(self) {
-        self.agent.destroy_context(self.ctx_id);
+        self.agent.destroy_context(self.key);
     }
 
     fn request<T: FromBytes>(&self, request: &(impl IntoBytes + Immutable), tail: &[u8]) -> Result<T> {
         let payload = [request.as_bytes(), tail].concat();
-        let response = self.agent.submit(self.ctx_id, &payload, size_of::<T>())?;
+        let response = self.agent.submit(self.key, &payload, size_of::<T>())?;
         if response.status() != 0 {
             bail!("the device refuses with {}", errno::name(response.status()));
         }

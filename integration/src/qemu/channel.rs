@@ -19,7 +19,7 @@ use guest_runner::{Event, Request, Stream};
 use serde_json::Value;
 
 /// Lines of each log that an error shows.
-const TAIL_LINES: usize = 40;
+const TAIL_LINES: usize = 120;
 
 /// A program with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]

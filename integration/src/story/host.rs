@@ -12,13 +12,13 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_agent::agent::{AgentOptions, ArenaMemory, ArenaPages, LedgerReport};
 use guest_agent::broker::{Broker, BrokerOptions};
 use serde_json::Value;
+use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_gpu_svm::protocol::PAGE_SIZE;
 
 /// A guest and its agent.
@@ -70,7 +70,7 @@ impl HostMachine {
     /// # Errors
     /// The daemon refused, or the socket cannot be made.
     pub fn start(name: &str, vmm: Vmm, folder: &Path, programs: Programs) -> Result<Self> {
-        let memory = Arc::new(ContiguousArenas { ram: vmm.ram().clone(), last_id: AtomicU64::new(0) });
+        let memory = Arc::new(ContiguousArenas { ram: vmm.ram().clone(), arenas: Mutex::default() });
         let options = AgentOptions { hold_answers: true, ..AgentOptions::default() };
         let guest = SimulatedGuest::start_with(name, vmm, memory, options)?;
         let socket = folder.join(format!("{name}-agent.sock"));
@@ -114,21 +114,51 @@ impl Machine for HostMachine {
 }
 
 /// Arenas that a real process can map in one piece: contiguous in guest memory, and so in its file. Taken from the
-/// drivers' zone, which is never given back: the story ends before it is used up.
+/// drivers' zone; one that is released serves again, for as many bytes.
 struct ContiguousArenas {
     ram: Arc<GuestRam>,
-    last_id: AtomicU64,
+    arenas: Mutex<Arenas>,
+}
+
+#[derive(Default)]
+struct Arenas {
+    last_id: u64,
+    /// Bytes and guest-physical address.
+    made: HashMap<u64, (u64, u64)>,
+    /// Addresses by bytes.
+    free: HashMap<u64, Vec<u64>>,
+}
+
+impl ContiguousArenas {
+    fn arenas(&self) -> MutexGuard<'_, Arenas> {
+        self.arenas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, arenas: &mut Arenas, len: u64) -> Result<u64> {
+        let Some(gpa) = arenas.free.get_mut(&len).and_then(Vec::pop) else { return self.ram.take_dma(len) };
+        self.ram.write(gpa, &vec![0; usize::try_from(len)?])?;
+        Ok(gpa)
+    }
 }
 
 impl ArenaMemory for ContiguousArenas {
     fn create(&self, len: u64) -> io::Result<ArenaPages> {
-        let gpa = self.ram.take_dma(len).map_err(io::Error::other)?;
+        let mut arenas = self.arenas();
+        let gpa = self.take(&mut arenas, len).map_err(io::Error::other)?;
         let offset = self.ram.offset(gpa, len).map_err(io::Error::other)?;
         let fd = self.ram.file().as_fd().try_clone_to_owned()?;
         let pages = (0..len / PAGE_SIZE).map(|page| gpa + page * PAGE_SIZE).collect();
-        Ok(ArenaPages { id: self.last_id.fetch_add(1, Ordering::Relaxed), fd, offset, pages })
+        arenas.last_id += 1;
+        let id = arenas.last_id;
+        arenas.made.insert(id, (len, gpa));
+        Ok(ArenaPages { id, fd, offset, pages })
     }
-    fn release(&self, _id: u64) {}
+    fn release(&self, id: u64) {
+        let mut arenas = self.arenas();
+        if let Some((len, gpa)) = arenas.made.remove(&id) {
+            arenas.free.entry(len).or_default().push(gpa);
+        }
+    }
 }
 
 struct HostActor {

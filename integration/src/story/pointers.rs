@@ -33,9 +33,14 @@ pub struct PlainPointers {
 }
 
 impl PlainPointers {
-    /// Whether everything was as it must be.
-    pub fn holds(&self) -> bool {
-        self.wrong == 0 && self.misrouted == 0 && self.walks > 0 && self.answered > 0
+    /// Whether everything was as it must be, of so many guests on so many devices.
+    pub fn holds(&self, guests: usize, devices: usize) -> bool {
+        self.programs == guests as u64 * u64::from(PROGRAMS)
+            && self.walks == self.programs * devices as u64
+            && self.wrong == 0
+            && self.misrouted == 0
+            // The first fault of each waits for its answer.
+            && self.answered >= self.programs
     }
 }
 

@@ -76,6 +76,57 @@ impl Report {
             && self.faults.lost == 0
             && self.data_mismatches == 0
             && self.peak_pending_vms == vms as u64
-            && self.plain_pointers.as_ref().is_none_or(PlainPointers::holds)
+            && self.plain_pointers.as_ref().is_some_and(|act| act.holds(self.guests, self.devices))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ACT: PlainPointers =
+        PlainPointers { programs: 4, nodes: 2000, walks: 8, wrong: 0, answered: 4, misrouted: 0 };
+
+    fn report(plain_pointers: Option<PlainPointers>) -> Report {
+        let faults = Faults {
+            raised: 20,
+            served_locally: 4,
+            answered: 13,
+            refused: 1,
+            dropped: 2,
+            misrouted: 0,
+            lost: 0,
+        };
+        Report {
+            vmm: "inproc",
+            guests: 2,
+            processes: 2,
+            devices: 2,
+            cpu_range: Default::default(),
+            gpu_range: Default::default(),
+            peak_pending_vms: 8,
+            faults,
+            data_mismatches: 0,
+            plain_pointers,
+            seconds: 1.0,
+            agrees: true,
+        }
+    }
+
+    #[test]
+    fn telling_holds_with_a_whole_third_act_only() {
+        assert!(report(Some(ACT)).holds());
+        let broken = [
+            None,
+            Some(PlainPointers { programs: 2, walks: 4, ..ACT }),
+            Some(PlainPointers { walks: 7, ..ACT }),
+            Some(PlainPointers { wrong: 1, ..ACT }),
+            Some(PlainPointers { answered: 3, ..ACT }),
+            Some(PlainPointers { misrouted: 1, ..ACT }),
+        ];
+        for act in broken {
+            let report = report(act);
+            assert!(!report.holds(), "{report:?}");
+        }
     }
 }

@@ -16,7 +16,7 @@ use virtio_gpu_svm::protocol::job::Packet;
 const A: u64 = 0x7000_0000_0000;
 const C: u64 = 0x20_0000_0000;
 /// Pages that a context's jobs write without end.
-const WRITTEN: u64 = 32;
+const WRITTEN: u64 = 128;
 /// Pages behind them, each of which a job waits for.
 const AWAITED: u64 = 4;
 /// What names the jobs that write.

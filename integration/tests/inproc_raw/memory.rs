@@ -199,7 +199,7 @@ impl Rig {
                 let gpa = PLACES[self.random.index(PLACES.len())];
                 self.plugged = Some(Module { dimm: self.another(), gpa });
             }
-            (_, "remove") => (self.plugged, self.refuses) = (None, self.random.below(2) == 0),
+            (_, "remove") => (self.plugged, self.refuses) = (None, self.refused <= self.held),
             _ => return self.announce_the_same(),
         }
         let faults: Vec<u64> = self.processes.iter().map(|process| process.faults_b).collect();

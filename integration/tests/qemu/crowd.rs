@@ -22,7 +22,9 @@ pub fn each_has_its_own_faults(vm: &Vm) -> Result<()> {
 fn act(vm: &Vm, svmd: &Svmd) -> Result<()> {
     let guest = Guest::builder("crowd").memory(512).smp(2).vhost_user_gpu(svmd.socket("vm0")).boot(vm)?;
     let most = SIZES.last().copied().unwrap_or_default();
-    let serve = format!("svm-agent serve --max-clients {most} --max-clients-per-user {most}");
+    // One user may have half of what is not root's.
+    let all = 2 * most + 16;
+    let serve = format!("svm-agent serve --max-clients {all} --max-clients-per-user {most}");
     let agent = guest.spawn(ROOT, serve.as_str())?;
     wait_for_agent(&guest, &agent)?;
     let mut crowd = guest.spawn(FIRST_UID, format!("guest-crowd {AGENT_SOCKET}"))?;

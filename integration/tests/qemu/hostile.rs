@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub fn processes_reach_nothing_and_leave_nothing(vm: &Vm) -> Result<()> {
     let number = |name: &str, other: u64| std::env::var(name).map_or(Ok(other), |text| text.parse());
     let seconds = number("SVM_HOSTILE_SECONDS", SECONDS)?;
-    let seed = number("SVM_SEED", guest_agent::agent::new_incarnation())?;
+    let seed = number("SVM_SEED", guest_agent::driver::new_incarnation())?;
     println!("SVM_SEED={seed} SVM_HOSTILE_SECONDS={seconds}");
     let svmd = Svmd::launch(&Options::default())?;
     let builder = Guest::builder("hostile").memory(MEMORY_MIB).smp(2).vhost_user_gpu(svmd.socket("vm0"));

@@ -61,6 +61,21 @@ fn an_access_of_a_stopped_job_ends_it_and_is_not_told() {
     assert_eq!((end.errno, end.addr, end.access), (ETIMEDOUT, GpuAddr(ADDR), Access::Write));
 }
 
+/// It was parked by a freeze that is over.
+#[test]
+fn an_access_that_has_a_translation_goes_on_and_is_not_told() {
+    let (mut state, worker) = running(None);
+    let run = Run { pages: 1, region: 1, offset: 0, writable: false };
+    state.translations.insert(ADDR >> PAGE_SHIFT, run);
+    assert!(state.park_missing(TID, ADDR, false, StopId(1)).is_none());
+    assert_eq!(orders(&worker), [Order::Resume { ring: RING, wait: Wait::Missing, abandon: false }]);
+
+    let (mut state, worker) = running(None);
+    state.translations.insert(ADDR >> PAGE_SHIFT, run);
+    assert!(state.park_missing(TID, ADDR, true, StopId(1)).is_some(), "a write needs more");
+    assert_eq!(orders(&worker), []);
+}
+
 #[test]
 fn a_job_that_ends_before_it_hears_of_its_stop_has_ended_well() {
     let (mut state, worker) = running(Some(Duration::ZERO));

@@ -2,11 +2,13 @@
 
 #![expect(unsafe_code, reason = "makes system calls that change the address space")]
 
+use super::shared::page_in_memory;
 use super::{DEV_ZERO, Kind, READ_WRITE};
 use crate::exports::set_errno;
-use crate::piece::Sharing;
+use crate::left::Why;
+use crate::piece::{PAGE, Sharing};
 use libc::{c_int, off_t};
-use rustix::fs::FileType;
+use rustix::fs::{FileType, Stat};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -20,6 +22,8 @@ const UNFIT: c_int = PINNABLE | libc::MAP_GROWSDOWN;
 /// What is asked of mmap.
 #[derive(Clone, Copy)]
 pub struct Request {
+    /// Of a file it is found out once and without any lock: its server may be this very process.
+    pub kind: Kind,
     pub at: usize,
     pub len: usize,
     pub prot: c_int,
@@ -29,16 +33,35 @@ pub struct Request {
 }
 
 impl Request {
+    pub fn new(at: usize, len: usize, prot: c_int, flags: c_int, fd: c_int, offset: off_t) -> Self {
+        let request = Self { kind: Kind::Other, at, len, prot, flags, fd, offset };
+        Self { kind: request.look(), ..request }
+    }
+
     /// # Safety
     /// As mmap.
     pub unsafe fn carry_out(&self) -> Option<usize> {
-        let Self { at, len, prot, flags, fd, offset } = *self;
+        let Self { at, len, prot, flags, fd, offset, .. } = *self;
         // SAFETY: passed on.
         let mapped = unsafe { libc::syscall(libc::SYS_mmap, at, len, prot, flags, fd, offset) };
         address(mapped)
     }
 
-    pub fn kind(&self) -> Kind<'_> {
+    /// Why anonymous memory is left as it is. `None`: it is not, or it is no such memory.
+    pub fn why_left(&self) -> Option<Why> {
+        let (prot, flags) = (self.prot, self.flags);
+        if flags & (libc::MAP_ANONYMOUS | libc::MAP_HUGETLB) != libc::MAP_ANONYMOUS {
+            return None;
+        }
+        match flags & UNFIT {
+            _ if prot != READ_WRITE => Some(Why::Mapped { prot }),
+            0 => None,
+            grows if grows & libc::MAP_GROWSDOWN != 0 => Some(Why::GrowsDown),
+            _ => Some(Why::Stack),
+        }
+    }
+
+    fn look(&self) -> Kind {
         if self.prot != READ_WRITE {
             return Kind::Other;
         }
@@ -56,18 +79,21 @@ impl Request {
         if anonymous {
             return if shared { Kind::SharedZeros } else { Kind::Zeros };
         }
-        if self.fd < 0 {
-            return Kind::Other;
-        }
-        // SAFETY: it is a number that the program takes for a descriptor; one that is not open is refused when it is used.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        let Some(fd) = self.file() else { return Kind::Other };
         let Ok(stat) = rustix::fs::fstat(fd) else { return Kind::Other };
+        let len = |page| len_in_file(self.len, page, &stat, self.offset);
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile if shared => Kind::Shared(fd),
-            FileType::RegularFile => Kind::Copy(fd),
+            FileType::RegularFile if shared => Kind::Shared { len: page_in_memory(fd).and_then(len) },
+            FileType::RegularFile => Kind::Copy { len: len(PAGE) },
             FileType::CharacterDevice if !shared && is_dev_zero(stat.st_rdev) => Kind::Zeros,
             _ => Kind::Other,
         }
+    }
+
+    /// What the program names as its file.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: it is a number that the program takes for a descriptor; one that is not open is refused when it is used.
+        (self.fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(self.fd) })
     }
 }
 
@@ -105,6 +131,13 @@ pub unsafe fn protect(at: usize, len: usize, prot: c_int) -> c_int {
 }
 
 /// # Safety
+/// As pkey_mprotect.
+pub unsafe fn protect_by_key(at: usize, len: usize, prot: c_int, key: c_int) -> c_int {
+    // SAFETY: passed on.
+    result(unsafe { libc::syscall(libc::SYS_pkey_mprotect, at, len, prot, key) })
+}
+
+/// # Safety
 /// As madvise.
 pub unsafe fn advise(range: &Range<usize>, advice: c_int) -> c_int {
     let len = range.end.wrapping_sub(range.start);
@@ -113,9 +146,8 @@ pub unsafe fn advise(range: &Range<usize>, advice: c_int) -> c_int {
 }
 
 /// Bytes of a mapping that have pages in its file; `None`: there are none.
-pub fn len_in_file(len: usize, page: usize, fd: BorrowedFd<'_>, offset: off_t) -> Option<usize> {
-    let size = rustix::fs::fstat(fd).ok()?.st_size;
-    let rest = usize::try_from(size.checked_sub(offset)?).ok()?;
+pub fn len_in_file(len: usize, page: usize, file: &Stat, offset: off_t) -> Option<usize> {
+    let rest = usize::try_from(file.st_size.checked_sub(offset)?).ok()?;
     let [rest, len] = [rest, len].map(|len| len.checked_next_multiple_of(page));
     Some(rest?.min(len?)).filter(|len| *len > 0)
 }

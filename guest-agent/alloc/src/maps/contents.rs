@@ -5,7 +5,6 @@
 
 use super::call::{self, Request};
 use super::{Kind, MAX_FILE, READ_WRITE};
-use crate::piece::PAGE;
 use crate::space::{map_anonymous, unmap};
 use rustix::mm::MapFlags;
 use std::os::fd::BorrowedFd;
@@ -19,8 +18,10 @@ pub struct Contents {
 impl Contents {
     /// Of what is to be mapped; `None`: there is nothing to read, or too much.
     pub fn read(request: &Request) -> Option<Self> {
-        let Kind::Copy(fd) = request.kind() else { return None };
-        let len = call::len_in_file(request.len, PAGE, fd, request.offset).filter(|len| *len <= MAX_FILE)?;
+        let (Kind::Copy { len: Some(len) }, Some(fd)) = (request.kind, request.file()) else { return None };
+        if len > MAX_FILE {
+            return None;
+        }
         // SAFETY: without MAP_FIXED no existing mapping is replaced.
         let base = unsafe { map_anonymous(0, len, READ_WRITE, MapFlags::empty()) }?;
         let contents = Self { base, len };

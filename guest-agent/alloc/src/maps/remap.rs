@@ -3,7 +3,7 @@
 
 #![expect(unsafe_code, reason = "copies and unmaps memory")]
 
-use super::{READ_WRITE, call, fits, pages, part_of, shared, unmap};
+use super::{READ_WRITE, call, pages, part_of, shared, unfit, unmap};
 use crate::exports::set_errno;
 use crate::fd::Kept;
 use crate::piece::{Backing, InChild, Piece, Purpose, Sharing};
@@ -257,9 +257,10 @@ fn cover(space: &mut Space, new: &Range<usize>, old: &Old) {
         return space.leave(new.len());
     }
     let wanted = old.prot == READ_WRITE;
+    let unfit = unfit(space, new.len(), 0);
+    unfit.filter(|_| wanted).into_iter().for_each(|why| space.note(new, why));
     // SAFETY: the memory was mapped just now, and nobody else knows it.
-    let covered =
-        wanted && fits(space, new.len(), 0) && unsafe { space.cover(new.start, new.len(), old.purpose) };
+    let covered = wanted && unfit.is_none() && unsafe { space.cover(new.start, new.len(), old.purpose) };
     if covered {
         // It is one piece, so there is nothing to split.
         space.change(new, |piece| piece.in_child = old.in_child).ok();

@@ -1,6 +1,7 @@
 //! Memory that stays the program's own and is pinned where it stands, for processes that are trusted.
 
-use super::{Space, State};
+use super::Space;
+use crate::left::{TOO_LARGE, Why};
 use crate::link::Link;
 use crate::piece::{Backing, Piece, Purpose, Sharing};
 use crate::pinned::{self, Failure};
@@ -15,9 +16,16 @@ impl Space {
 
     /// Pins memory of which nothing is in the table, and shows it to the agent. False: GPUs do not reach it.
     pub fn pin(&mut self, range: &Range<usize>, sharing: Sharing) -> bool {
-        let wanted = self.is_trusted() && !range.is_empty() && self.table.has_room();
-        let State::Up(link) = &mut self.state else { return false };
-        if !wanted || u64::try_from(range.len()).is_ok_and(|len| len > link.max_arena_bytes()) {
+        if !self.is_trusted() || range.is_empty() {
+            return false;
+        }
+        if !self.table.has_room() {
+            self.note(range, Why::Full);
+            return false;
+        }
+        let Some(link) = self.link_mut() else { return false };
+        if u64::try_from(range.len()).is_ok_and(|len| len > link.max_arena_bytes()) {
+            self.note(range, TOO_LARGE);
             return false;
         }
         match pinned::pin(link, range) {
@@ -27,17 +35,24 @@ impl Space {
                 true
             }
             Err(failure) => {
-                self.on_unpinned(range.len(), &failure);
+                self.on_unpinned(range, &failure);
                 false
             }
         }
     }
 
     /// Memory that is not pinned is as it was, so it ends no program.
-    fn on_unpinned(&mut self, len: usize, failure: &Failure) {
+    fn on_unpinned(&mut self, range: &Range<usize>, failure: &Failure) {
+        match failure {
+            Failure::Agent(failure) => self.log.add_failure(range, failure),
+            Failure::Ring(_) | Failure::Register(_) => self.note(range, Why::NotPinned),
+        }
         if !self.complained_of_pins {
             self.complained_of_pins = true;
-            say(format_args!("GPUs do not reach {len} bytes that this program might pin: {failure}"));
+            say(format_args!(
+                "GPUs do not reach {} bytes that this program might pin: {failure}",
+                range.len()
+            ));
         }
         if let Failure::Agent(failure) = failure
             && failure.is_final()

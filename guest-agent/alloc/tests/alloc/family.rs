@@ -1,8 +1,9 @@
 //! malloc and its relatives.
 
 use crate::mock::eventually;
-use crate::program::Program;
+use crate::program::{Program, compile};
 use crate::world::World;
+use std::process::Command;
 
 #[test]
 fn list_of_an_unmodified_program_is_walked() {
@@ -74,6 +75,18 @@ fn streams_lie_outside_of_arenas_and_their_buffers_inside() {
     assert_eq!(gpu.word(small), u64::from_le_bytes(*b"eight by"));
     assert_eq!(gpu.word(grown), u64::from_le_bytes(*b"longer l"));
     assert_eq!(gpu.word(wide), u64::from('w') | u64::from('i') << 32);
+    program.go_on();
+    program.end_well();
+}
+
+#[test]
+fn streams_that_are_opened_before_the_library_is_ready_lie_outside_of_arenas() {
+    let world = World::new();
+    let early = compile(world.directory.path(), "early", &["-shared", "-fPIC"]);
+    let program = compile(world.directory.path(), "early_stream", &[early.to_str().unwrap()]);
+    let mut program = Program::spawn(Command::new(program).env("SVM_AGENT_SOCKET", world.socket()));
+    let stream = program.told("stream");
+    assert!(!world.gpu(program.pid()).reaches(stream));
     program.go_on();
     program.end_well();
 }

@@ -68,3 +68,37 @@ fn streams_may_be_flushed_and_allocate_during_a_fork() {
     program.told("end");
     program.end_well();
 }
+
+/// A message of theirs would end their parent's context.
+#[test]
+fn children_without_handlers_leave_their_parents_context_alone() {
+    let world = World::new();
+    let mut program = Program::start(&world, "children", &[]);
+    let places = ["kept", "mapping", "later"].map(|name| program.told(name));
+    let gpu = world.gpu(program.pid());
+    assert_eq!(places.map(|at| gpu.word(at)), [77, 78, 79]);
+    program.go_on();
+    program.end_well();
+}
+
+#[test]
+fn protections_that_were_changed_in_part_are_the_childs_too() {
+    let world = World::new();
+    let mut program = Program::start(&world, "halfway", &[]);
+    let [base, keyed] = ["base", "keyed"].map(|name| program.told(name));
+    let gpu = world.gpu(program.pid());
+    assert!(!gpu.reaches(base) && !gpu.reaches(keyed));
+    assert_eq!(gpu.word(keyed + 2 * 4096), 102);
+    program.go_on();
+    program.end_well();
+}
+
+/// A child has whatever other threads had open at that moment, and must not keep their forks waiting by it.
+#[test]
+fn threads_that_fork_at_once_do_not_wait_for_each_others_children() {
+    let world = World::new();
+    let mut program = Program::start(&world, "forkers", &[]);
+    program.told("end");
+    program.go_on();
+    program.end_well();
+}

@@ -13,6 +13,8 @@
 mod absent;
 mod family;
 mod forks;
+#[path = "../../../tests/agent/lacking.rs"]
+mod lacking;
 mod maps;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/mock.rs"]
@@ -24,6 +26,7 @@ mod program;
 #[path = "../../../tests/agent/ring.rs"]
 mod ring;
 mod shared;
+mod signals;
 mod stress;
 mod trusted;
 mod world;

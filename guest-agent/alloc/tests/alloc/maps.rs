@@ -235,3 +235,14 @@ fn child_without_arenas_has_its_mappings_as_they_were() {
     let (status, said) = program.end();
     assert!(status.success() && said.contains("ENOSPC"), "{status} {said}");
 }
+
+/// It would wait for itself if the library asked about the file with the heap locked.
+#[test]
+fn process_maps_files_that_it_serves_itself() {
+    let world = World::new();
+    let file = world.directory.path().join("served");
+    let mut program = Program::start(&world, "server", &[file.to_str().unwrap()]);
+    program.told("through");
+    program.go_on();
+    program.end_well();
+}

@@ -56,3 +56,20 @@ fn globals_of_loaded_libraries_are_reached_until_they_go() {
     program.go_on();
     program.end_well();
 }
+
+#[test]
+fn libraries_with_thread_local_variables_come_and_go_beside_threads_that_allocate() {
+    let world = World::new();
+    let library = compile(world.directory.path(), "thread_local", &["-shared", "-fPIC"]);
+    // More than the C library has made room for before the first.
+    let copies: Vec<_> = (0..150).map(|copy| world.directory.path().join(format!("{copy}.so"))).collect();
+    for copy in &copies {
+        std::fs::copy(&library, copy).unwrap();
+    }
+    let program = compile(world.directory.path(), "thread_locals", &[]);
+    let mut program =
+        Program::spawn(Command::new(program).args(copies).env("SVM_AGENT_SOCKET", world.socket()));
+    program.told("end");
+    program.go_on();
+    program.end_well();
+}

@@ -6,6 +6,7 @@ use crate::world::World;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
 
 /// The library, which lies beside this test.
 pub fn library() -> PathBuf {
@@ -34,6 +35,8 @@ pub struct Program {
     child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
+    /// Reads what it says on standard error: a program that says much would wait for room.
+    said: JoinHandle<String>,
 }
 
 impl Program {
@@ -52,7 +55,13 @@ impl Program {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        Self { child, input, output: BufReader::new(output) }
+        let mut errors = child.stderr.take().unwrap();
+        let said = std::thread::spawn(move || {
+            let mut said = String::new();
+            errors.read_to_string(&mut said).unwrap();
+            said
+        });
+        Self { child, input, output: BufReader::new(output), said }
     }
 
     pub fn pid(&self) -> i32 {
@@ -70,8 +79,7 @@ impl Program {
     pub fn next(&mut self, awaited: &str) -> (String, u64) {
         let mut line = String::new();
         if self.output.read_line(&mut line).unwrap() == 0 {
-            let mut said = String::new();
-            self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            let said = std::mem::replace(&mut self.said, std::thread::spawn(String::new)).join().unwrap();
             panic!("ended before it told {awaited}: {:?} {said}", self.child.wait());
         }
         let (told, value) = line.trim().split_once(' ').unwrap();
@@ -86,8 +94,7 @@ impl Program {
     /// Waits for its end: how it ended, and what it said on standard error.
     pub fn end(mut self) -> (ExitStatus, String) {
         drop(self.input);
-        let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let said = self.said.join().unwrap();
         (self.child.wait().unwrap(), said)
     }
 

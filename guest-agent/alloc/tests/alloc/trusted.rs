@@ -2,20 +2,23 @@
 //!
 //! The device is played, so what is compared is where the agent says that a page is with what the kernel says.
 
+use crate::lacking::{lacking, tested_in_qemu};
 use crate::maps::{PAGE, assert_out_of_reach};
 use crate::program::{Program, compile, library};
 use crate::world::{Gpu, World};
 use guest_agent::agent::AgentOptions;
 use guest_agent::trust::Trust;
 use std::fs::{File, Permissions};
-use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// An ordinary user, who runs nothing else.
-const USER: u32 = 54_321;
+/// An ordinary user, who runs nothing else: locked memory is counted for each user on the whole machine.
+fn user() -> u32 {
+    // In the range that user namespaces usually have.
+    20_000 + std::process::id() % 40_000
+}
 
 /// An agent that trusts a user; `None`, and a word of it, where it could not look up anybody's pages.
 fn trusting(uid: u32, what: &str) -> Option<World> {
@@ -24,14 +27,8 @@ fn trusting(uid: u32, what: &str) -> Option<World> {
         let trust = Trust { uids: vec![uid], file: Some("trust.toml".into()) };
         return Some(World::with(AgentOptions { trust, ..AgentOptions::default() }));
     }
-    say(&format!("not tested: {what} (needs root and io_uring)"));
+    lacking(&format!("{what} (needs root, and kernel.io_uring_disabled 0)"));
     None
-}
-
-/// Not by eprintln, which the test harness captures.
-fn say(line: &str) {
-    let mut out = std::io::stderr();
-    writeln!(out, "{line}").unwrap();
 }
 
 /// The page frame at an address of a process: the kernel's own word.
@@ -68,7 +65,10 @@ fn memory_of_a_trusted_process_is_pinned_where_it_stands() {
     // As the library says, and main's own frames lie in between.
     pinned(&gpu, pid, private[0] - (128 << 10), 0..32);
     match program.told("huge") {
-        0 => say("not tested: huge pages (MAP_HUGETLB) of a trusted process (needs vm.nr_hugepages)"),
+        0 => tested_in_qemu(
+            "huge pages (MAP_HUGETLB) of a trusted process (none is free: vm.nr_hugepages)",
+            "qemu_every_kind_of_memory_works_or_says_why_not",
+        ),
         huge => {
             pinned(&gpu, pid, huge, 0..512);
         }
@@ -138,10 +138,34 @@ fn process_that_is_not_trusted_pins_nothing() {
     program.end_well();
 }
 
+/// A guest's setting that forbids io_uring is named, once, and the program goes on. The program alone is forbidden it here,
+/// by a filter of system calls: the setting is the whole machine's.
+#[test]
+fn guest_that_forbids_io_uring_is_told_which_setting_it_is() {
+    let trust = Trust { uids: vec![rustix::process::geteuid().as_raw()], file: Some("trust.toml".into()) };
+    let world = World::with(AgentOptions { trust, ..AgentOptions::default() });
+    let folder = world.directory.path();
+    let mut command = Command::new(compile(folder, "forbidden", &[]));
+    command.arg("/usr/bin/env").arg(format!("LD_PRELOAD={}", library().display()));
+    command.arg(compile(folder, "limited", &[])).env("SVM_AGENT_SOCKET", world.socket());
+    let mut program = Program::spawn_plain(&mut command);
+    let (few, many) = (program.told("few"), program.told("many"));
+    let gpu = world.gpu(program.pid());
+    assert_out_of_reach(&gpu, few, 0..1);
+    assert_out_of_reach(&gpu, many, 0..4);
+    program.go_on();
+    let (status, said) = program.end();
+    assert!(status.success() && said.lines().count() == 1, "{status}: {said}");
+    assert!(
+        said.contains("io_uring is not to be had (EPERM)") && said.contains("kernel.io_uring_disabled"),
+        "{said}"
+    );
+}
+
 /// A user's own limit is named, once, and the program goes on.
 #[test]
 fn limit_of_locked_memory_is_named() {
-    let Some(world) = trusting(USER, "limit of locked memory is named") else { return };
+    let Some(world) = trusting(user(), "limit of locked memory is named") else { return };
     let folder = world.directory.path();
     std::fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
     let program = compile(folder, "limited", &[]);
@@ -152,7 +176,7 @@ fn limit_of_locked_memory_is_named() {
         // Without the library, or the shell would pin something itself.
         let with = format!("exec env LD_PRELOAD={} {}", copy.display(), program.display());
         command.arg("-c").arg(format!("ulimit -l {limit}; {with}"));
-        command.uid(USER).gid(USER).env("SVM_AGENT_SOCKET", world.socket());
+        command.uid(user()).gid(user()).env("SVM_AGENT_SOCKET", world.socket());
         Program::spawn_plain(&mut command)
     };
     for (limit, bytes) in [("64", "65536 bytes"), ("200", "204800 bytes")] {

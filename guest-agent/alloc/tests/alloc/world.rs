@@ -4,10 +4,11 @@ use crate::mock::{self, Mock, eventually};
 use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, ArenaPages, ImportedPages};
 use guest_agent::broker::{Broker, BrokerOptions};
 use guest_agent::memory_file::MemoryFile;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -85,11 +86,19 @@ impl World {
     }
 
     pub fn with(options: AgentOptions) -> Self {
+        Self::limited(options, |_| {})
+    }
+
+    /// As [`Self::with`], with other limits of connections.
+    pub fn limited(options: AgentOptions, limit: impl FnOnce(&mut BrokerOptions)) -> Self {
+        raise_descriptors();
         let directory = tempfile::tempdir().unwrap();
         let (mock, device) = mock::device();
         let memory = Arc::new(Memory::default());
         let agent = Agent::start(device, memory.clone(), options).unwrap();
-        let broker = Broker::start(agent.clone(), BrokerOptions::at(directory.path().join("agent.sock")));
+        let mut serving = BrokerOptions::at(directory.path().join("agent.sock"));
+        limit(&mut serving);
+        let broker = Broker::start(agent.clone(), serving);
         Self { mock, agent, memory, _broker: broker.unwrap(), directory }
     }
 
@@ -117,6 +126,28 @@ impl World {
         let contexts = self.agent.status().contexts;
         contexts.iter().filter(|context| context.owner.pid == pid).map(|context| context.arena_bytes).sum()
     }
+}
+
+/// Every arena of every program is a file here, and tests run beside each other.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+/// Says that a test is not run: not by `eprintln`, which the harness keeps to itself. Where CI is set, that fails.
+pub fn lacking(what: &str) {
+    std::io::stderr().write_all(format!("not tested: {what}\n").as_bytes()).unwrap();
+    assert!(std::env::var_os("CI").is_none(), "{what}, and CI is set");
+}
+
+/// Only root can make processes of other users.
+pub fn is_root(what: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        lacking(&format!("{what} (needs root)"));
+    }
+    root
 }
 
 impl Drop for World {

@@ -91,7 +91,7 @@ fn layouts_and_constants_are_the_librarys_in_c() {
 fn layouts_and_constants_are_the_librarys_in_cpp() {
     let missing = Command::new("c++").arg("--version").output().is_err();
     if missing {
-        crate::lacking("there is no C++ compiler (c++); install g++");
+        crate::lacking::lacking("there is no C++ compiler (c++); install g++");
         return;
     }
     check_probe("c++", "-std=c++11", "c++");

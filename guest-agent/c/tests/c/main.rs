@@ -14,20 +14,16 @@ mod build;
 mod errors;
 mod examples;
 mod header;
-mod install;
+#[expect(dead_code, reason = "shared with other tests, which need huge pages")]
+#[path = "../../../tests/agent/lacking.rs"]
+mod lacking;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/mock.rs"]
 mod mock;
+mod remedies;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/ring.rs"]
 mod ring;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/world.rs"]
 mod world;
-
-/// Says that a test is not run: not by `eprintln`, which the harness keeps to itself. Where CI is set, that fails.
-fn lacking(what: &str) {
-    use std::io::Write;
-    std::io::stderr().write_all(format!("not tested: {what}\n").as_bytes()).unwrap();
-    assert!(std::env::var_os("CI").is_none(), "{what}, and CI is set");
-}

@@ -3,6 +3,7 @@
 use super::*;
 use crate::message::EVENTS;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd};
 use zerocopy::FromZeros;
 
@@ -122,4 +123,24 @@ fn hung_up_agent_leaves_the_descriptor_readable() {
     assert!(matches!(end, Err(Error::HungUp)));
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     assert_eq!(rustix::event::poll(&mut [PollFd::new(&events, PollFlags::IN)], Some(&now)), Ok(1));
+}
+
+/// The kernel drops a descriptor for which there is no number; the agent hears of it.
+#[test]
+fn arena_that_comes_without_its_descriptor_is_given_back() {
+    let Bench { connection, agent, .. } = Bench::new();
+    let asking = std::thread::spawn(move || connection.create_arena(4096, 0x10_000).map(|_| ()));
+    let mut buffer = [0; 256];
+    let mut next = || {
+        let received = agent.receive(&mut buffer, true).unwrap();
+        let (head, body) = Head::read_from_prefix(&buffer[..received.len]).unwrap();
+        (head, body.to_vec())
+    };
+    let (create, _) = next();
+    let made = ArenaReply { arena_id: 7.into(), offset: 0.into() };
+    agent.send(&[create.as_bytes(), made.as_bytes()], &[], false).unwrap();
+    let (free, body) = next();
+    assert_eq!((free.kind.get(), ArenaFree::read_from_bytes(&body).unwrap().arena_id.get()), (ARENA_FREE, 7));
+    agent.send(&[free.as_bytes()], &[], false).unwrap();
+    assert!(matches!(asking.join().unwrap(), Err(Error::NoDescriptor)));
 }

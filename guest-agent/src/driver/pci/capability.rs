@@ -10,7 +10,6 @@ const MAX_CAPABILITIES: usize = 48;
 const COMMON: u8 = 1;
 const NOTIFY: u8 = 2;
 const ISR: u8 = 3;
-const DEVICE: u8 = 4;
 
 /// Why the capabilities do not describe a modern device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,17 +35,12 @@ pub struct Layout {
     pub notify_multiplier: usize,
     /// Interrupt status.
     pub isr: usize,
-    /// Device configuration.
-    pub device: usize,
-    /// Bytes of it.
-    pub device_len: usize,
 }
 
 #[derive(Clone, Copy)]
 struct Capability {
     bar: u8,
     offset: usize,
-    len: usize,
     multiplier: usize,
 }
 
@@ -68,10 +62,10 @@ pub fn parse(space: &[u8; 256]) -> Result<Layout, CapabilityError> {
             break;
         }
         if byte(at) == VENDOR {
-            let (offset, len, multiplier) = (word(at + 8), word(at + 12), word(at + 16));
+            let (offset, multiplier) = (word(at + 8), word(at + 16));
             // The first of a kind is the one that the device prefers.
             if let Some(slot @ None) = found.get_mut(usize::from(byte(at + 3))) {
-                *slot = Some(Capability { bar: byte(at + 4), offset, len, multiplier });
+                *slot = Some(Capability { bar: byte(at + 4), offset, multiplier });
             }
         }
         at = usize::from(byte(at + 1) & !3);
@@ -80,8 +74,8 @@ pub fn parse(space: &[u8; 256]) -> Result<Layout, CapabilityError> {
         found.get(usize::from(kind)).copied().flatten().ok_or(CapabilityError::Missing(name))
     };
     let (common, notify) = (need(COMMON, "common configuration")?, need(NOTIFY, "notification")?);
-    let (isr, device) = (need(ISR, "interrupt status")?, need(DEVICE, "device configuration")?);
-    for other in [notify, isr, device] {
+    let isr = need(ISR, "interrupt status")?;
+    for other in [notify, isr] {
         if other.bar != common.bar {
             return Err(CapabilityError::SeveralBars(common.bar, other.bar));
         }
@@ -92,8 +86,6 @@ pub fn parse(space: &[u8; 256]) -> Result<Layout, CapabilityError> {
         notify: notify.offset,
         notify_multiplier: notify.multiplier,
         isr: isr.offset,
-        device: device.offset,
-        device_len: device.len,
     })
 }
 
@@ -125,15 +117,7 @@ mod tests {
     #[test]
     fn modern_device_is_understood() {
         let layout = parse(&space(&GOOD)).unwrap();
-        let expected = Layout {
-            bar: 4,
-            common: 0,
-            notify: 0x3000,
-            notify_multiplier: 4,
-            isr: 0x1000,
-            device: 0x2000,
-            device_len: 128,
-        };
+        let expected = Layout { bar: 4, common: 0, notify: 0x3000, notify_multiplier: 4, isr: 0x1000 };
         assert_eq!(layout, expected);
     }
 
@@ -153,7 +137,7 @@ mod tests {
     #[test]
     fn registers_in_two_bars_are_refused() {
         let mut capabilities = GOOD;
-        capabilities[2].1 = 2;
+        capabilities[1].1 = 2;
         assert_eq!(parse(&space(&capabilities)), Err(CapabilityError::SeveralBars(4, 2)));
     }
 }

@@ -3,9 +3,9 @@
 use super::super::{Error, Result};
 use super::{Posted, Response, SvmDevice};
 use virtio_gpu_svm::protocol::control::{
-    GetDevice, GetDeviceResp, Hello, HelloResp, Invalidate, InvalidateResp, PageResponse, PageRun, Supply,
+    GetDevice, GetDeviceResp, Hello, HelloResp, Invalidate, InvalidateResp, PageResponse, PageRun,
     SupplyResp, SvmResp, VIRTIO_GPU_CMD_SVM_GET_DEVICE, VIRTIO_GPU_CMD_SVM_HELLO,
-    VIRTIO_GPU_CMD_SVM_INVALIDATE, VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE, VIRTIO_GPU_CMD_SVM_SUPPLY,
+    VIRTIO_GPU_CMD_SVM_INVALIDATE, VIRTIO_GPU_CMD_SVM_PAGE_RESPONSE,
 };
 use virtio_gpu_svm::protocol::gpu::{
     CmdSubmit, CtrlHdr, CtxCreate, VIRTIO_GPU_CMD_CTX_CREATE, VIRTIO_GPU_CMD_CTX_DESTROY,
@@ -58,12 +58,13 @@ impl SvmDevice {
         self.post(token, request.as_bytes().to_vec(), size_of::<GetDeviceResp>())
     }
 
-    /// Creates a context of this protocol's capset.
+    /// Creates a context of this protocol's capset. Its commands take turns with those of other lines: a user's contexts
+    /// have one line.
     ///
     /// # Errors
     /// As [`Self::call`].
-    pub fn ctx_create(&self, ctx_id: u32, name: &str) -> Result<Response> {
-        self.forget_progress(ctx_id);
+    pub fn ctx_create(&self, ctx_id: u32, line: u32, name: &str) -> Result<Response> {
+        self.begin(ctx_id, line);
         let mut request =
             CtxCreate { hdr: header(VIRTIO_GPU_CMD_CTX_CREATE, ctx_id), ..CtxCreate::default() };
         request.context_init = CAPSET_SVM.into();
@@ -98,18 +99,6 @@ impl SvmDevice {
         let hdr = header(VIRTIO_GPU_CMD_SUBMIT_3D, ctx_id);
         let request = CmdSubmit { hdr, size: size.into(), padding: 0.into() };
         self.call(request.as_bytes(), payload, response)
-    }
-
-    /// Supplies pages without being asked.
-    ///
-    /// # Errors
-    /// As [`Self::call`].
-    pub fn supply(&self, ctx_id: u32, runs: &[PageRun]) -> Result<SupplyResp> {
-        let hdr = header(VIRTIO_GPU_CMD_SVM_SUPPLY, ctx_id);
-        let Told { num_runs, flags, bytes } = told(runs)?;
-        let request = Supply { hdr, num_runs, flags, ..Supply::default() };
-        let response = self.call(request.as_bytes(), &bytes, size_of::<SupplyResp>())?;
-        response.parse(VIRTIO_GPU_CMD_SVM_SUPPLY)
     }
 
     /// The answer to a fault, to be posted under `token`.

@@ -86,8 +86,10 @@ static void refusals(void)
 	struct svm_device devices[2];
 
 	REFUSED(svm_open(&other), EBUSY, "HELLO");
+	REFUSED(svm_open(&other), EBUSY, "use that one's handle");
 	REFUSED(svm_mirror(svm, 99, made), ENOENT, "no device 99");
 	REFUSED(svm_mirror(svm, 0, made), EEXIST, "VM_CREATE");
+	REFUSED(svm_mirror(svm, 0, made), EEXIST, "use that one");
 	REFUSED(svm_mirror(svm, 2, made), EOPNOTSUPP, "no page faults");
 	REFUSED(svm_mirror(svm, 3, made), ERANGE, "22 address bits");
 	CHECK(made[0] == NULL && other == NULL);

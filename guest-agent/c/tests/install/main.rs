@@ -1,9 +1,34 @@
 //! `guest-agent/install`, and programs that are built against what it has installed.
+//!
+//! Apart from the other tests, because the script has cargo build: that may put other files where they look for libraries.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test that cannot go on should panic, and its numbers are small"
+)]
+
+#[expect(dead_code, reason = "shared with the library's tests, which use more of it")]
+#[path = "../c/build.rs"]
+mod build;
+#[expect(dead_code, reason = "shared with other tests, which need huge pages")]
+#[path = "../../../tests/agent/lacking.rs"]
+mod lacking;
+#[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
+#[path = "../../../tests/agent/mock.rs"]
+mod mock;
+#[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
+#[path = "../../../tests/agent/ring.rs"]
+mod ring;
+#[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
+#[path = "../../../tests/agent/world.rs"]
+mod world;
 
 use crate::build::{run, source, text};
 use crate::mock::Shape;
 use crate::world::World;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn script() -> Command {
@@ -30,18 +55,24 @@ fn pkg_config(prefix: &Path, arguments: &[&str]) -> Option<Vec<String>> {
     let mut command = Command::new("pkg-config");
     command.args(arguments).arg("gpusvm").env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig"));
     if Command::new("pkg-config").arg("--version").output().is_err() {
-        crate::lacking("there is no pkg-config; the flags of gpusvm.pc are read by hand alone");
+        crate::lacking::lacking("there is no pkg-config; the flags of gpusvm.pc are read by hand alone");
         return None;
     }
     Some(text(&run(&mut command)).split_whitespace().map(str::to_owned).collect())
 }
 
-/// Builds the example with these flags and runs it as the installed agent does.
-fn check_program(world: &World, prefix: &Path, name: &str, flags: &[String]) {
+/// Builds the example with these flags.
+fn compile(prefix: &Path, name: &str, flags: &[String]) -> PathBuf {
     let out = prefix.join(name);
     let mut compiler = Command::new("cc");
     compiler.args(["-std=gnu11", "-Wall", "-Werror"]).arg(source("examples/list.c")).arg("-o").arg(&out);
     run(compiler.args(flags));
+    out
+}
+
+/// Builds the example with these flags and runs it as the installed agent does.
+fn check_program(world: &World, prefix: &Path, name: &str, flags: &[String]) {
+    let out = compile(prefix, name, flags);
     let mut command = Command::new(prefix.join("bin/svm-agent"));
     command
         .args(["run", "--require", "--socket"])
@@ -51,6 +82,16 @@ fn check_program(world: &World, prefix: &Path, name: &str, flags: &[String]) {
         .args(["300", "11"]);
     let told = text(&run(command.env("LD_LIBRARY_PATH", prefix.join("lib")).env_remove("LD_PRELOAD")));
     assert!(told.contains(" nodes=300 ") && told.ends_with(" ok\n"), "{name}: {told}");
+}
+
+/// As [`check_program`], linked with the allocator library and so run by nobody.
+fn check_linked(world: &World, prefix: &Path, flags: &[String]) {
+    let mut flags = flags.to_vec();
+    flags.push("-lsvm_alloc".into());
+    let mut command = Command::new(compile(prefix, "linked", &flags));
+    command.args(["300", "11"]).env("LD_LIBRARY_PATH", prefix.join("lib")).env_remove("LD_PRELOAD");
+    let told = text(&run(command.env("SVM_AGENT_SOCKET", world.socket()).env("SVM_ALLOC", "require")));
+    assert!(told.contains(" nodes=300 ") && told.ends_with(" ok\n"), "{told}");
 }
 
 fn install(prefix: &Path) -> Output {
@@ -65,7 +106,9 @@ fn installed_library_is_found_by_programs_in_c() {
     install(&prefix);
     // Again, over what is there: as an upgrade does.
     let told = String::from_utf8(install(&prefix).stdout).unwrap();
-    for next in ["svm-agent serve", "svm-agent run -- PROGRAM", "pkg-config --cflags --libs gpusvm"] {
+    for next in
+        ["svm-agent serve", "svm-agent run -- PROGRAM", "-lsvm_alloc", "pkg-config --cflags --libs gpusvm"]
+    {
         assert!(told.contains(next), "{told}");
     }
     let version = env!("CARGO_PKG_VERSION");
@@ -86,6 +129,7 @@ fn installed_library_is_found_by_programs_in_c() {
     assert!(pc.contains(&format!("Version: {version}\n")) && !pc.contains('@'), "{pc}");
     let by_hand = flags(&pc, &["Cflags:", "Libs:"]);
     check_program(&world, &prefix, "by-hand", &by_hand);
+    check_linked(&world, &prefix, &by_hand);
     if let Some(flags) = pkg_config(&prefix, &["--cflags", "--libs"]) {
         check_program(&world, &prefix, "by-pkg-config", &flags);
     }

@@ -1,0 +1,92 @@
+/* What pinned memory costs in this guest, as one line of JSON: every time in nanoseconds, of BYTES at a time.
+ *
+ *   pins ROUNDS   to be run by root, with `svm-agent run`
+ *
+ * mmap gives memory of an arena, and munmap returns when no device can reach it. Beside that, what the kernel alone takes:
+ * a bare mapping of shared memory with all its pages, and their registration with an io_uring, which is how the agent pins. */
+#define _GNU_SOURCE
+#include "samples.h"
+
+#include <linux/io_uring.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+enum { BYTES = 16 << 20, MAX_ROUNDS = 1000 };
+
+static const int reach = PROT_READ | PROT_WRITE;
+
+static void by_kernel(int ring, uint64_t *populate, uint64_t *pin, uint64_t *unpin, uint64_t *unmap)
+{
+	const int flags = MAP_SHARED | MAP_ANONYMOUS | MAP_POPULATE;
+	uint64_t times[5];
+	struct iovec all;
+	void *at;
+
+	times[0] = now();
+	at = (void *)syscall(SYS_mmap, NULL, BYTES, reach, flags, -1, 0);
+	if (at == MAP_FAILED)
+		fail("mmap by hand");
+	times[1] = now();
+	all = (struct iovec){ .iov_base = at, .iov_len = BYTES };
+	if (syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &all, 1) != 0)
+		fail("IORING_REGISTER_BUFFERS");
+	times[2] = now();
+	if (syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, NULL, 0) != 0)
+		fail("IORING_UNREGISTER_BUFFERS");
+	times[3] = now();
+	if (syscall(SYS_munmap, at, BYTES) != 0)
+		fail("munmap by hand");
+	times[4] = now();
+	*populate = times[1] - times[0];
+	*pin = times[2] - times[1];
+	*unpin = times[3] - times[2];
+	*unmap = times[4] - times[3];
+}
+
+static void by_library(uint64_t *map, uint64_t *unmap)
+{
+	uint64_t begin = now(), mapped;
+	void *at = mmap(NULL, BYTES, reach, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	mapped = now();
+	if (at == MAP_FAILED)
+		fail("mmap");
+	*map = mapped - begin;
+	begin = now();
+	if (munmap(at, BYTES) != 0)
+		fail("munmap");
+	*unmap = now() - begin;
+}
+
+int main(int argc, char **argv)
+{
+	static uint64_t populate[MAX_ROUNDS], pin[MAX_ROUNDS], unpin[MAX_ROUNDS], unmap[MAX_ROUNDS];
+	static uint64_t arena[MAX_ROUNDS], arena_gone[MAX_ROUNDS];
+	size_t rounds = argc == 2 ? strtoul(argv[1], NULL, 10) : 0;
+	struct io_uring_params params;
+	int ring;
+
+	if (rounds == 0 || rounds > MAX_ROUNDS) {
+		fprintf(stderr, "usage: pins ROUNDS\n");
+		return 2;
+	}
+	memset(&params, 0, sizeof(params));
+	ring = (int)syscall(SYS_io_uring_setup, 1, &params);
+	if (ring < 0)
+		fail("io_uring_setup");
+	for (size_t i = 0; i < rounds; i++) {
+		by_kernel(ring, &populate[i], &pin[i], &unpin[i], &unmap[i]);
+		by_library(&arena[i], &arena_gone[i]);
+	}
+	printf("{\"bytes\": %d, ", BYTES);
+	tell("populate", populate, rounds, ", ");
+	tell("pin", pin, rounds, ", ");
+	tell("unpin", unpin, rounds, ", ");
+	tell("unmap", unmap, rounds, ", ");
+	tell("arena", arena, rounds, ", ");
+	tell("arena_gone", arena_gone, rounds, "}\n");
+	return 0;
+}
