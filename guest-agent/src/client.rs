@@ -178,6 +178,9 @@ fn advice(what: &str, status: i32, limit: Option<Reached>) -> String {
 /// What to do about a refusal.
 fn hint(what: &str, errno: i32) -> &'static str {
     match (what, errno) {
+        ("HELLO", errno::EACCES) => {
+            "svm-agent may not look at this process' memory (/proc/PID/pagemap): have it run as root with CAP_SYS_PTRACE, and with a /proc that hides no process (hidepid)"
+        }
         ("HELLO", errno::EBUSY) => {
             "another part of this process has joined its context, which one at a time can: use that one's handle, or have it closed first"
         }

@@ -28,6 +28,10 @@ pub const MAX_REPLY_BYTES: u32 = 32 << 10;
 pub const MAX_RECORDS: usize = 128;
 
 /// Opens a connection's context, or joins one. Body: [`Hello`]; reply: [`HelloReply`].
+///
+/// -EOPNOTSUPP: another version; -EACCES: the agent may not look at the process' memory (`/proc/PID/pagemap`), without
+/// which it would not see the process execute another program. After both, and after whatever is no message, the
+/// connection ends.
 pub const HELLO: u32 = 1;
 /// Lists host devices. No body; reply: [`DeviceEntry`] each.
 pub const DEVICES: u32 = 2;

@@ -41,21 +41,20 @@ impl ProcessMemory {
     /// it can draw out as long as it likes.
     ///
     /// # Errors
-    /// When the process has ended, or this one is not root.
-    pub fn open(peer: &Peer) -> io::Result<Self> {
-        let mut found = Err(io::Error::from(Errno::SRCH));
+    /// An errno for the process: EACCES where this one may not look at its memory; ESRCH when it has ended.
+    pub fn open(peer: &Peer) -> Result<Self, Errno> {
+        let mut found = Err(Errno::SRCH);
+        let threads = std::fs::read_dir(format!("/proc/{}/task", peer.credentials.pid));
         // Of any thread: the first one may end before the others, and has no memory then.
-        for thread in std::fs::read_dir(format!("/proc/{}/task", peer.credentials.pid))? {
-            found = File::open(thread?.path().join("pagemap")).map(|pagemap| Self { pagemap });
+        for thread in threads.map_err(|error| not_shown(&error))? {
+            let opened = thread.and_then(|thread| File::open(thread.path().join("pagemap")));
+            found = opened.map(|pagemap| Self { pagemap }).map_err(|error| not_shown(&error));
             if found.as_ref().is_ok_and(|memory| !memory.has_gone()) {
                 break;
             }
         }
         // While it lives its id names no other process, and so it did before.
-        if peer.has_exited() {
-            return Err(io::Error::from(Errno::SRCH));
-        }
-        found
+        if peer.has_exited() { Err(Errno::SRCH) } else { found }
     }
 
     /// Whether nobody has the address space any more: its process has executed another program, or has ended. A process
@@ -82,6 +81,14 @@ impl ProcessMemory {
             other => other.errno(),
         })?;
         Ok(PinnedRange { ring, pages })
+    }
+}
+
+/// Why /proc does not show a process. Of one that it hides (hidepid) it says that it is not there.
+fn not_shown(error: &io::Error) -> Errno {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound => Errno::ACCESS,
+        _ => Errno::from_io_error(error).unwrap_or(Errno::IO),
     }
 }
 

@@ -105,8 +105,8 @@ pub(super) struct Connection {
     wake: OwnedFd,
     /// Whether what the process says of its memory is believed.
     trusted: bool,
-    /// The address space, from when the connection is served.
-    memory: OnceLock<ProcessMemory>,
+    /// The address space, or why it cannot be looked at, from when the connection is served.
+    memory: OnceLock<Result<ProcessMemory, Errno>>,
     /// Sender of the first message.
     sender: OnceLock<Credentials>,
     /// The context, once HELLO has made or joined it.
@@ -172,10 +172,8 @@ impl Connection {
     pub(super) fn serve(self: &Arc<Self>, stop: BorrowedFd<'_>, hello_timeout: Duration) {
         let mut buf = vec![0; MAX_MESSAGE_BYTES];
         // Here and not where connections are accepted: it may wait for the process.
-        if let Ok(memory) = ProcessMemory::open(&self.peer) {
-            self.memory.get_or_init(|| memory);
-            self.serve_process(stop, hello_timeout, &mut buf);
-        }
+        self.memory.get_or_init(|| ProcessMemory::open(&self.peer));
+        self.serve_process(stop, hello_timeout, &mut buf);
         // What was not read is dropped here, where closing its descriptors may wait for the process: the last to have this
         // socket may be a thread that serves everybody.
         rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both).ok();
@@ -199,9 +197,13 @@ impl Connection {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn memory(&self) -> Result<&ProcessMemory, Errno> {
+        self.memory.get().map_or(Err(Errno::ACCESS), |memory| memory.as_ref().map_err(|errno| *errno))
+    }
+
     /// Whether the program that connected is no more, though its process may be.
     fn has_executed(&self) -> bool {
-        self.memory.get().is_none_or(ProcessMemory::has_gone)
+        self.memory().is_ok_and(ProcessMemory::has_gone)
     }
 
     fn take_place(&self, place: Place) {
@@ -279,8 +281,10 @@ impl Connection {
         // inherited the socket nor a program that was executed with other rights may use the context.
         let of_peer = received.sender.filter(|sender| sender.pid == self.peer.credentials.pid);
         let sender = of_peer.ok_or(Errno::ACCESS)?;
+        // Whose memory cannot be looked at hears so, and has no context.
+        let memory = self.memory()?;
         // Nor may the next program of that process, which cannot have sent this before the last one's memory was gone.
-        if *self.sender.get_or_init(|| sender) != sender || self.has_executed() {
+        if *self.sender.get_or_init(|| sender) != sender || memory.has_gone() {
             return Err(Errno::ACCESS);
         }
         // One message comes with a descriptor, and with one alone.
@@ -408,8 +412,9 @@ impl Connection {
         if request.reserved.get() != 0 {
             return Outcome::Refuse(Errno::INVAL);
         }
-        let Some(memory) = self.memory.get().filter(|_| self.trusted) else {
-            return Outcome::failed(-Errno::ACCESS.raw_os_error());
+        let memory = match self.memory() {
+            Ok(memory) if self.trusted => memory,
+            _ => return Outcome::failed(-Errno::ACCESS.raw_os_error()),
         };
         match self.agent.pin_arena(key, va, len, || memory.pinned(&self.peer, ring, va, len)) {
             Ok(id) => Outcome::ok(ArenaReply { arena_id: id.into(), offset: 0.into() }.as_bytes()),

@@ -47,7 +47,7 @@ impl Served {
         Self { bench, _broker: broker, directory }
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.directory.path().join("agent.sock")
     }
 

@@ -29,5 +29,6 @@ mod ring;
 mod serving;
 mod table;
 mod trusted;
+mod unseen;
 mod virtqueue;
 mod world;
