@@ -12,9 +12,9 @@
 //! If step 3 never ends, nothing is let go, ever. The ring memory stays pinned for the keeper's whole life.
 //!
 //! Memory is pinned a slice at a time, and each request that is under way has a slice in turn, so none waits for another
-//! one's whole memory; what takes no time, as letting go, goes before. All on one thread: nothing else of this process
-//! touches a mapping between a pin and the lookup of its pages ([`crate::pin`]). Who asks has one request of each user
-//! under way ([`crate::agent`]).
+//! one's whole memory; what takes no time, as letting go, goes before, so many at a time. All on one thread: nothing else of
+//! this process touches a mapping between a pin and the lookup of its pages ([`crate::pin`]). Who asks has one request of
+//! each user under way ([`crate::agent`]).
 //!
 //! The documented residue: when the keeper itself is killed, the kernel takes its pins down while the device may still
 //! run. The serving process then stops the device at once, without waiting.
@@ -46,6 +46,8 @@ const QUIET_DEADLINE: Duration = Duration::from_secs(30);
 const PUMP_TIMEOUT: Duration = Duration::from_millis(100);
 /// A serving process that lives shorter than this is not started again at once.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
+/// Requests that go before a slice of those that are under way.
+const REQUESTS_BEFORE_SLICE: usize = 32;
 
 /// Why the keeper cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +104,8 @@ struct Conversation<'a> {
     stop: BorrowedFd<'a>,
     /// Under way; the first one has the next slice.
     jobs: VecDeque<Job>,
+    /// Requests since the last slice.
+    since_slice: usize,
 }
 
 /// A request that takes a while.
@@ -214,7 +218,7 @@ impl<H: Hardware> Keeper<H> {
         let (ours, theirs) = MessageSocket::pair().map_err(system("cannot make a socket pair"))?;
         let mut serving = spawn(theirs.into_fd()).map_err(system("cannot start the serving process"))?;
         self.served = true;
-        let mut conversation = Conversation { socket: ours, stop, jobs: VecDeque::new() };
+        let mut conversation = Conversation { socket: ours, stop, jobs: VecDeque::new(), since_slice: 0 };
         if self.send_handover(&conversation.socket, rings.config()).is_ok() {
             while let Turn::Serving = self.turn(&mut conversation) {}
         }
@@ -284,7 +288,7 @@ impl<H: Hardware> Keeper<H> {
         socket.send(&[&serde_json::to_vec(&handover)?], &all, true)
     }
 
-    /// Carries out one request that is there, else a slice of one that is under way; waits while there is neither.
+    /// Carries out one request that is there, or a slice of one that is under way; waits while there is neither.
     fn turn(&mut self, conversation: &mut Conversation<'_>) -> Turn {
         let mut fds = [
             PollFd::new(&conversation.socket, PollFlags::IN),
@@ -301,7 +305,14 @@ impl<H: Hardware> Keeper<H> {
         if stopping {
             return Turn::Ended;
         }
-        if ready { self.receive(conversation) } else { self.advance(conversation) }
+        let slice_is_due = !conversation.jobs.is_empty() && conversation.since_slice >= REQUESTS_BEFORE_SLICE;
+        if ready && !slice_is_due {
+            conversation.since_slice += 1;
+            self.receive(conversation)
+        } else {
+            conversation.since_slice = 0;
+            self.advance(conversation)
+        }
     }
 
     fn receive(&mut self, conversation: &mut Conversation<'_>) -> Turn {

@@ -22,7 +22,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::event::EVENT_QUIET;
@@ -427,6 +427,92 @@ fn large_memory_of_a_user_is_not_waited_for_by_others() {
     });
     assert_eq!(slow.large_begun.load(Ordering::SeqCst), 4);
     agent.stop();
+    rustix::io::write(&*stop, &1u64.to_ne_bytes()).unwrap();
+    keeper.join().unwrap().unwrap();
+    mock.end();
+}
+
+/// Memory that is pinned at once, but for large pieces: their first slice waits for a word, and the others note how much was
+/// let go before them.
+struct Counting {
+    begun: mpsc::Sender<()>,
+    go_on: Mutex<mpsc::Receiver<()>>,
+    let_go: AtomicUsize,
+    /// Of small pieces, in all, at each slice of a large one.
+    at_slices: Mutex<Vec<usize>>,
+}
+
+struct CountingPinner(Arc<Counting>, Arc<OwnedFd>);
+
+/// Slices of a large piece.
+struct LargeSlices(Arc<Counting>);
+
+struct CountedHold(Arc<Counting>);
+
+impl Drop for CountedHold {
+    fn drop(&mut self) {
+        self.0.let_go.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Pinning for LargeSlices {
+    fn advance(self: Box<Self>) -> pin::Result<Progress> {
+        let mut slices = self.0.at_slices.lock().unwrap();
+        if slices.is_empty() {
+            self.0.begun.send(()).unwrap();
+            self.0.go_on.lock().unwrap().recv().unwrap();
+        }
+        slices.push(self.0.let_go.load(Ordering::SeqCst));
+        let done = slices.len() == SLICES_OF_LARGE;
+        drop(slices);
+        Ok(if done {
+            Progress::Done(Held { pages: vec![0; LARGE / PAGE_BYTES], hold: Box::new(()) })
+        } else {
+            Progress::Going(self)
+        })
+    }
+}
+
+impl Pinner for CountingPinner {
+    fn make(&self, len: usize) -> pin::Result<(OwnedFd, Box<dyn Pinning>)> {
+        let fd = if len == Rings::BYTES { self.1.try_clone().unwrap() } else { file(len as u64) };
+        if len == LARGE {
+            return Ok((fd, Box::new(LargeSlices(self.0.clone()))));
+        }
+        let pages = (0..len / PAGE_BYTES).map(|page| (page * PAGE_BYTES) as u64).collect();
+        Ok((fd, Box::new(AtOnce(Held { pages, hold: Box::new(CountedHold(self.0.clone())) }))))
+    }
+}
+
+const SLICES_OF_LARGE: usize = 4;
+
+/// However much is let go at once, who waits to be pinned has a slice now and then.
+#[test]
+fn burst_of_releases_goes_before_a_slice_in_part() {
+    let (mock, _thread) = Mock::start();
+    let ring = Arc::new(file(Rings::BYTES as u64));
+    let ((begun, has_begun), (go_on, may_go_on)) = (mpsc::channel(), mpsc::channel());
+    let counting = Arc::new(Counting {
+        begun,
+        go_on: Mutex::new(may_go_on),
+        let_go: AtomicUsize::new(0),
+        at_slices: Mutex::default(),
+    });
+    let pinner = CountingPinner(counting.clone(), ring.clone());
+    let (keeper, socket, stop) = keeper(&mock, ring, Box::new(pinner));
+    serving::take_over(&socket).unwrap();
+    let memory = Arc::new(serving::KeeperMemory::new(socket).unwrap());
+    let small: Vec<u64> = (0..100).map(|_| memory.create(SMALL as u64).unwrap().id).collect();
+    let making = {
+        let memory = memory.clone();
+        std::thread::spawn(move || memory.create(LARGE as u64).map(|made| made.id))
+    };
+    has_begun.recv().unwrap();
+    small.iter().for_each(|id| memory.release(*id));
+    go_on.send(()).unwrap();
+    making.join().unwrap().unwrap();
+    assert_eq!(*counting.at_slices.lock().unwrap(), [0, 32, 64, 96]);
+    eventually("all are let go", || counting.let_go.load(Ordering::SeqCst) == small.len());
     rustix::io::write(&*stop, &1u64.to_ne_bytes()).unwrap();
     keeper.join().unwrap().unwrap();
     mock.end();
