@@ -217,6 +217,13 @@ struct Command {
     response_len: usize,
 }
 
+impl Command {
+    /// Of the ring's memory, its answer's included.
+    fn pages(&self) -> usize {
+        pages_for(self.request.len()) + pages_for(self.response_len)
+    }
+}
+
 struct Control {
     queue: Virtqueue,
     in_flight: HashMap<u16, InFlight>,
@@ -471,10 +478,9 @@ impl SvmDevice {
     }
 
     fn flush_backlog(&self, control: &mut Control) -> Result<bool> {
-        let pages = |command: &Command| pages_for(command.request.len()) + pages_for(command.response_len);
         loop {
             let room = control.free_pages.len().min(control.queue.free_descriptors());
-            let Some(command) = control.backlog.pop_if(|command| pages(command) <= room) else { break };
+            let Some(command) = control.backlog.pop_if(|command| command.pages() <= room) else { break };
             self.enqueue(control, command)?;
         }
         control.queue.publish()
@@ -483,8 +489,7 @@ impl SvmDevice {
     /// Puts a command into the ring, which has room for it.
     fn enqueue(&self, control: &mut Control, command: Command) -> Result<()> {
         let request_pages = pages_for(command.request.len());
-        let needed = request_pages + pages_for(command.response_len);
-        let at = control.free_pages.len() - needed;
+        let at = control.free_pages.len() - command.pages();
         let pages = control.free_pages.split_off(at);
         let (question, answer) = pages.split_at(request_pages);
         let readable = self.segments(question, command.request.len())?;
