@@ -114,6 +114,11 @@ pub trait ArenaMemory: Send + Sync {
 pub trait EventSink: Send + Sync {
     /// Takes a record. Must not wait.
     fn push(&self, record: &[u8; EVENT_RECORD_BYTES]);
+
+    /// Whether the context's process has gone, so that nothing need be begun for it.
+    fn has_left(&self) -> bool {
+        false
+    }
 }
 
 /// Who a context belongs to.

@@ -13,3 +13,13 @@ pub(crate) fn readable(fd: &impl AsFd, timeout: Option<Duration>) -> rustix::io:
     let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
     Ok(rustix::event::poll(&mut [PollFd::new(fd, PollFlags::IN)], timeout.as_ref())? > 0)
 }
+
+/// Waits until the other end has hung up, at most so long (`None`: for ever). False: it has not.
+///
+/// # Errors
+/// As [`readable`].
+pub(crate) fn hung_up(fd: &impl AsFd, timeout: Option<Duration>) -> rustix::io::Result<bool> {
+    let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
+    // What it tells without being asked: a hang-up, and errors.
+    Ok(rustix::event::poll(&mut [PollFd::new(fd, PollFlags::empty())], timeout.as_ref())? > 0)
+}

@@ -64,7 +64,8 @@ impl Agent {
     ) -> Result<T> {
         let uid = self.reserve(key, va, len)?;
         let turn = self.turns.wait(uid);
-        let made = make();
+        // What is asked for in line by processes that have gone costs nobody anything.
+        let made = self.check_present(key).and_then(|()| make());
         drop(turn);
         let arena =
             |(id, pages, _): &(u64, Arc<[u64]>, T)| Arena { id: *id, uid, va, len, pages: pages.clone() };
@@ -77,6 +78,12 @@ impl Agent {
             }
         }
         made.map(|(_, _, made)| made)
+    }
+
+    /// Whether there is still somebody to make memory for.
+    fn check_present(&self, key: ContextKey) -> Result<()> {
+        let sink = self.lock().alive(key)?.sink.clone();
+        if sink.has_left() { Err(Error::NoContext(key.ctx_id())) } else { Ok(()) }
     }
 
     /// Ends a reservation with memory. What cannot be the context's any more is released.

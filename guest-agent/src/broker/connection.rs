@@ -25,6 +25,7 @@ use crate::message::{
 };
 use crate::process_memory::ProcessMemory;
 use crate::socket::{Credentials, MessageSocket, Peer, Received};
+use crate::wait;
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use rustix::io::Errno;
 use std::collections::{HashMap, VecDeque};
@@ -512,6 +513,12 @@ impl EventSink for Connection {
                 }
             }
         }
+    }
+
+    fn has_left(&self) -> bool {
+        // What cannot be asked is found out in its time.
+        let hung_up = wait::hung_up(&self.socket, Some(Duration::ZERO)) == Ok(true);
+        hung_up || self.peer.has_exited() || self.has_executed()
     }
 }
 

@@ -6,7 +6,7 @@ use crate::agent::{ArenaMemory, ArenaPages, ImportedPages};
 use crate::driver::{self, DmaRegion, Rings, SvmDevice, Transport};
 use crate::memory_file::MemoryFile;
 use crate::socket::MessageSocket;
-use rustix::event::{PollFd, PollFlags};
+use crate::wait;
 use rustix::process::PidfdFlags;
 use std::collections::HashMap;
 use std::io;
@@ -236,12 +236,7 @@ impl ArenaMemory for KeeperMemory {
 
 /// Whether the keeper has gone, after waiting at most `timeout` for that.
 pub fn keeper_gone(socket: &impl AsFd, timeout: Duration) -> bool {
-    let mut fds = [PollFd::new(socket, PollFlags::empty())];
-    let Ok(timeout) = timeout.try_into() else { return false };
-    match rustix::event::poll(&mut fds, Some(&timeout)) {
-        Ok(_) => fds.iter().any(|fd| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR)),
-        Err(_) => false,
-    }
+    wait::hung_up(socket, Some(timeout)) == Ok(true)
 }
 
 #[cfg(test)]

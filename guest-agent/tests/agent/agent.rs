@@ -28,25 +28,27 @@ pub struct TestMemory {
     held: Mutex<HashMap<u64, OwnedFd>>,
     /// What to refuse the next import with.
     pub refusal: Mutex<Option<io::Error>>,
+    /// Where memory is made.
+    pub entrance: Door,
     /// Where memory is taken back.
     door: Door,
 }
 
 /// Closed, it keeps all who come.
 #[derive(Default)]
-struct Door {
+pub struct Door {
     /// Whether it is closed, and how many wait.
     state: Mutex<(bool, usize)>,
     opened: Condvar,
 }
 
 impl Door {
-    fn set_closed(&self, closed: bool) {
+    pub fn set_closed(&self, closed: bool) {
         self.state.lock().unwrap().0 = closed;
         self.opened.notify_all();
     }
 
-    fn waiting(&self) -> usize {
+    pub fn waiting(&self) -> usize {
         self.state.lock().unwrap().1
     }
 
@@ -64,7 +66,13 @@ impl TestMemory {
         self.held.lock().unwrap().len()
     }
 
+    /// Arenas that were made.
+    pub fn made(&self) -> u64 {
+        *self.made.lock().unwrap()
+    }
+
     fn make(&self, len: u64) -> (u64, Vec<u64>) {
+        self.entrance.pass();
         let mut made = self.made.lock().unwrap();
         *made += 1;
         let base = *made << 24;

@@ -24,6 +24,7 @@ mod hostile_walk;
 mod keeper;
 #[expect(dead_code, reason = "shared with other tests, which need huge pages")]
 mod lacking;
+mod line;
 mod mock;
 mod ring;
 mod serving;
