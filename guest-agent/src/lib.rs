@@ -13,6 +13,9 @@ pub mod mapping;
 pub mod memory_file;
 pub mod message;
 pub mod pin;
+#[cfg(test)]
+#[path = "../tests/agent/pinning.rs"]
+mod pinning;
 pub mod process_memory;
 pub mod socket;
 pub mod trust;

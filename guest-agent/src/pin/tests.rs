@@ -2,26 +2,23 @@
 
 use super::*;
 use crate::lacking::{lacking, tested_in_qemu};
+use crate::pinning;
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// Where page frame numbers are hidden, or io_uring is forbidden, nothing can be pinned: that is said, and no more
+/// Where page frame numbers are hidden, or the kernel lets nobody pin, nothing can be pinned: that is said, and no more
 /// can be asked for.
 fn pin_or_say_why_not(what: &str, len: usize) -> Option<Pinned> {
-    let why = match KernelPinner.pin(len) {
-        Ok(pinned) => return Some(pinned),
-        Err(Error::Hidden) if !sees_frames() => "needs CAP_SYS_ADMIN".to_owned(),
-        Err(Error::Pin { source, .. }) if forbidden(&source) => format!("io_uring: {source}"),
-        Err(other) => panic!("{other}: {other:?}"),
+    let why = match (pinning::refusal(), KernelPinner.pin(len)) {
+        (Some(error), _) => format!("io_uring: {error}"),
+        (None, Ok(pinned)) => return Some(pinned),
+        (None, Err(Error::Hidden)) if !sees_frames() => "needs CAP_SYS_ADMIN".to_owned(),
+        (None, Err(other)) => panic!("{other}: {other:?}"),
     };
     lacking(&format!("{what} ({why})"));
     None
-}
-
-fn forbidden(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
 }
 
 /// CAP_SYS_ADMIN, and not only in a user namespace.

@@ -8,6 +8,7 @@
 
 use crate::lacking::lacking;
 use crate::mock::{Mock, device, eventually, file};
+use crate::pinning;
 use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, ArenaPages, ImportedPages};
 use guest_agent::broker::{Broker, BrokerOptions};
 use guest_agent::memory_file::MemoryFile;
@@ -89,13 +90,12 @@ impl Memory {
     fn new() -> Self {
         // Fails without CAP_SYS_RESOURCE; then the next line says what is missing.
         KernelPinner::raise_limit().ok();
-        let pinner = match KernelPinner.pin(4096) {
-            Ok(_) => Some(KernelPinner),
-            Err(error) => {
-                lacking(&format!("hostile processes and real pins ({error})"));
-                None
-            }
-        };
+        let refused = pinning::refusal().map(|error| format!("io_uring: {error}"));
+        let refused = refused.or_else(|| KernelPinner.pin(4096).err().map(|error| error.to_string()));
+        let pinner = if refused.is_none() { Some(KernelPinner) } else { None };
+        if let Some(why) = refused {
+            lacking(&format!("hostile processes and real pins ({why})"));
+        }
         Self { pinner, made: Mutex::default() }
     }
 

@@ -26,6 +26,7 @@ mod keeper;
 mod lacking;
 mod line;
 mod mock;
+mod pinning;
 mod ring;
 mod serving;
 mod table;

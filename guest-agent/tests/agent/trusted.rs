@@ -5,6 +5,7 @@
 use crate::broker::{Served, exchange, hang_up, message};
 use crate::lacking::lacking;
 use crate::mock::eventually;
+use crate::pinning;
 use guest_agent::agent::{AgentOptions, TrustLevel};
 use guest_agent::driver::dma::PAGE_BYTES;
 use guest_agent::mapping::{Placement, SharedMapping};
@@ -31,15 +32,15 @@ impl Memory {
         (self.0.as_ptr() as u64).next_multiple_of(PAGE_BYTES as u64)
     }
 
-    /// An io_uring that has pinned `pages` pages from page `first` on, or why none can be had.
-    fn pin(&self, first: usize, pages: usize) -> std::io::Result<IoUring> {
-        let ring = IoUring::new(1)?;
+    /// An io_uring that has pinned `pages` pages from page `first` on.
+    fn pin(&self, first: usize, pages: usize) -> IoUring {
+        let ring = IoUring::new(1).unwrap();
         let address = self.address() as usize + first * PAGE_BYTES;
         let base = std::ptr::with_exposed_provenance_mut(address);
         let buffer = libc::iovec { iov_base: base, iov_len: pages * PAGE_BYTES };
         // SAFETY: the memory outlives the ring in each test, and no operation is ever submitted on it.
-        unsafe { ring.submitter().register_buffers(&[buffer]) }?;
-        Ok(ring)
+        unsafe { ring.submitter().register_buffers(&[buffer]) }.unwrap();
+        ring
     }
 
     /// Where its pages are: the kernel's own word, asked for by the test.
@@ -55,10 +56,13 @@ impl Memory {
 /// Memory and its pin, where the kernel lets this process pin and look up; else says what is not tested.
 fn pinned(what: &str) -> Option<(Memory, IoUring)> {
     let memory = Memory::new();
-    let why = match memory.pin(0, PAGES) {
-        Ok(_) if memory.frames().contains(&0) => "the kernel hides page frames: needs root".to_owned(),
-        Ok(ring) => return Some((memory, ring)),
-        Err(error) => format!("io_uring: {error}"),
+    let why = match pinning::refusal() {
+        Some(error) => format!("io_uring: {error}"),
+        None if memory.frames().contains(&0) => "the kernel hides page frames: needs root".to_owned(),
+        None => {
+            let ring = memory.pin(0, PAGES);
+            return Some((memory, ring));
+        }
     };
     lacking(&format!("{what} ({why})"));
     None
@@ -136,7 +140,7 @@ fn mistakes_of_a_trusted_process_are_told() {
     let socket = greeted(&served);
     let (at, fd) = (memory.address(), ring.as_raw_fd());
     let page = PAGE_BYTES as u64;
-    let some = memory.pin(2, 3).unwrap();
+    let some = memory.pin(2, 3);
     let file = File::open("/proc/self/exe").unwrap();
     for (name, bytes, status) in [
         ("no descriptor", pin_message(at, PAGES, -1), -9),
