@@ -256,9 +256,14 @@ impl Client {
         Self::open(path.as_ref(), 0)
     }
 
-    /// Joins the context in which the allocator library (svm-alloc) has this process' memory: what malloc gives, globals
-    /// and the stacks of new threads are arenas already, and [`Self::mirror`] is all that plain pointers need. A forked
+    /// Joins the context in which the allocator library (svm-alloc) has this process' memory: from here on what malloc
+    /// gives, globals and the stacks of threads are arenas, and [`Self::mirror`] is all that plain pointers need. A forked
     /// child has a context of its own to join.
+    ///
+    /// The first call of a process brings what memory it has by then into reach, at the same addresses: other threads
+    /// stand still meanwhile, and calls of theirs that the handler of any signal ends (poll, nanosleep, sem_timedwait) end
+    /// with EINTR. Nothing may be under way that goes by pages and not by addresses (O_DIRECT, operations of an io_uring,
+    /// vmsplice), and what is registered by pages before (buffers of an io_uring, RDMA) goes on with the old ones.
     ///
     /// # Errors
     /// [`Error::NoAllocator`] where the library is not loaded or has no agent; what the agent says, EBUSY if another part

@@ -44,10 +44,11 @@ struct Cli {
 enum Verb {
     /// Drive the device and serve processes until SIGTERM or SIGINT; needs root
     Serve(ServeArgs),
-    /// Run a program with its memory where GPUs reach it: what malloc gives, globals, the stacks of new threads
+    /// Run a program with its memory where GPUs reach it: what malloc gives, globals, the stacks of threads
     ///
-    /// The program stays as it is, and hands plain pointers into that memory to GPUs. It must be linked dynamically, since
-    /// libsvm_alloc.so is loaded before the C library. Processes that it starts run so too.
+    /// The program stays as it is, and hands plain pointers into that memory to GPUs. A process' memory is brought into
+    /// reach when it first asks for a device (svm_open); until then it pays next to nothing. It must be linked dynamically,
+    /// since libsvm_alloc.so is loaded before the C library. Processes that it starts run so too.
     Run(run::RunArgs),
     /// Show which processes have memory that GPUs reach, and how much
     Ps {

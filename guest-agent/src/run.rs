@@ -40,8 +40,11 @@ const SETGID: u32 = 0o2000;
 
 #[derive(Args)]
 pub struct RunArgs {
-    /// End the program where its memory cannot be had from the agent, instead of going on with memory that GPUs do not
-    /// reach
+    /// Bring the program's memory into the reach of GPUs as it comes, not only when the program first asks for a device
+    #[arg(long)]
+    early: bool,
+    /// The same, and end the program where memory cannot be had from the agent, instead of going on with memory that GPUs
+    /// do not reach
     #[arg(long)]
     require: bool,
     /// The library [default: libsvm_alloc.so beside this program, in ../lib, or where the loader looks]
@@ -115,6 +118,8 @@ fn prepare(args: &RunArgs) -> Result<Command> {
     command.arg0(name).args(arguments).env("LD_PRELOAD", preload(&library)?);
     if args.require {
         command.env("SVM_ALLOC", "require");
+    } else if args.early {
+        command.env("SVM_ALLOC", "early");
     }
     if let Some(socket) = &args.socket {
         command.env(SOCKET_VARIABLE, std::path::absolute(socket).unwrap_or_else(|_| socket.clone()));

@@ -1,11 +1,12 @@
 /* Memory of every kind that a Linux program has. For each, a line: whether a device reads what the process wrote there,
  * and the process what the device wrote; or else why not. Nothing here knows of arenas.
  *
- *	kinds all TMPFS_FOLDER OTHER_FOLDER LIBRARY OTHER_LIBRARY
+ *	kinds all|late TMPFS_FOLDER OTHER_FOLDER LIBRARY OTHER_LIBRARY
  *	kinds first TMPFS_FOLDER
  *	kinds second TMPFS_FOLDER
  *
- * The libraries, of kinds_library.c, are loaded: one while there is one thread, the other while there are two. `first` and
+ * The libraries, of kinds_library.c, are loaded: one while there is one thread, the other while there are two. With `late`
+ * the program has all memory before it asks for a device: for each, a forked child does. `first` and
  * `second` are programs that share memory: the first says where it has some, and that it waits; when the second has ended,
  * a line is to be written to the first. */
 #define _GNU_SOURCE
@@ -86,6 +87,43 @@ static int writes(const char *kind, void *at, size_t bytes)
 	return 1;
 }
 
+/* The same, for what a process does that asks for a device only now. */
+static int in_child(int (*does)(const char *, void *, size_t), const char *kind, void *at, size_t bytes)
+{
+	int status = 0;
+	pid_t child;
+
+	fflush(stdout);
+	child = fork();
+	if (child == 0) {
+		int good;
+
+		gpu_open();
+		good = does(kind, at, bytes);
+		fflush(stdout);
+		_exit(good);
+	}
+	if (child < 0 || waitpid(child, &status, 0) != child) {
+		cannot(kind, "fork");
+		return 0;
+	}
+	if (!WIFEXITED(status))
+		printf("%s: WRONG: the process ended with status %#x\n", kind, status);
+	return WIFEXITED(status) && WEXITSTATUS(status) == 1;
+}
+
+static int late;
+
+static int reads_and_writes(const char *kind, void *at, size_t bytes)
+{
+	return reads(kind, at, bytes) && writes(kind, at, bytes);
+}
+
+static int only_reads(const char *kind, void *at, size_t bytes)
+{
+	return reads(kind, at, bytes);
+}
+
 static int works(const char *kind, void *at, size_t bytes)
 {
 	uint64_t *words = at;
@@ -93,7 +131,7 @@ static int works(const char *kind, void *at, size_t bytes)
 	seed++;
 	for (size_t i = 0; i < bytes / 8; i++)
 		words[i] = word_of(i);
-	return reads(kind, at, bytes) && writes(kind, at, bytes);
+	return late ? in_child(reads_and_writes, kind, at, bytes) : reads_and_writes(kind, at, bytes);
 }
 
 static void check(const char *kind, void *at, size_t bytes)
@@ -119,7 +157,7 @@ static void blocks(void)
 
 	for (int i = 0; i < COUNT; i++)
 		small[i] = malloc(SMALL);
-	for (int i = 0; i < COUNT && good; i++)
+	for (int i = 0; i < COUNT && good; i += late ? COUNT / 10 : 1)
 		good = works("malloc, small", small[i], SMALL);
 	if (good)
 		printf("malloc, small: works\n");
@@ -259,7 +297,7 @@ static void mapped(const char *kind, size_t bytes, int prot, int flags, int fd)
 	}
 	if (prot & PROT_WRITE)
 		check(kind, at, bytes);
-	else if (reads(kind, at, bytes))
+	else if (late ? in_child(only_reads, kind, at, bytes) : reads(kind, at, bytes))
 		printf("%s: works\n", kind);
 	munmap(at, bytes);
 }
@@ -430,6 +468,8 @@ static void parent_and_child(void)
 	}
 	if (status != 0)
 		return;
+	if (late)
+		gpu_open();
 	if (gpu_sum(at, BYTES, &sum) < 0)
 		printf("%s: refused: %s\n", kind, gpu_why());
 	else if (sum != word * (BYTES / 8) || at[0] != word)
@@ -530,14 +570,16 @@ static void two_programs(int first, const char *folder)
 
 int main(int argc, char **argv)
 {
-	int all = argc == 6 && strcmp(argv[1], "all") == 0;
+	int all = argc == 6 && (strcmp(argv[1], "all") == 0 || strcmp(argv[1], "late") == 0);
 	int first = argc == 3 && strcmp(argv[1], "first") == 0;
 
 	if (!all && !first && (argc != 3 || strcmp(argv[1], "second") != 0)) {
-		fprintf(stderr, "usage: kinds all TMPFS_FOLDER OTHER_FOLDER LIBRARY OTHER_LIBRARY | first|second TMPFS_FOLDER\n");
+		fprintf(stderr, "usage: kinds all|late TMPFS_FOLDER OTHER_FOLDER LIBRARY OTHER_LIBRARY | first|second TMPFS_FOLDER\n");
 		return 2;
 	}
-	gpu_open();
+	late = all && strcmp(argv[1], "late") == 0;
+	if (!late)
+		gpu_open();
 	if (all) {
 		blocks();
 		globals();

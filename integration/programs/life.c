@@ -698,6 +698,9 @@ static _Noreturn void be_a_child(uint64_t word)
 	for (int i = 0; i < count; i++) {
 		struct piece *piece = &pieces[i];
 
+		/* What the parent had protected is its own, and readable and writable when it first asks for a device. */
+		if (piece->kind == PRIVATE && piece->prot == BOTH)
+			piece->out = 0;
 		look_by_both(piece, "in a child");
 		if (piece->kind != SHARED)
 			fill_by_device(piece);

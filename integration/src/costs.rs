@@ -210,6 +210,7 @@ pub fn pins(place: &'static str, told: &Value) -> Result<Vec<Row>> {
     let pages = bytes as f64 / PAGE_BYTES;
     let of = |name| Times::of(told, name);
     let (populate, pin, arena, gone) = (of("populate")?, of("pin")?, of("arena")?, of("arena_gone")?);
+    let asked = of("asked")?;
     let (kernel, kernel_gone) = (populate.and(&pin), of("unpin")?.and(&of("unmap")?));
     let mib = bytes >> 20;
     let row =
@@ -219,6 +220,12 @@ pub fn pins(place: &'static str, told: &Value) -> Result<Vec<Row>> {
     let by_kernel_gone = row("kernel unpins", "the kernel alone unpins and unmaps it", &kernel_gone);
     let kernel_rate = rate("kernel rate", "pages that the kernel alone makes and pins", &kernel);
     Ok(vec![
+        row(
+            "first ask",
+            "a program's first svm_open, all of its memory pinned when it returns; of malloc",
+            &asked,
+        )
+        .by(&by_kernel),
         row("mmap", "a program's mmap, pinned when it returns", &arena).by(&by_kernel),
         row("munmap", "a program's munmap, unpinned when it returns", &gone).by(&by_kernel_gone),
         rate("pin rate", "pages that are pinned", &arena).by_rate(

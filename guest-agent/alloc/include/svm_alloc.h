@@ -16,13 +16,14 @@ struct svm_alloc_session {
 	char socket[108];
 };
 
-/* Returns 0, or ENOTCONN where GPUs do not reach this process' memory. A forked child has a context of its own. */
+/* Returns 0, or ENOTCONN where GPUs do not reach this process' memory. A forked child has a context of its own. The first
+ * call brings what memory the process has by then into reach, while its other threads stand still (svm_open in gpusvm.h). */
 int svm_alloc_session(struct svm_alloc_session *out);
 
 /* Memory that the program has mapped readable and writable, and that GPUs do not reach all the same: the agent refused
  * it, or it is of a size that the library leaves alone. */
 struct svm_alloc_left {
-	/* Calls of mmap and mremap, since the program began. */
+	/* Calls of mmap and mremap since the program began, and mappings that stayed so when it first asked for a device. */
 	uint64_t mappings;
 	uint64_t bytes;
 };

@@ -3,12 +3,10 @@
 #![expect(unsafe_code, reason = "takes the place of functions of the C library")]
 
 use crate::heap::{self, ALIGN};
-#[cfg(target_arch = "x86_64")]
-use crate::loaded;
 use crate::piece::PAGE;
 use crate::say::Line;
 use crate::space::PATH;
-use crate::{globals, pinned, stack, streams};
+use crate::{loaded, stack, streams, waking};
 use guest_agent::client::Session;
 use libc::{c_char, c_int, c_void, size_t};
 
@@ -18,12 +16,15 @@ static AT_LOAD: extern "C" fn() = at_load;
 
 extern "C" fn at_load() {
     streams::watch();
-    heap::lock().space().start();
-    globals::adopt();
-    #[cfg(target_arch = "x86_64")]
-    loaded::begin();
     stack::watch();
-    pinned::pin_main_stack();
+    loaded::begin();
+    let mut heap = heap::lock();
+    heap.space().start();
+    let early = heap.space().is_early();
+    drop(heap);
+    if early {
+        waking::wake();
+    }
 }
 
 /// For the C library's callers.
@@ -32,6 +33,13 @@ pub fn set_errno(errno: c_int) {
     let place = unsafe { libc::__errno_location() };
     // SAFETY: as above.
     unsafe { place.write(errno) };
+}
+
+pub fn errno() -> c_int {
+    // SAFETY: the C library returns a valid place of this thread.
+    let place = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    unsafe { place.read() }
 }
 
 /// A block for the caller: without one, errno says so.
@@ -166,15 +174,17 @@ pub unsafe extern "C" fn malloc_usable_size(block: *mut c_void) -> size_t {
     unsafe { heap::lock().usable(block.cast()) }
 }
 
-/// Says which context has this process' memory. 0, or ENOTCONN where GPUs do not reach it. A forked child has another one.
+/// Says which context has this process' memory, which is brought into the reach of GPUs at the first call. 0, or ENOTCONN
+/// where GPUs do not reach it. A forked child has another one.
 ///
 /// # Safety
 /// `out` is writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn svm_alloc_session(out: *mut Session) -> c_int {
+    heap::lock().space().start();
+    waking::wake();
     let mut heap = heap::lock();
     let space = heap.space();
-    space.start();
     let Some(ctx_id) = space.ctx_id() else { return libc::ENOTCONN };
     let mut session = Session { ctx_id, socket: [0; PATH] };
     for (to, from) in session.socket.iter_mut().take(PATH - 1).zip(space.socket().to_bytes()) {
@@ -188,7 +198,7 @@ pub unsafe extern "C" fn svm_alloc_session(out: *mut Session) -> c_int {
 /// What GPUs do not reach of the memory that the program has mapped. `struct svm_alloc_left` in C.
 #[repr(C)]
 pub struct LeftOut {
-    /// Calls of mmap and mremap that made it, since the program began.
+    /// Calls of mmap and mremap that made it since the program began, and mappings that stayed so when it first asked.
     pub mappings: u64,
     /// Their bytes.
     pub bytes: u64,

@@ -1,4 +1,5 @@
-//! fork: the child gets copies of the arenas at the same addresses, under a context of its own, before fork returns.
+//! fork: the child gets copies of the arenas at the same addresses before fork returns: in memory of its own, until it
+//! asks for a device itself, or in arenas of a context of its own, if it is to be early.
 //!
 //! Arenas are shared memory, so until the copies are there whatever either process writes is seen by both. Hence:
 //! * fork makes a pipe first, and fails where no descriptors are free for one;
@@ -126,6 +127,7 @@ extern "C" fn after_in_parent() {
 }
 
 extern "C" fn after_in_child() {
+    stack::no_forks();
     let Some(mut held) = held() else { return };
     if held.shared && held.pipe.is_none() {
         // The parent goes on already, and a copy would be of no moment of its memory.

@@ -7,14 +7,15 @@
 //!
 //! What the loader has made read-only after relocation (PT_GNU_RELRO) is nobody's variable and stays as well.
 //!
-//! Libraries that are loaded later have theirs moved when dlopen returns ([`crate::loaded`]). All this only while there
-//! is one thread.
+//! That happens when the process first asks for a device ([`crate::waking`]). Libraries that are loaded later have theirs
+//! moved when dlopen returns, while there is one thread ([`crate::loaded`]).
 
 #![expect(unsafe_code, reason = "asks the loader for segments and moves them")]
 
 use crate::heap;
 use crate::piece::{PAGE, Purpose};
-use crate::say::say;
+use crate::space::Space;
+use crate::stack::Work;
 use libc::{c_int, c_void, dl_phdr_info, size_t};
 use std::ops::Range;
 
@@ -22,35 +23,53 @@ use std::ops::Range;
 const MAX_SEGMENTS: usize = 64;
 
 /// What is being moved.
-struct Moving {
+struct Moving<'a> {
+    space: &'a mut Space,
     /// Objects that stay as they are, in the order in which they were loaded.
     skipped: usize,
-    purpose: Purpose,
+    /// Objects from here on may be unloaded.
+    first_loaded: usize,
+    /// How many there have been.
+    seen: usize,
 }
 
-/// Moves them, if there is one thread.
-pub fn adopt() {
-    if !is_single_threaded() {
-        say(format_args!(
-            "a library started threads before this one was ready: globals stay where they are, out of the reach of GPUs"
-        ));
-        return;
-    }
-    adopt_objects(Moving { skipped: 0, purpose: Purpose::Globals });
-}
-
-/// Moves those of libraries that were loaded after the first `before` objects, if there is one thread.
-pub fn adopt_loaded(before: usize) {
-    if is_single_threaded() {
-        adopt_objects(Moving { skipped: before, purpose: Purpose::Loaded });
-    }
-}
-
-fn adopt_objects(mut moving: Moving) {
-    let blocked = Blocked::all();
+/// Moves them. Those of objects that were loaded after the first `first_loaded` may be unloaded.
+///
+/// # Safety
+/// There is one thread, or the others stand still; this one has the loader's lock and stands on none of them.
+pub unsafe fn adopt(space: &mut Space, first_loaded: usize) {
+    let mut moving = Moving { space, skipped: 0, first_loaded, seen: 0 };
     // SAFETY: the callback takes what it is given here, and its signature is the one that is asked for.
     unsafe { libc::dl_iterate_phdr(Some(adopt_object), (&raw mut moving).cast()) };
+}
+
+/// Moves those of libraries that were loaded after the first `before` objects, if there is one thread and the process has
+/// asked for a device.
+pub fn adopt_loaded(before: usize) {
+    let blocked = Blocked::all();
+    with_loaders_lock(&mut |(): ()| {
+        let mut heap = heap::lock();
+        let space = heap.space();
+        if is_single_threaded() && !space.is_dormant() {
+            let mut moving = Moving { space, skipped: before, first_loaded: before, seen: 0 };
+            // SAFETY: as in `adopt`.
+            unsafe { libc::dl_iterate_phdr(Some(adopt_object), (&raw mut moving).cast()) };
+        }
+    });
     drop(blocked);
+}
+
+/// Runs `work` with the loader's lock held, which comes before the heap's.
+pub fn with_loaders_lock(work: Work<'_>) {
+    extern "C" fn run(_info: *mut dl_phdr_info, _size: size_t, work: *mut c_void) -> c_int {
+        // SAFETY: it is what is passed below, which waits for this.
+        let work = unsafe { &mut *work.cast::<Work<'_>>() };
+        work(());
+        1
+    }
+    let mut work = work;
+    // SAFETY: the callback takes what it is given here, and its signature is the one that is asked for.
+    unsafe { libc::dl_iterate_phdr(Some(run), (&raw mut work).cast()) };
 }
 
 /// Signals held back, so that no handler sees or changes memory that is on its way.
@@ -98,12 +117,14 @@ pub fn place_of(info: &dl_phdr_info, header: &libc::Elf64_Phdr) -> Range<usize> 
 }
 
 extern "C" fn adopt_object(info: *mut dl_phdr_info, _size: size_t, moving: *mut c_void) -> c_int {
-    // SAFETY: it is what `adopt_objects` passes, which waits for this.
-    let moving = unsafe { &mut *moving.cast::<Moving>() };
-    if moving.skipped > 0 {
-        moving.skipped -= 1;
+    // SAFETY: it is what `adopt` passes, which waits for this.
+    let moving = unsafe { &mut *moving.cast::<Moving<'_>>() };
+    let place = moving.seen;
+    moving.seen += 1;
+    if place < moving.skipped {
         return 0;
     }
+    let purpose = if place < moving.first_loaded { Purpose::Globals } else { Purpose::Loaded };
     // SAFETY: the loader passes a whole structure that lives until this returns.
     let info = unsafe { info.read() };
     let headers = headers_of(&info);
@@ -119,8 +140,8 @@ extern "C" fn adopt_object(info: *mut dl_phdr_info, _size: size_t, moving: *mut 
     let fixed = relro.map_or(0..0, |relro| floor(relro.start)..floor(relro.end));
     for segment in segments().filter(|segment| segment.p_flags & libc::PF_W != 0) {
         for part in without(pages_of(at(segment)), &fixed) {
-            // SAFETY: these are the object's writable pages; the only thread is here, on its stack, signals are held back.
-            unsafe { heap::lock().space().adopt(part.start, part.len(), moving.purpose) };
+            // SAFETY: these are the object's writable pages; whoever calls keeps others away from them.
+            unsafe { moving.space.adopt_plain(&part, purpose) };
         }
     }
     0

@@ -42,6 +42,14 @@ pub enum Why {
     NoDescriptor,
     /// It could not be pinned; a line on standard error says more.
     NotPinned,
+    /// It was there before the program asked for a device, and other threads did not stand still then.
+    Threads,
+    /// As above, and was guarded, or kept from dumps (MADV_GUARD_INSTALL, MADV_DONTDUMP).
+    Advised,
+    /// As above, and faults in it went to a userfaultfd of the program's.
+    Watched,
+    /// It could not be copied when the program asked.
+    Changed,
 }
 
 impl Why {
@@ -114,6 +122,23 @@ impl fmt::Display for Why {
             Self::NoDescriptor => f.write_str(
                 "no descriptor was free to take memory by when it was made: raise the limit of open files (`ulimit -n`)",
             ),
+            Self::Threads => f.write_str(
+                "the program had it before it asked for a device, and its threads could not be held still then, as \
+                 libsvm_alloc.so has said on standard error: ask for a device earlier, or start the program by \
+                 `svm-agent run --early`",
+            ),
+            Self::Advised => f.write_str(
+                "it was given MADV_DONTDUMP or MADV_GUARD_INSTALL before the program asked for a device, and such memory \
+                 stays out of reach: ask for a device before, or map what GPUs use by itself",
+            ),
+            Self::Watched => f.write_str(
+                "faults in it went to a userfaultfd of the program's when the program asked for a device, and such memory \
+                 stays out of reach: ask for a device before, or map what GPUs use by itself",
+            ),
+            Self::Changed => f.write_str(
+                "it could not be moved when the program first asked for a device, because part of it was gone, or changed by \
+                 system calls that libsvm_alloc.so does not see: use malloc, or mmap and munmap of the C library",
+            ),
             Self::NotPinned => f.write_str(
                 "it could not be pinned, for the reason that libsvm_alloc.so has printed on standard error: do what is \
                  said there, or use malloc",
@@ -131,11 +156,13 @@ pub struct Log {
     any: bool,
     /// The last of the agent's refusals.
     refused: Option<Why>,
+    /// Of all that is not remembered.
+    rest: Option<Why>,
 }
 
 impl Log {
     pub const fn new() -> Self {
-        Self { entries: [None; MOST], next: 0, any: false, refused: None }
+        Self { entries: [None; MOST], next: 0, any: false, refused: None, rest: None }
     }
 
     pub fn add(&mut self, range: &Range<usize>, why: Why) {
@@ -180,8 +207,17 @@ impl Log {
         self.refused
     }
 
-    /// The latest that is about an address.
+    /// What holds for whatever is not remembered.
+    pub fn refuse_rest(&mut self, why: Why) {
+        self.rest = Some(why);
+    }
+
+    /// The latest that is about an address, or about all of them.
     pub fn find(&self, address: usize) -> Option<Why> {
+        self.find_of(address).or(self.rest)
+    }
+
+    fn find_of(&self, address: usize) -> Option<Why> {
         let (later, earlier) = self.entries.split_at_checked(self.next)?;
         let latest_first = later.iter().rev().chain(earlier.iter().rev()).flatten();
         let found = latest_first.copied().find(|(start, end, _)| (*start..*end).contains(&address));

@@ -103,6 +103,9 @@ impl fmt::Display for Failure {
             Self::Refused { status, .. } if *status == -errno::EPIPE => f.write_str(
                 "the context is lost, or the agent has no device at the moment (EPIPE): start the program again when `svm-agent status` shows one",
             ),
+            Self::Refused { status, .. } if *status == -errno::EACCES => f.write_str(
+                "the agent may not look at this process' memory (EACCES): have `svm-agent serve` run as root with CAP_SYS_PTRACE, and with a /proc that hides no process (hidepid)",
+            ),
             Self::Refused { status, .. } => {
                 write!(f, "the agent refuses it ({}): see its messages", errno::name(*status))
             }

@@ -2,7 +2,8 @@
 //!
 //! The loader looks at who calls dlopen: a name without a slash, or with a `$`, is looked for where the calling object
 //! says. So such calls are handed on as they come, and what they load is moved with the next library, or never. Nor is
-//! what is loaded while there are other threads, or by dlmopen.
+//! what is loaded while there are other threads, or by dlmopen. All that is once the process has asked for a device: then
+//! those of all that is loaded are moved.
 
 #![expect(unsafe_code, reason = "takes the place of functions of the C library")]
 
@@ -18,14 +19,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 static DLOPEN: Real = Real::new(c"dlopen");
 /// Objects that have been seen: those behind are new.
 static SEEN: AtomicUsize = AtomicUsize::new(usize::MAX);
+/// Objects that the program began with, which stay.
+static BEGAN: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 type Open = unsafe extern "C-unwind" fn(*const c_char, c_int) -> *mut c_void;
 type Close = unsafe extern "C-unwind" fn(*mut c_void) -> c_int;
 
-/// As in POSIX.
+/// As in POSIX. On other processors libraries that are loaded later keep their globals out of reach.
 ///
 /// # Safety
 /// As in POSIX.
+#[cfg(target_arch = "x86_64")]
 #[unsafe(naked)]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void {
@@ -45,6 +49,7 @@ pub unsafe extern "C" fn dlopen(path: *const c_char, flags: c_int) -> *mut c_voi
 
 /// # Safety
 /// As `dlopen`.
+#[cfg(target_arch = "x86_64")]
 unsafe extern "C" fn choose(path: *const c_char, _flags: c_int) -> *const c_void {
     // SAFETY: the caller's name ends with a zero.
     let name = if path.is_null() { &[] } else { unsafe { CStr::from_ptr(path) }.to_bytes() };
@@ -69,8 +74,18 @@ unsafe extern "C-unwind" fn load(path: *const c_char, flags: c_int) -> *mut c_vo
     opened
 }
 
-/// Takes note of what the program began with, whose globals have been moved.
+/// Takes note of what the program begins with.
 pub fn begin() {
+    BEGAN.store(count(), Ordering::Release);
+}
+
+/// How many objects that is.
+pub fn began() -> usize {
+    BEGAN.load(Ordering::Acquire)
+}
+
+/// Takes note of what is loaded by now, whose globals have been moved.
+pub fn all_seen() {
     SEEN.store(count(), Ordering::Release);
 }
 

@@ -6,12 +6,16 @@
 //!   the agent is shown the file.
 //! * Private mappings of regular files are read into an arena, up to [`MAX_FILE`].
 //!
+//! Before the process asks for a device, mappings are what the kernel makes of them; the table says what they become, and
+//! what is readable and writable by then does ([`Wakes`]).
+//!
 //! All this for memory that is readable and writable when it is mapped. Everything else is left: mappings that are
 //! protected otherwise, files on disk that are shared, devices. GPUs do not reach it. What else no arena can take the
 //! place of, a trusted process pins ([`crate::pinned`]).
 //!
 //! A private file mapping that is an arena does not grow (mremap says ENOMEM), and MADV_DONTNEED leaves its contents.
-//! All pages of an arena are there from the first, so userfaultfd finds none missing.
+//! All pages of an arena are there from the first, so userfaultfd finds none missing; what a userfaultfd watches when the
+//! process first asks for a device stays out of reach.
 //!
 //! Whatever the program unmaps, maps over, moves, or protects leaves GPUs before the call does anything. Memory whose
 //! protection is changed stays out of their reach when it is readable and writable again.
@@ -31,19 +35,20 @@ use crate::exports::set_errno;
 use crate::fd::Kept;
 use crate::heap;
 use crate::left::{TOO_LARGE, Why};
-use crate::piece::{Backing, PAGE, Piece, Purpose, Sharing};
+use crate::piece::{Backing, PAGE, Piece, Purpose, READ_WRITE, Sharing, Wakes};
 use crate::space::Space;
 use crate::stack;
+pub use call::copy as copy_mapped;
 use call::{Request, failed};
 use contents::Contents;
 use libc::{c_int, c_void, off_t, size_t};
+pub use shared::import_kept;
 use std::ops::Range;
 
 /// Most bytes of memory that is mapped without reserving any: such mappings are made to be used in small parts.
 const MAX_RESERVED: usize = 64 << 20;
 /// Most bytes of a file that are read because the program maps it privately.
 const MAX_FILE: usize = 64 << 20;
-const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
 /// Major and minor number of /dev/zero.
 const DEV_ZERO: (u32, u32) = (1, 5);
 
@@ -114,7 +119,7 @@ pub unsafe extern "C" fn munmap(at: *mut c_void, len: size_t) -> c_int {
     let mut heap = heap::lock();
     if !heap.space().has(&range) {
         heap.space().forget_notes(&range);
-        drop(heap);
+        let _heap = while_dormant(heap);
         // SAFETY: passed on.
         return unsafe { call::unmap(range.start, range.len()) };
     }
@@ -146,6 +151,15 @@ pub unsafe extern "C" fn pkey_mprotect(at: *mut c_void, len: size_t, prot: c_int
         // SAFETY: passed on.
         unsafe { call::protect_by_key(range.start, range.len(), prot, key) }
     };
+    if key > 0
+        && let Some(range) = pages(at.addr(), len)
+    {
+        let mut heap = heap::lock();
+        if heap.space().is_dormant() {
+            // An arena would have no key.
+            heap.space().let_be(&range, Why::Protected);
+        }
+    }
     // SAFETY: passed on.
     unsafe { protect(at.addr(), len, prot, by_key) }
 }
@@ -162,7 +176,7 @@ pub unsafe extern "C" fn madvise(at: *mut c_void, len: size_t, advice: c_int) ->
     };
     let mut heap = heap::lock();
     if !heap.space().has(&range) {
-        drop(heap);
+        let _heap = while_dormant(heap);
         // SAFETY: passed on.
         return unsafe { call::advise(&range, advice) };
     }
@@ -188,6 +202,12 @@ pub unsafe extern "C" fn mremap(
     // SAFETY: the caller has the right to what it names.
     let moved = unsafe { remap::remap(heap.space(), &request) };
     std::ptr::with_exposed_provenance_mut(moved.unwrap_or(usize::MAX))
+}
+
+/// The lock, as long as the process has asked for no device: what the table knows nothing of may be moved then, and is not
+/// while it is changed. Else such memory is not the library's, and nobody need wait for the call.
+fn while_dormant(mut heap: heap::Locked) -> Option<heap::Locked> {
+    heap.space().is_dormant().then_some(heap)
 }
 
 /// The pages that a call is about; `None`: the kernel refuses it, or there are none.
@@ -216,13 +236,15 @@ unsafe fn map(mut request: Request) -> Option<usize> {
     let replaced = replaces.then(|| pages(request.at, request.len)).flatten();
     let mut heap = heap::lock();
     heap.space().start();
-    let fits = fits(heap.space(), request.len, request.flags);
+    let dormant = heap.space().is_dormant();
+    let fits = unfit(heap.space(), request.len, request.flags).is_none();
     drop(heap);
     // Open until the mapping is there.
     let _file = if fits { shared::give_file(&mut request) } else { None };
     let mut ready = Ready { contents: None, file: None };
     if fits {
-        ready = Ready { contents: Contents::read(&request), file: shared::keep(&request) };
+        let contents = if dormant { None } else { Contents::read(&request) };
+        ready = Ready { contents, file: shared::keep(&request) };
     }
     if let Some(range) = replaced {
         let mut heap = heap::lock();
@@ -234,6 +256,9 @@ unsafe fn map(mut request: Request) -> Option<usize> {
         // SAFETY: passed on.
         let base = unsafe { request.carry_out() }?;
         on_mapped(space, &request, &range, &mut ready);
+        // Of what was reserved, and comes part by part.
+        space.join(range.start);
+        space.join(range.end);
         return Some(base);
     }
     // Without the lock: nobody else knows yet what is mapped, and it may take its time.
@@ -251,16 +276,20 @@ fn on_mapped(space: &mut Space, request: &Request, range: &Range<usize>, ready: 
     let vacant = space.vacate(range).is_ok();
     space.forget_notes(range);
     let kind = request.kind;
+    let dormant = space.is_dormant();
     let beyond = matches!(kind, Kind::Pinned(_)) && !space.is_trusted();
     if beyond || matches!(kind, Kind::Other) {
         request.why_left().into_iter().for_each(|why| space.note(range, why));
-        return;
+        if !dormant || matches!(kind, Kind::Other) && !request.may_wake() {
+            return;
+        }
     }
     let unfit = unfit(space, range.len(), request.flags);
     unfit.into_iter().for_each(|why| space.note(range, why));
     let reached = vacant
         && unfit.is_none()
         && match kind {
+            _ if dormant => remember(space, request, range, ready),
             // SAFETY: the mapping is new, so nobody needs what is in it.
             Kind::Zeros => unsafe { space.cover(range.start, range.len(), Purpose::Mapping) },
             Kind::Shared { len } => {
@@ -271,10 +300,11 @@ fn on_mapped(space: &mut Space, request: &Request, range: &Range<usize>, ready: 
                 len.zip(at).is_some_and(shown)
             }
             Kind::Copy { .. } => ready.contents.as_ref().is_some_and(|contents| {
+                let piece = Piece::new(range.start, contents.len(), Purpose::File, Backing::Own);
                 // SAFETY: the arena has as many bytes.
                 let copy = |to| unsafe { contents.copy_to(to) };
                 // SAFETY: the mapping is new, so nobody uses it yet.
-                unsafe { space.adopt_file(range.start, contents.len(), copy) }
+                unsafe { space.adopt_piece(&piece, copy) }
             }),
             Kind::Pinned(sharing) => {
                 let part = upper_part(range, request.flags);
@@ -286,19 +316,40 @@ fn on_mapped(space: &mut Space, request: &Request, range: &Range<usize>, ready: 
             // Without a file there is nothing to show.
             Kind::SharedZeros | Kind::Other => false,
         };
-    if !reached {
+    if !reached && !matches!(kind, Kind::Other) {
         space.leave(range.len());
     }
 }
 
-/// Whether memory of that size is worth asking for.
-fn fits(space: &Space, len: usize, flags: c_int) -> bool {
-    unfit(space, len, flags).is_none()
+/// Takes note of what has been mapped just now, as long as the process has asked for no device. False: it stays out of
+/// reach.
+fn remember(space: &mut Space, request: &Request, range: &Range<usize>, ready: &mut Ready) -> bool {
+    let upper = upper_part(range, request.flags);
+    let (part, purpose, wakes) = match request.kind {
+        Kind::Zeros => (range.clone(), Purpose::Mapping, Wakes::Arena),
+        Kind::Copy { len: Some(len) } if len <= MAX_FILE => {
+            (range.start..range.start + len, Purpose::File, Wakes::Copy)
+        }
+        Kind::Shared { len: Some(len) } => {
+            let (Ok(at), file @ Some(_)) = (u64::try_from(request.offset), ready.file) else { return false };
+            (range.start..range.start + len, Purpose::Mapping, Wakes::Shared { file, at })
+        }
+        Kind::Pinned(sharing) => (upper, Purpose::Mapping, Wakes::Pinned(sharing)),
+        // It may be readable and writable by then.
+        Kind::Other => (range.clone(), Purpose::Mapping, Wakes::Arena),
+        _ => return false,
+    };
+    let known = space.add_dormant(&part, purpose, request.prot, wakes);
+    if known && matches!(wakes, Wakes::Shared { .. }) {
+        ready.file = None;
+    }
+    known
 }
 
-/// Why it is not.
+/// Why memory of that size is not worth asking for. `None`: it is.
 fn unfit(space: &Space, len: usize, flags: c_int) -> Option<Why> {
-    let within = u64::try_from(len).is_ok_and(|len| len <= space.max_arena_bytes());
+    // Before there is an agent its limits are not known.
+    let within = space.is_dormant() || u64::try_from(len).is_ok_and(|len| len <= space.max_arena_bytes());
     if flags & libc::MAP_NORESERVE != 0 && len > MAX_RESERVED {
         Some(Why::Reserved)
     } else {
@@ -342,7 +393,7 @@ unsafe fn protect(at: usize, len: usize, prot: c_int, call: impl Fn(&Range<usize
     let mut heap = heap::lock();
     let space = heap.space();
     if !space.has(&range) {
-        drop(heap);
+        let _heap = while_dormant(heap);
         return call(&range);
     }
     let prot = prot & (READ_WRITE | libc::PROT_EXEC);
@@ -375,8 +426,10 @@ unsafe fn protect(at: usize, len: usize, prot: c_int, call: impl Fn(&Range<usize
         if result == 0 {
             // It is one piece, so there is nothing to split.
             space.change(&piece.range(), |piece| piece.prot = prot).ok();
+            space.join(piece.base);
         }
     });
+    space.join(range.end);
     if result == 0 { gap(done..range.end) } else { result }
 }
 

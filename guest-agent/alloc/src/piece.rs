@@ -1,4 +1,5 @@
-//! The table of pieces: memory of this process that the library has put something behind, sorted by address.
+//! The table of pieces: memory of this process that the library has put something behind, or will when the process asks for
+//! a device, sorted by address.
 //!
 //! Only keeps account; [`crate::space`] does what it says. It has a fixed size, because it must not allocate.
 
@@ -7,6 +8,8 @@ use std::ops::Range;
 
 /// Bytes of a page.
 pub const PAGE: usize = guest_agent::driver::dma::PAGE_BYTES;
+/// What GPUs reach is mapped so.
+pub const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 /// Most pieces of memory. The agent allows a context fewer arenas by default; the rest is for parts of them.
 const MAX_PIECES: usize = 4096;
 /// Room that new memory leaves for the parts of what there is.
@@ -32,6 +35,11 @@ pub enum Purpose {
 }
 
 impl Purpose {
+    /// Whether the heap keeps account of it, wherever it is.
+    pub fn is_heaps(self) -> bool {
+        matches!(self, Self::Heap | Self::Block)
+    }
+
     /// Whether it stays in the table as anonymous memory: the heap keeps account of all its memory, and what the program
     /// has mapped at once is one mapping to the program, though it may be several to the kernel by now.
     pub fn is_kept(self) -> bool {
@@ -53,6 +61,21 @@ pub enum Backing {
     Shared { id: u64, offset: usize, file: Option<Kept>, at: u64 },
     /// The program's own memory, which the library has pinned: the agent knows it as the arena `id` from `offset` on.
     Pinned { id: u64, offset: usize, sharing: Sharing },
+    /// The program's own memory, and what becomes of it when the process first asks for a device.
+    Dormant(Wakes),
+}
+
+/// What becomes of memory when the process first asks for a device.
+#[derive(Clone, Copy)]
+pub enum Wakes {
+    /// An arena takes its place, with its contents.
+    Arena,
+    /// The same; and until then it is a mapping of a file.
+    Copy,
+    /// The agent is shown the file: a descriptor of the library's own, and where the piece begins in it.
+    Shared { file: Option<Kept>, at: u64 },
+    /// It is pinned, if the process is trusted.
+    Pinned(Sharing),
 }
 
 /// Who sees what is written to pinned memory.
@@ -77,14 +100,23 @@ impl Backing {
         self.is_agents() || matches!(self, Self::Pinned { sharing: Sharing::Private, .. })
     }
 
+    /// The descriptor that goes with it.
+    pub fn file(&mut self) -> Option<&mut Option<Kept>> {
+        match self {
+            Self::Shared { file, .. } | Self::Dormant(Wakes::Shared { file, .. }) => Some(file),
+            _ => None,
+        }
+    }
+
     fn behind(mut self, len: usize) -> Self {
         match &mut self {
-            Self::Own | Self::Withdrawn => {}
+            Self::Own | Self::Withdrawn | Self::Dormant(Wakes::Arena | Wakes::Copy | Wakes::Pinned(_)) => {}
             Self::Arena { offset, .. } | Self::Pinned { offset, .. } => *offset += len,
             Self::Shared { offset, at, .. } => {
                 *offset += len;
                 *at += u64::try_from(len).unwrap_or(0);
             }
+            Self::Dormant(Wakes::Shared { at, .. }) => *at += u64::try_from(len).unwrap_or(0),
         }
         self
     }
@@ -116,8 +148,7 @@ impl Piece {
     /// Readable and writable, its beginning a block's if it is for one.
     pub fn new(base: usize, len: usize, purpose: Purpose, backing: Backing) -> Self {
         let block = if purpose == Purpose::Block { len } else { 0 };
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        Self { base, len, purpose, backing, block, prot, in_child: InChild::Copy }
+        Self { base, len, purpose, backing, block, prot: READ_WRITE, in_child: InChild::Copy }
     }
 
     pub fn end(&self) -> usize {
@@ -196,11 +227,6 @@ impl Table {
         self.pieces.get_mut(at)
     }
 
-    /// All pieces, to be changed; not where they stand.
-    pub fn entries(&mut self) -> impl Iterator<Item = &mut Piece> {
-        self.pieces.iter_mut().take(self.count)
-    }
-
     /// Has a piece begin at `at` if one lies across it. `None`: there is no room. Else the piece that is new.
     pub fn split(&mut self, at: usize) -> Option<Option<Piece>> {
         let across = self.first_in(&(at..at + 1)).filter(|piece| piece.base < at);
@@ -216,6 +242,30 @@ impl Table {
             Piece { base: at, len: piece.len - len, block: 0, backing: piece.backing.behind(len), ..piece };
         self.insert(rest);
         Some(Some(rest))
+    }
+
+    /// Joins the piece that begins at `at` with the one before, if nothing tells them apart: both dormant, mapped and
+    /// protected alike.
+    pub fn join(&mut self, at: usize) {
+        let (Some(piece), Some(before)) =
+            (self.find(at), at.checked_sub(1).and_then(|last| self.first_in(&(last..at))))
+        else {
+            return;
+        };
+        let wakes = |piece: &Piece| match piece.backing {
+            Backing::Dormant(Wakes::Arena) => Some(None),
+            Backing::Dormant(Wakes::Pinned(sharing @ Sharing::Private)) => Some(Some(sharing)),
+            _ => None,
+        };
+        let mapped = |piece: &Piece| piece.purpose == Purpose::Mapping && wakes(piece).is_some();
+        let alike =
+            before.prot == piece.prot && before.in_child == piece.in_child && wakes(&before) == wakes(&piece);
+        if alike && mapped(&piece) && mapped(&before) {
+            self.remove(at);
+            if let Some(entry) = self.entry(before.base) {
+                entry.len += piece.len;
+            }
+        }
     }
 
     fn position(&self, base: usize) -> Option<usize> {

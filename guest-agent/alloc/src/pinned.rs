@@ -2,14 +2,14 @@
 //! V segments, mappings of huge pages (MAP_HUGETLB) and those for stacks (MAP_STACK).
 //!
 //! Only processes that the operator trusts do this ([`guest_agent::message::ARENA_PIN`]); for others such memory is out of
-//! the reach of GPUs. It happens once, when the memory comes to be, and whatever the program does with it later is
+//! the reach of GPUs. It happens once, when the memory comes to be or the process first asks for a device, and whatever the program does with it later is
 //! preceded by a cut, as with arenas.
 //!
 //! The pages are registered in an io_uring, one for each range. The agent takes the io_uring, and with it the
 //! registration, so the process keeps no descriptor. The kernel charges the pages to the user (RLIMIT_MEMLOCK).
 //!
 //! fork: the kernel gives the child copies of private pages that are pinned, at once, so the parent's stay its own; the
-//! child pins its copies in its own context. For huge pages that takes as many free ones as are pinned, or fork fails.
+//! child pins its copies in its own context, if it asks for a device. For huge pages that takes as many free ones as are pinned, or fork fails.
 
 #![expect(unsafe_code, reason = "registers memory with io_uring")]
 
@@ -17,7 +17,7 @@ mod brk;
 mod main_stack;
 mod segment;
 
-pub use main_stack::pin_main_stack;
+pub use main_stack::MainStack;
 
 use crate::fd::Fd;
 use crate::link::{self, Link};

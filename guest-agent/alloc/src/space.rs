@@ -1,5 +1,5 @@
-//! The memory of this process that is the library's matter: arenas, what takes their place when the agent gives none, and
-//! mappings of the program that the agent was shown.
+//! The memory of this process that is the library's matter: arenas, what takes their place when the agent gives none,
+//! mappings of the program that the agent was shown, and what will be one of these when the process asks for a device.
 //!
 //! Owns the connection and the table ([`crate::piece`]). So a large block is found when it is freed, and a forked child
 //! knows what it must not share. Used under the heap's lock only.
@@ -13,6 +13,7 @@
 #![expect(unsafe_code, reason = "maps memory over memory that is in use")]
 
 mod child;
+mod dormant;
 mod mapping;
 mod pin;
 
@@ -22,7 +23,8 @@ use crate::fd::Kept;
 use crate::fork;
 use crate::left::{Log, Why};
 use crate::link::{Failure, Link, Made};
-use crate::piece::{Backing, PAGE, Piece, Purpose, Table};
+use crate::others;
+use crate::piece::{Backing, PAGE, Piece, Purpose, READ_WRITE, Table, Wakes};
 use crate::say::{give_up, say};
 use guest_agent::message::DEFAULT_SOCKET;
 use mapping::{copy_over, fill_over, map_arena};
@@ -37,6 +39,8 @@ pub const PATH: usize = guest_agent::client::SOCKET_NAME;
 enum State {
     /// The program's environment cannot be read yet.
     Early,
+    /// Nothing has asked for a device ([`dormant`]).
+    Dormant,
     Up(Link),
     /// Without an agent.
     Down,
@@ -49,6 +53,8 @@ pub struct Full;
 pub struct Space {
     state: State,
     socket: [u8; PATH],
+    /// The program's memory is brought into reach at once, not only when it asks for a device.
+    early: bool,
     /// Memory that GPUs do not reach ends the program.
     require: bool,
     complained: bool,
@@ -72,6 +78,7 @@ impl Space {
         Self {
             state: State::Early,
             socket: [0; PATH],
+            early: false,
             require: false,
             complained: false,
             complained_of_pins: false,
@@ -82,7 +89,7 @@ impl Space {
         }
     }
 
-    /// Connects, as soon as the environment says where. What was allocated before stays as it is.
+    /// Reads the environment as soon as it is there. What was allocated before stays out of reach.
     pub fn start(&mut self) {
         if !matches!(self.state, State::Early) {
             return;
@@ -94,23 +101,20 @@ impl Space {
         if !environment_is_there() {
             return;
         }
-        self.require = variable(c"SVM_ALLOC").is_some_and(|value| value.to_bytes() == b"require");
+        let wanted = variable(c"SVM_ALLOC").map_or(&[][..], CStr::to_bytes);
+        self.require = wanted == b"require";
+        self.early = self.require || wanted == b"early";
         let named = variable(c"SVM_AGENT_SOCKET").map_or(DEFAULT_SOCKET.as_bytes(), CStr::to_bytes);
         // One that is too long is cut, and then nobody listens there. The last byte stays zero.
         for (to, from) in self.socket.iter_mut().take(PATH - 1).zip(named) {
             *to = *from;
         }
-        self.connect();
+        self.state = State::Dormant;
     }
 
-    fn connect(&mut self) {
-        self.state = match Link::open(self.socket()) {
-            Ok(link) => State::Up(link),
-            Err(failure) => {
-                self.complain(&failure);
-                State::Down
-            }
-        };
+    /// Whether the program wants its memory in reach at once.
+    pub fn is_early(&self) -> bool {
+        self.early
     }
 
     /// Where the agent listens.
@@ -153,6 +157,18 @@ impl Space {
         self.complained = true;
         let socket = self.socket().to_str().unwrap_or("the socket");
         say(format_args!("GPUs do not reach all memory of this program. {socket}: {failure}"));
+        self.end_if_required();
+    }
+
+    /// Other threads do not stand still, so what there is stays where it is.
+    pub fn complain_of_threads(&mut self, failure: &others::Failure) {
+        say(format_args!(
+            "GPUs do not reach what memory this program has had so far: {failure}; have it ask for a device earlier, or start it by `svm-agent run --early`"
+        ));
+        self.end_if_required();
+    }
+
+    fn end_if_required(&self) {
         if self.require {
             say(format_args!("SVM_ALLOC=require, so the program ends"));
             give_up();
@@ -174,8 +190,7 @@ impl Space {
         let room = if align > PAGE { len.checked_add(align)? } else { len };
         // Taken at once as anonymous memory: an arena then takes its place, if there is one.
         // SAFETY: without MAP_FIXED no existing mapping is replaced.
-        let reserved =
-            unsafe { map_anonymous(0, room, libc::PROT_READ | libc::PROT_WRITE, MapFlags::empty()) }?;
+        let reserved = unsafe { map_anonymous(0, room, READ_WRITE, MapFlags::empty()) }?;
         let base = reserved.checked_next_multiple_of(align.max(PAGE))?;
         unmap(reserved, base - reserved);
         unmap(base + len, room - len - (base - reserved));
@@ -203,6 +218,9 @@ impl Space {
     /// # Safety
     /// The range is mapped, and nobody needs what is in it.
     pub unsafe fn cover(&mut self, base: usize, len: usize, purpose: Purpose) -> bool {
+        if self.is_dormant() {
+            return self.add_dormant(&(base..base + len), purpose, READ_WRITE, Wakes::Arena);
+        }
         let piece = Piece::new(base, len, purpose, Backing::Own);
         // SAFETY: as the caller says.
         self.adopt_by(piece, |made| unsafe { map_arena(made, base, len) })
@@ -237,14 +255,13 @@ impl Space {
         true
     }
 
-    /// Puts an arena with what `fill` writes in the place of memory. False: it stays as it is.
+    /// Puts an arena with what `fill` writes in the place of a piece that is not in the table. False: it stays as it is.
     ///
     /// # Safety
     /// Nobody uses the memory meanwhile.
-    pub unsafe fn adopt_file(&mut self, base: usize, len: usize, fill: impl FnOnce(usize) -> bool) -> bool {
-        let piece = Piece::new(base, len, Purpose::File, Backing::Own);
+    pub unsafe fn adopt_piece(&mut self, piece: &Piece, fill: impl FnOnce(usize) -> bool) -> bool {
         // SAFETY: as the caller says.
-        self.adopt_by(piece, |made| unsafe { fill_over(made, base, len, fill) })
+        self.adopt_by(*piece, |made| unsafe { fill_over(made, piece.base, piece.len, fill) })
     }
 
     /// Counts a mapping that GPUs do not reach.
@@ -256,7 +273,7 @@ impl Space {
     /// Remembers why GPUs do not reach memory.
     pub fn note(&mut self, range: &Range<usize>, why: Why) {
         // Without an agent that is the reason, and no other.
-        if self.link().is_some() {
+        if self.link().is_some() || self.is_dormant() {
             self.log.add(range, why);
         }
     }
@@ -274,7 +291,7 @@ impl Space {
             Some(Piece { backing: Backing::Withdrawn, .. }) => {
                 Some(self.log.find(address).unwrap_or(Why::Protected))
             }
-            Some(Piece { backing: Backing::Own, prot, .. }) if prot != libc::PROT_READ | libc::PROT_WRITE => {
+            Some(Piece { backing: Backing::Own, prot, .. }) if prot != READ_WRITE => {
                 Some(Why::Mapped { prot })
             }
             Some(Piece { backing: Backing::Own, .. }) => self.log.find(address).or(self.log.refused()),
@@ -354,7 +371,7 @@ impl Space {
         self.split(range.start)?;
         self.split(range.end)?;
         self.each_in(range, |space, piece| match piece.backing {
-            Backing::Own | Backing::Withdrawn => {}
+            Backing::Own | Backing::Withdrawn | Backing::Dormant(_) => {}
             Backing::Arena { id, offset } => {
                 space.set_backing(piece.base, Backing::Withdrawn);
                 space.cut(id, offset, piece.len);
@@ -375,8 +392,9 @@ impl Space {
     /// Has nothing of a range be in the table any more, because something else is there, or soon is.
     pub fn vacate(&mut self, range: &Range<usize>) -> Result<(), Full> {
         self.withdraw(range)?;
-        self.each_in(range, |space, piece| {
+        self.each_in(range, |space, mut piece| {
             space.table.remove(piece.base);
+            piece.backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
         });
         Ok(())
     }
@@ -428,6 +446,15 @@ impl Space {
         }
     }
 
+    /// Takes note of memory that is as a piece was elsewhere. False: there is no room.
+    pub fn add_as(&mut self, range: &Range<usize>, like: &Piece) -> bool {
+        let room = self.table.has_room();
+        if room {
+            self.table.insert(Piece { base: range.start, len: range.len(), ..*like });
+        }
+        room
+    }
+
     /// Unmaps the large block that begins at `base`.
     ///
     /// # Safety
@@ -447,11 +474,23 @@ impl Space {
     }
 
     fn split(&mut self, at: usize) -> Result<(), Full> {
-        let made = self.table.split(at).ok_or(Full)?;
-        if let Some(Piece { base, backing: Backing::Shared { id, offset, file, at }, .. }) = made {
+        let Some(made) = self.table.split(at) else {
+            let across = self.table.first_in(&(at..at + 1));
+            // Before a device is asked for nothing goes by it, but for the heap.
+            let other =
+                |piece: &Piece| matches!(piece.backing, Backing::Dormant(_)) && !piece.purpose.is_heaps();
+            let mut piece = across.filter(other).ok_or(Full)?;
+            self.table.remove(piece.base);
+            piece.backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
+            self.note(&piece.range(), Why::Full);
+            return Ok(());
+        };
+        if let Some(Piece { base, mut backing, .. }) = made
+            && let Some(file) = backing.file()
+        {
             // Each piece closes its own.
-            let file = file.and_then(|file| file.again());
-            self.set_backing(base, Backing::Shared { id, offset, file, at });
+            *file = file.and_then(|file| file.again());
+            self.set_backing(base, backing);
         }
         Ok(())
     }
@@ -482,14 +521,16 @@ impl Space {
         if !failure.is_final() {
             // In too many parts. What must go goes, and the rest with it.
             self.give_arena(id);
-            for piece in self.table.entries() {
-                match &mut piece.backing {
-                    Backing::Arena { id: other, .. } if *other == id => piece.backing = Backing::Withdrawn,
-                    Backing::Pinned { id: other, .. } if *other == id => piece.backing = Backing::Own,
-                    _ => continue,
+            self.each_in(&(0..usize::MAX), |space, piece| {
+                match piece.backing {
+                    Backing::Arena { id: other, .. } if other == id => {
+                        space.set_backing(piece.base, Backing::Withdrawn);
+                    }
+                    Backing::Pinned { id: other, .. } if other == id => drop(space.table.remove(piece.base)),
+                    _ => return,
                 }
-                self.log.add_failure(&piece.range(), &failure);
-            }
+                space.log.add_failure(&piece.range(), &failure);
+            });
         }
         self.fail(&failure);
     }
@@ -509,6 +550,11 @@ impl Space {
     /// The piece that begins at `base`.
     pub fn find(&self, base: usize) -> Option<Piece> {
         self.table.find(base)
+    }
+
+    /// Joins the piece that begins at `at` with the one before, if nothing tells them apart.
+    pub fn join(&mut self, at: usize) {
+        self.table.join(at);
     }
 
     /// Changes each piece in a range, which then begins and ends with pieces; not where they stand.

@@ -1,4 +1,5 @@
-//! Stacks of new threads: their upper part is an arena, put over the stack that the C library made.
+//! Stacks of threads: their upper part is an arena, put over the stack that the C library made, as the thread begins or, if
+//! the process has asked for no device by then, when it does.
 //!
 //! So the size of a stack, its guard and its attributes stay as the program and the C library have them, and a deep
 //! recursion goes on below the arena, where GPUs do not reach. The thread's first frames and the C library's record of
@@ -29,6 +30,7 @@ use libc::{c_int, c_void, pid_t, pthread_attr_t, pthread_t};
 use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Most bytes of a stack that are in an arena: pinned memory is scarce, and few threads go deeper.
 pub const MAX_BYTES: usize = 256 << 10;
@@ -64,9 +66,13 @@ impl Part {
     fn range(&self) -> Range<usize> {
         self.base..self.base + self.len
     }
+
+    fn may_be_moved(&self, space: &Space) -> bool {
+        !space.is_dormant() && !space.has(&self.range())
+    }
 }
 
-/// The part of this thread's stack that is in an arena.
+/// The part of this thread's stack that is in an arena, or is to be.
 static MINE: ThreadWord = ThreadWord::new();
 /// Beside it, in the word: the thread is in [`fork`], on another stack.
 const FORKS_ASIDE: usize = PAGE / 2;
@@ -140,14 +146,13 @@ unsafe extern "C-unwind" fn thread_begins(begin: *mut c_void) -> *mut c_void {
     let Begin { start, arg } = unsafe { begin.read() };
     // SAFETY: nobody else has it.
     unsafe { free(begin.cast()) };
-    if let Some(part) = place() {
+    // Told first, so that whoever holds this thread still knows it. Without it nothing would give the part back.
+    if let Some(part) = place()
+        && MINE.set(part.word())
+    {
+        let mut heap = heap::lock();
         // SAFETY: the part lies below all frames of this thread, which is the only one that uses this stack.
-        let adopted = unsafe { heap::lock().space().adopt(part.base, part.len, Purpose::Stack) };
-        if adopted && !MINE.set(part.word()) {
-            // Nothing would give it back when the thread ends.
-            // SAFETY: as above.
-            unsafe { heap::lock().space().forget(&part.range()) }.ok();
-        }
+        unsafe { adopt(heap.space(), part.word()) };
     }
     // SAFETY: the program's function gets the program's argument.
     unsafe { run_below(start, arg) }
@@ -192,6 +197,33 @@ fn place() -> Option<Part> {
     (told == 0 && start < end).then(|| Part { base: start, len: end - start })
 }
 
+/// What is known of this thread's stack; 0: nothing.
+pub fn word() -> usize {
+    MINE.get()
+}
+
+/// Puts the part of a stack that a word names into an arena, if it is in none and the process has asked for a device.
+///
+/// # Safety
+/// Nobody uses the stack meanwhile, and the caller does not stand on the part.
+pub unsafe fn adopt(space: &mut Space, word: usize) {
+    if let Some(part) = Part::of_word(word).filter(|part| part.may_be_moved(space)) {
+        // SAFETY: as the caller says.
+        unsafe { space.adopt(part.base, part.len, Purpose::Stack) };
+    }
+}
+
+/// As [`adopt`], of a thread that may have protected some of it meanwhile.
+///
+/// # Safety
+/// As there.
+pub unsafe fn adopt_used(space: &mut Space, word: usize) {
+    if let Some(part) = Part::of_word(word).filter(|part| part.may_be_moved(space)) {
+        // SAFETY: as the caller says.
+        unsafe { space.adopt_plain(&part.range(), Purpose::Stack) };
+    }
+}
+
 unsafe extern "C" fn thread_ends(word: *mut c_void) {
     if let Some(part) = Part::of_word(word.addr()) {
         // SAFETY: the thread's function has ended, so its frames are gone; this one is above the part.
@@ -214,6 +246,7 @@ pub unsafe extern "C" fn fork() -> pid_t {
         set_errno(libc::ENOSYS);
         return -1;
     };
+    let _fork = Fork::begin();
     if heap::is_mine() {
         say(format_args!(
             "the handler of a signal forks while its thread allocates or maps memory: fork fails (ENOMEM)"
@@ -251,6 +284,35 @@ pub unsafe extern "C" fn fork() -> pid_t {
     })
 }
 
+/// Forks of this library's that have begun. One that has looked where it stands must not be moved before it is through.
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
+struct Fork;
+
+impl Fork {
+    fn begin() -> Self {
+        FORKS.fetch_add(1, Ordering::AcqRel);
+        Self
+    }
+}
+
+impl Drop for Fork {
+    fn drop(&mut self) {
+        // In the child it is 0 already.
+        FORKS.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |forks| forks.checked_sub(1)).ok();
+    }
+}
+
+/// Whether another thread is in `fork`. Asked with the heap's lock held, none comes to look where it stands meanwhile.
+pub fn is_forking() -> bool {
+    FORKS.load(Ordering::Acquire) > 0
+}
+
+/// In a forked child: nobody is.
+pub fn no_forks() {
+    FORKS.store(0, Ordering::Release);
+}
+
 /// Whether this thread does; and whether any memory is in one.
 fn stands_in_arena() -> (bool, bool) {
     let here = 0u8;
@@ -260,7 +322,7 @@ fn stands_in_arena() -> (bool, bool) {
     (piece.is_some_and(|piece| piece.backing.is_agents()), heap.space().is_shared())
 }
 
-/// Where this thread's stack is in an arena.
+/// Where this thread's stack is in an arena, or is to be.
 pub fn mine() -> Range<usize> {
     Part::of_word(MINE.get()).map_or(0..0, |part| part.range())
 }
@@ -270,6 +332,9 @@ pub fn mine() -> Range<usize> {
 pub fn take_out(space: &mut Space) -> Option<Part> {
     let word = MINE.get();
     let part = Part::of_word(word).filter(|_| word & FORKS_ASIDE == 0)?;
+    if !space.has(&part.range()) {
+        return None;
+    }
     let mut done = false;
     aside(ASIDE, &mut |(): ()| {
         // SAFETY: this runs on another stack, and only this thread uses this one.
@@ -281,20 +346,16 @@ pub fn take_out(space: &mut Space) -> Option<Part> {
 /// The reverse of [`take_out`].
 pub fn put_back(space: &mut Space, part: Option<Part>) {
     let Some(part) = part else { return };
-    let mut done = false;
     aside(ASIDE, &mut |(): ()| {
         // SAFETY: this runs on another stack, and only this thread uses this one.
-        done = unsafe { space.adopt(part.base, part.len, Purpose::Stack) };
+        unsafe { adopt_used(space, part.word()) };
     });
-    if !done {
-        MINE.set(0);
-    }
 }
 
-type Work<'a> = &'a mut dyn FnMut(());
+pub type Work<'a> = &'a mut dyn FnMut(());
 
 /// Runs `work` on another stack, of `len` bytes, while this one stands still. It does not run if there is no memory.
-fn aside(len: usize, work: Work<'_>) {
+pub fn aside(len: usize, work: Work<'_>) {
     let anonymous = rustix::mm::MapFlags::PRIVATE | rustix::mm::MapFlags::STACK;
     let prot = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
     // SAFETY: without MAP_FIXED no existing mapping is replaced.

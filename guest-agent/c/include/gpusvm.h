@@ -2,7 +2,8 @@
  * gpusvm.h: a program's own memory on GPUs of the host, by plain pointers.
  *
  * In a guest where `svm-agent serve` runs, start the program with `svm-agent run -- PROGRAM` (or with
- * LD_PRELOAD=libsvm_alloc.so): what malloc gives, globals and the stacks of new threads are then memory that GPUs reach.
+ * LD_PRELOAD=libsvm_alloc.so): from svm_open() on what malloc gives, globals and the stacks of threads are memory that GPUs
+ * reach.
  * The shortest use, without checks:
  *
  *	struct svm *svm;
@@ -123,6 +124,12 @@ struct svm_failure {
 /*
  * Joins the context in which libsvm_alloc.so has this process' memory. A process can do so once at a time: pass the handle
  * on to whoever needs it. A forked child has a context of its own, and opens it after fork().
+ *
+ * The first call of a process brings what memory it has by then into reach, at the same addresses: other threads stand
+ * still meanwhile, and calls of theirs that the handler of any signal ends (poll, epoll_wait, nanosleep, sem_timedwait,
+ * sigwaitinfo, pause) end with EINTR. Nothing may be under way that goes by pages and not by addresses: reads with O_DIRECT,
+ * operations of an io_uring, vmsplice. What has pinned memory before (buffers registered with io_uring, RDMA) goes on with
+ * the old pages: register them afterwards. Memory that a userfaultfd watches by then stays out of reach.
  *
  * -ENOTCONN  the program runs without libsvm_alloc.so, or that has no agent
  * -EBUSY     another part of the process has joined: use its handle

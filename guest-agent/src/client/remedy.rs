@@ -32,7 +32,8 @@ fn about(maps: &str, address: u64, why: impl Fn(u64, &Range<u64>) -> Option<Stri
         }
         "" => format!(
             "it is anonymous memory that is in no arena, such as comes before libsvm_alloc.so is there (start the program \
-             by `svm-agent run`), or by system calls that it does not see: {WANTED}"
+             by `svm-agent run`), or could not be moved when the program asked for a device (libsvm_alloc.so has said so), or \
+             comes by system calls that it does not see: {WANTED}"
         ),
         name if name.starts_with("/anon_hugepage") => {
             "it is memory of MAP_HUGETLB, which is in no arena: use madvise(MADV_HUGEPAGE), or map a memfd made with \
@@ -51,7 +52,7 @@ fn about(maps: &str, address: u64, why: impl Fn(u64, &Range<u64>) -> Option<Stri
         ),
         library if mapping.rights.starts_with("rw") && is_library(library) => format!(
             "it is a mapping of {library}, and a global of a library that is loaded while there are threads stays out of \
-             reach: load it before the first thread, or link it, or use malloc"
+             reach: load it before the first thread or before svm_open, or link it, or use malloc"
         ),
         file => format!(
             "it is a mapping of {file}, which is in no arena: read the file into memory of malloc"

@@ -2,6 +2,7 @@
 //!
 //! * `ring`: the device's side of a split virtqueue.
 //! * `mock`: a device that answers commands and raises faults as a test tells it to.
+//! * `pages`: memory of processes, as such a device has it.
 //! * `world`: devices of it whose engines execute packets.
 
 #![expect(
@@ -26,6 +27,7 @@ mod keeper;
 mod lacking;
 mod line;
 mod mock;
+mod pages;
 mod pinning;
 mod ring;
 mod serving;

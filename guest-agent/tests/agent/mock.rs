@@ -535,6 +535,16 @@ impl Mock {
         self.script.lock().unwrap()
     }
 
+    /// The answer to a fault that the device has taken, once it is there.
+    pub fn answered(&self, cookie: u64) -> Answered {
+        let find = || {
+            let script = self.look();
+            script.answers.iter().find(|answer| answer.cookie == cookie && answer.status == 0).cloned()
+        };
+        eventually("an answer", || find().is_some());
+        find().unwrap()
+    }
+
     fn play(&self) {
         while !*self.ended.lock().unwrap() {
             self.kick.take(Duration::from_millis(20));

@@ -4,69 +4,18 @@
 //! is not known is a fault to the agent, and what the agent answers names the page. So what it finds is right only if
 //! the library has mapped it, the process has it in an arena, and the agent knows it.
 
-use crate::mock::{self, Launch, Mock, Shape, eventually};
-use guest_agent::agent::{Agent, AgentOptions, ArenaMemory, ArenaPages, ImportedPages};
+use crate::mock::{self, Launch, Mock, Shape};
+use crate::pages::{Memory, View};
+use guest_agent::agent::{Agent, AgentOptions};
 use guest_agent::broker::{Broker, BrokerOptions};
-use guest_agent::memory_file::MemoryFile;
-use std::collections::HashMap;
-use std::fs::File;
-use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use virtio_gpu_svm::protocol::event::{PERM_READ, PERM_WRITE};
 use virtio_gpu_svm::protocol::job::*;
 use virtio_gpu_svm::protocol::request::{BIND_CPU_ADDR_MIRROR, BIND_OP_MAP_USERPTR, BindOp};
-
-/// Pages by guest-physical address: the file and the offset in it.
-#[derive(Default)]
-struct Pages {
-    made: u64,
-    by_address: HashMap<u64, (u64, u64)>,
-    files: HashMap<u64, File>,
-}
-
-impl Pages {
-    /// A part of a file becomes memory; its pages. Neighbours in the file are none in guest memory.
-    fn add(&mut self, file: File, offset: u64, len: u64) -> (u64, Vec<u64>) {
-        self.made += 1;
-        let id = self.made;
-        let addresses: Vec<u64> = (0..len / 4096).map(|page| (id << 32) + page * 8192).collect();
-        for (page, address) in (0..).zip(&addresses) {
-            self.by_address.insert(*address, (id, offset + page * 4096));
-        }
-        self.files.insert(id, file);
-        (id, addresses)
-    }
-}
-
-/// Memory that is read and written by guest-physical address.
-#[derive(Default)]
-struct Memory(Mutex<Pages>);
-
-impl ArenaMemory for Memory {
-    fn create(&self, len: u64) -> io::Result<ArenaPages> {
-        let fd = mock::file(len);
-        let (id, pages) = self.0.lock().unwrap().add(File::from(fd.try_clone()?), 0, len);
-        Ok(ArenaPages { id, fd, offset: 0, pages })
-    }
-
-    fn import(&self, file: &MemoryFile) -> io::Result<ImportedPages> {
-        let own = File::from(file.as_fd().try_clone_to_owned()?);
-        let (id, pages) = self.0.lock().unwrap().add(own, file.offset(), file.len());
-        Ok(ImportedPages { id, pages })
-    }
-
-    fn release(&self, id: u64) {
-        let mut pages = self.0.lock().unwrap();
-        pages.files.remove(&id);
-        pages.by_address.retain(|_, (arena, _)| *arena != id);
-    }
-}
 
 pub struct World {
     pub mock: Arc<Mock>,
@@ -161,9 +110,9 @@ impl Engines {
     }
 
     fn execute(&self, launch: &Launch) -> Option<(i32, u32, u64, u32)> {
-        let mut view = View { engines: self, launch, known: HashMap::new() };
+        let job = Job { launch, view: View::new(&self.mock, &self.memory, launch.ctx_id) };
         for (index, packet) in (0..).zip(&launch.packets) {
-            if let Err((errno, address, access)) = view.packet(packet) {
+            if let Err((errno, address, access)) = job.packet(packet) {
                 return Some((errno, index, address, access));
             }
         }
@@ -171,15 +120,14 @@ impl Engines {
     }
 }
 
-/// What a job sees of its process' memory. It asks once for each page.
-struct View<'a> {
-    engines: &'a Engines,
+/// A job, and what it sees of its process' memory.
+struct Job<'a> {
     launch: &'a Launch,
-    known: HashMap<u64, (u64, u64)>,
+    view: View<'a>,
 }
 
-impl View<'_> {
-    fn packet(&mut self, packet: &Packet) -> Result<(), Stop> {
+impl Job<'_> {
+    fn packet(&self, packet: &Packet) -> Result<(), Stop> {
         let (dst, src, len) = (packet.dst.get(), packet.src.get(), packet.len.get());
         let (value, arg) = (packet.value.get(), packet.arg.get());
         match packet.opcode.get() {
@@ -217,18 +165,14 @@ impl View<'_> {
         Ok(())
     }
 
-    fn word(&mut self, address: u64) -> Result<u64, Stop> {
-        let (file, offset) = self.place(address).ok_or((-14, address, PERM_READ))?;
-        let mut word = [0; 8];
-        self.engines.memory.0.lock().unwrap().files[&file].read_exact_at(&mut word, offset).unwrap();
-        Ok(u64::from_le_bytes(word))
+    fn word(&self, address: u64) -> Result<u64, Stop> {
+        let word = self.cpu_address(address).and_then(|cpu| self.view.word(cpu));
+        word.ok_or((-14, address, PERM_READ))
     }
 
-    fn set_word(&mut self, address: u64, word: u64) -> Result<(), Stop> {
-        let (file, offset) = self.place(address).ok_or((-14, address, PERM_WRITE))?;
-        let pages = self.engines.memory.0.lock().unwrap();
-        pages.files[&file].write_all_at(&word.to_le_bytes(), offset).unwrap();
-        Ok(())
+    fn set_word(&self, address: u64, word: u64) -> Result<(), Stop> {
+        let set = self.cpu_address(address).and_then(|cpu| self.view.set_word(cpu, word));
+        set.ok_or((-14, address, PERM_WRITE))
     }
 
     /// The process' address behind a device's.
@@ -242,29 +186,5 @@ impl View<'_> {
         } else {
             None
         }
-    }
-
-    fn place(&mut self, gpu: u64) -> Option<(u64, u64)> {
-        let cpu = self.cpu_address(gpu)?;
-        let (page, within) = (cpu & !4095, cpu & 4095);
-        let known = self.known.get(&page).copied();
-        let (file, offset) = known.or_else(|| self.fault(page))?;
-        self.known.insert(page, (file, offset));
-        Some((file, offset + within))
-    }
-
-    fn fault(&self, page: u64) -> Option<(u64, u64)> {
-        let mock = &self.engines.mock;
-        let cookie = mock.script(|script| script.fault(self.launch.ctx_id, page));
-        let answer = || {
-            let script = mock.look();
-            script.answers.iter().find(|answer| answer.cookie == cookie && answer.status == 0).cloned()
-        };
-        eventually("an answer", || answer().is_some());
-        let holds = |va: u64, pages: u32| (va..va + u64::from(pages) * 4096).contains(&page);
-        let answer = answer().unwrap();
-        let run = answer.runs.iter().find(|run| holds(run.va.get(), run.pages.get()))?;
-        let physical = run.gpa.get() + page - run.va.get();
-        self.engines.memory.0.lock().unwrap().by_address.get(&physical).copied()
     }
 }

@@ -62,9 +62,10 @@ fn answers_are_those_of_all_processes_and_each_has_a_window_of_pages() {
 fn pins_stand_beside_what_the_kernel_takes_for_both_steps() {
     let told = json!({
         "bytes": 16 << 20, "populate": [3_000_000], "pin": [1_000_000], "unpin": [500_000], "unmap": [500_000],
-        "arena": [8_000_000], "arena_gone": [3_000_000],
+        "arena": [8_000_000], "arena_gone": [3_000_000], "asked": [12_000_000],
     });
     let rows = pins("QEMU", &told).unwrap();
+    assert_eq!((row(&rows, "first ask").p50, row(&rows, "first ask").ratio_p50), (12.0, Some(3.0)));
     assert_eq!((row(&rows, "mmap").p50, row(&rows, "mmap").ratio_p50), (8.0, Some(2.0)));
     assert_eq!((row(&rows, "munmap").p50, row(&rows, "munmap").ratio_p50), (3.0, Some(3.0)));
     // 4096 pages in 8 ms.

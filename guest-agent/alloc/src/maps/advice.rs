@@ -3,7 +3,8 @@
 #![expect(unsafe_code, reason = "makes system calls that change memory")]
 
 use super::{call, part_of};
-use crate::piece::{InChild, Piece, Purpose};
+use crate::left::Why;
+use crate::piece::{Backing, InChild, Piece, Purpose, Wakes};
 use crate::space::Space;
 use libc::c_int;
 use std::ops::Range;
@@ -17,6 +18,11 @@ pub unsafe fn advise(space: &mut Space, range: &Range<usize>, advice: c_int) -> 
     // SAFETY: passed on.
     let pass_on = |range: &Range<usize>| unsafe { call::advise(range, advice) };
     if !space.has(range) {
+        return pass_on(range);
+    }
+    if matches!(advice, MADV_GUARD_INSTALL | libc::MADV_DONTDUMP) && space.is_dormant() {
+        // An arena would have neither guards nor secrets.
+        space.let_be(range, Why::Advised);
         return pass_on(range);
     }
     let in_child = match advice {
@@ -81,7 +87,9 @@ fn each_part(
     let between = |gap: Range<usize>| if gap.is_empty() { 0 } else { others(&gap) };
     space.each_in(range, |space, piece| {
         // What was a file's is none to the kernel.
-        if piece.backing.keeps_pages() || piece.purpose == Purpose::File && !for_child {
+        let was_files =
+            piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy));
+        if piece.backing.keeps_pages() || was_files && !for_child {
             let part = part_of(&piece, range);
             add(between(done..part.start));
             add(kept(space, &piece, &part));

@@ -4,7 +4,7 @@
 
 use super::shared::page_in_memory;
 use super::{DEV_ZERO, Kind, READ_WRITE};
-use crate::exports::set_errno;
+use crate::exports::{errno, set_errno};
 use crate::left::Why;
 use crate::piece::{PAGE, Sharing};
 use libc::{c_int, off_t};
@@ -59,6 +59,12 @@ impl Request {
             grows if grows & libc::MAP_GROWSDOWN != 0 => Some(Why::GrowsDown),
             _ => Some(Why::Stack),
         }
+    }
+
+    /// Whether it is anonymous memory that only its protection keeps out of reach.
+    pub fn may_wake(&self) -> bool {
+        let wanted = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        self.prot != READ_WRITE && self.flags & (MAP_TYPE | libc::MAP_ANONYMOUS | UNFIT) == wanted
     }
 
     fn look(&self) -> Kind {
@@ -169,7 +175,8 @@ pub fn read_file(fd: BorrowedFd<'_>, to: usize, len: usize, offset: off_t) -> bo
     true
 }
 
-/// Copies memory of this process that may not be readable, or not be there at all.
+/// Copies memory of this process that may not be readable, or not be there at all: a kernel that does not do that has it
+/// copied as if it were.
 ///
 /// # Safety
 /// `to` is writable for `len` bytes.
@@ -186,6 +193,12 @@ pub unsafe fn copy(from: usize, to: usize, len: usize) -> bool {
         let copied = unsafe { libc::process_vm_readv(this, &raw const target, 1, &raw const source, 1, 0) };
         match usize::try_from(copied) {
             Ok(copied) if copied > 0 => done += copied,
+            Err(_) if done == 0 && matches!(errno(), libc::ENOSYS | libc::EPERM) => {
+                let (from, to) = (part(from).iov_base.cast::<u8>(), part(to).iov_base.cast::<u8>());
+                // SAFETY: as the caller says; what cannot be read ends the program, which allows no better.
+                unsafe { to.copy_from_nonoverlapping(from, len) };
+                return true;
+            }
             _ => return false,
         }
     }

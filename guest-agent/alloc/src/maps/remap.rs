@@ -6,7 +6,7 @@
 use super::{READ_WRITE, call, pages, part_of, shared, unfit, unmap};
 use crate::exports::set_errno;
 use crate::fd::Kept;
-use crate::piece::{Backing, InChild, Piece, Purpose, Sharing};
+use crate::piece::{Backing, InChild, Piece, Purpose, Sharing, Wakes};
 use crate::space::{Space, copy_piece, map_anonymous};
 use libc::c_int;
 use rustix::mm::MapFlags;
@@ -76,6 +76,10 @@ pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
     if target.as_ref().is_some_and(|target| space.withdraw(target).is_err()) {
         return refused(libc::ENOMEM);
     }
+    if space.is_dormant() {
+        // SAFETY: passed on.
+        return unsafe { remap_dormant(space, request, &old, new.len()) };
+    }
     match first.backing {
         // SAFETY: passed on.
         Backing::Shared { .. } => unsafe { remap_shared(space, request, &first, old.len(), new.len()) },
@@ -84,6 +88,50 @@ pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
         // SAFETY: passed on.
         _ => unsafe { remap_own(space, request, old, new.len(), target) },
     }
+}
+
+/// The kernel moves memory of a process that has asked for no device, and the table follows.
+///
+/// # Safety
+/// As mremap.
+unsafe fn remap_dormant(
+    space: &mut Space,
+    request: &Request,
+    old: &Range<usize>,
+    new_len: usize,
+) -> Option<usize> {
+    // The old range begins with a piece then, if it lies in any.
+    if space.change(old, |_| {}).is_err() {
+        return refused(libc::ENOMEM);
+    }
+    let first = space.find(old.start);
+    // A copy of a file does not grow: what is further on in it is not known any more.
+    let copied = |piece: &Piece| {
+        piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy))
+    };
+    if new_len > old.len() && first.as_ref().is_some_and(copied) {
+        return refused(libc::ENOMEM);
+    }
+    // SAFETY: passed on.
+    let moved = unsafe { request.carry_out() }?;
+    let backing = first.map(|first| {
+        let mut backing = first.backing;
+        backing.file().into_iter().for_each(|file| *file = file.and_then(|file| file.again()));
+        backing
+    });
+    if !request.has(libc::MREMAP_DONTUNMAP) {
+        space.vacate(old).ok();
+    }
+    let vacant = space.vacate(&(moved..moved + new_len)).is_ok();
+    let (Some(first), Some(mut backing)) = (first, backing) else { return Some(moved) };
+    // Of a file that is shorter than its mapping there is no more than that.
+    let known = if first.len < old.len() { first.len.min(new_len) } else { new_len };
+    // A System V segment that was moved would not be found when it is detached.
+    let lost = matches!(backing, Backing::Dormant(Wakes::Pinned(Sharing::Segment(_))));
+    if lost || !(vacant && space.add_as(&(moved..moved + known), &Piece { backing, ..first })) {
+        backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
+    }
+    Some(moved)
 }
 
 /// The kernel moves the program's own mapping, and the agent is shown it anew.

@@ -3,7 +3,8 @@
 //! The agent pins the pages of the file by itself. Which pages a mapping has is the program's affair: it may punch holes
 //! by the file's descriptor, or let the file grow, and GPUs go on reaching what was there when it was mapped.
 //!
-//! The library keeps a descriptor of the file while it is mapped, for forked children: so a lock of it by `flock` lasts
+//! The library keeps a descriptor of the file while it is mapped, for when the process asks for a device, and for forked
+//! children: so a lock of it by `flock` lasts
 //! as long, and record locks by `fcntl` end with the mapping at the latest.
 
 use super::Kind;

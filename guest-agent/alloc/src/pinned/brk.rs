@@ -99,10 +99,11 @@ fn give_back(space: &mut Space, before: usize, after: usize) -> Result<(), Full>
 fn add(space: &mut Space, before: usize, after: usize) {
     let range = page_behind(before)..page_behind(after);
     space.start();
-    if !range.is_empty()
-        && space.is_trusted()
-        && (space.vacate(&range).is_err() || !space.pin(&range, Sharing::Private))
-    {
+    if range.is_empty() || !(space.is_dormant() || space.is_trusted()) {
+        return;
+    }
+    if space.vacate(&range).is_err() || !space.pin_or_remember(&range, Sharing::Private) {
         space.leave(range.len());
     }
+    space.join(range.start);
 }

@@ -4,7 +4,7 @@
 
 use crate::exports::set_errno;
 use crate::heap;
-use crate::piece::{Backing, PAGE, Sharing};
+use crate::piece::{Backing, PAGE, Sharing, Wakes};
 use libc::{c_int, c_void};
 use std::ops::Range;
 
@@ -31,8 +31,8 @@ pub unsafe extern "C" fn shmat(id: c_int, at: *const c_void, flags: c_int) -> *m
     let base = usize::try_from(attached).ok();
     if let Some((base, range)) = base.and_then(|base| Some((base, whole_pages(base, len)?))) {
         let vacant = space.vacate(&range).is_ok();
-        let wanted = space.is_trusted() && flags & libc::SHM_RDONLY == 0;
-        if wanted && !(vacant && space.pin(&range, Sharing::Segment(base))) {
+        let wanted = (space.is_dormant() || space.is_trusted()) && flags & libc::SHM_RDONLY == 0;
+        if wanted && !(vacant && space.pin_or_remember(&range, Sharing::Segment(base))) {
             space.leave(range.len());
         }
     }
@@ -49,9 +49,13 @@ pub unsafe extern "C" fn shmdt(at: *const c_void) -> c_int {
     let space = heap.space();
     space.each_in(&(0..usize::MAX), |space, piece| {
         let of = |sharing: Sharing| sharing == Sharing::Segment(at.addr());
-        if matches!(piece.backing, Backing::Pinned { sharing, .. } if of(sharing)) {
+        let (Backing::Pinned { sharing, .. } | Backing::Dormant(Wakes::Pinned(sharing))) = piece.backing
+        else {
+            return;
+        };
+        if of(sharing) {
             // It is a piece as a whole, so there is nothing to split.
-            space.withdraw(&piece.range()).ok();
+            space.vacate(&piece.range()).ok();
         }
     });
     // SAFETY: passed on.

@@ -5,9 +5,9 @@
 use super::mapping::{copy_over, map_anonymous, map_arena, unmap};
 use super::{Space, State};
 use crate::fd::Kept;
-use crate::piece::{Backing, InChild, Piece, Purpose};
+use crate::piece::{Backing, InChild, Piece, Purpose, Wakes};
 use crate::say::{give_up, say};
-use rustix::mm::MapFlags;
+use rustix::mm::{Advice, MapFlags};
 use std::ops::Range;
 
 impl Space {
@@ -16,8 +16,9 @@ impl Space {
         self.table.pieces().iter().any(|piece| piece.backing.is_agents())
     }
 
-    /// In a forked child: opens a context of its own, and puts copies in the place of what it shares with its parent.
-    /// Stacks are of threads that the child does not have, but for the one that `mine` is of.
+    /// In a forked child: puts copies in the place of what it shares with its parent. It has asked for no device yet, so
+    /// they are its own memory; if it is to be early, they are arenas of a context of its own. Stacks are of threads that
+    /// the child does not have, but for the one that `mine` is of.
     ///
     /// # Safety
     /// The process has one thread, which stands on no piece, and the parent does nothing meanwhile that the child must
@@ -27,13 +28,20 @@ impl Space {
         if matches!(self.state, State::Up(_)) {
             self.complained = false;
             self.complained_of_pins = false;
-            self.connect();
+            self.state = State::Dormant;
+            if self.early {
+                self.connect();
+            }
         }
         self.each_in(&(0..usize::MAX), |space, piece| match piece.backing {
-            Backing::Own if piece.in_child == InChild::Nothing => {
-                space.table.remove(piece.base);
+            Backing::Own | Backing::Dormant(_) if piece.in_child == InChild::Nothing => {
+                // It is a whole piece, and no GPU reaches it, so this cannot fail.
+                space.vacate(&piece.range()).ok();
             }
-            Backing::Own => {}
+            Backing::Own if space.is_dormant() => {
+                space.set_backing(piece.base, Backing::Dormant(Wakes::Arena))
+            }
+            Backing::Own | Backing::Dormant(_) => {}
             // SAFETY: as the caller says.
             Backing::Arena { .. } | Backing::Withdrawn => unsafe {
                 space.renew_piece(piece, mine.contains(&piece.base))
@@ -41,6 +49,10 @@ impl Space {
             Backing::Shared { file, at, .. } => {
                 space.table.remove(piece.base);
                 match file {
+                    Some(file) if piece.in_child == InChild::Copy && space.is_dormant() => {
+                        let wakes = Wakes::Shared { file: Some(file), at };
+                        space.table.insert(Piece { backing: Backing::Dormant(wakes), ..piece });
+                    }
                     Some(file) if piece.in_child == InChild::Copy => {
                         space.import(piece.base, piece.len, file, at);
                     }
@@ -49,7 +61,10 @@ impl Space {
             }
             Backing::Pinned { sharing, .. } => {
                 space.table.remove(piece.base);
-                if piece.in_child != InChild::Nothing && space.pin(&piece.range(), sharing) {
+                if piece.in_child == InChild::Nothing {
+                } else if space.is_dormant() {
+                    space.table.insert(Piece { backing: Backing::Dormant(Wakes::Pinned(sharing)), ..piece });
+                } else if space.pin(&piece.range(), sharing) {
                     space.change(&piece.range(), |pinned| pinned.in_child = piece.in_child).ok();
                 }
             }
@@ -69,6 +84,12 @@ impl Space {
         if zeros {
             // SAFETY: as the caller says.
             unsafe { map_anonymous(piece.base, piece.len, piece.prot, MapFlags::FIXED) };
+            if piece.in_child == InChild::Zeros {
+                // For children of its own, which the kernel gives their memory.
+                let at = std::ptr::with_exposed_provenance_mut(piece.base);
+                // SAFETY: the memory is this process' own, and stays as it is.
+                unsafe { rustix::mm::madvise(at, piece.len, Advice::LinuxWipeOnFork) }.ok();
+            }
         }
         if unused {
             return;
@@ -89,7 +110,8 @@ impl Space {
             ));
             give_up();
         }
-        let backing = made.map_or(Backing::Own, |made| Backing::Arena { id: made.id, offset: 0 });
+        let own = if self.is_dormant() { Backing::Dormant(Wakes::Arena) } else { Backing::Own };
+        let backing = made.map_or(own, |made| Backing::Arena { id: made.id, offset: 0 });
         if backing.is_agents() || piece.purpose.is_kept() {
             self.table.insert(Piece { backing, ..piece });
         }

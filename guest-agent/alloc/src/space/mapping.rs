@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "maps memory over memory that is in use")]
 
 use crate::link::Made;
-use crate::piece::{Backing, Piece};
+use crate::piece::{Backing, Piece, READ_WRITE};
 use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 /// Zeros, with PROT_* of the caller's choice.
@@ -22,8 +22,15 @@ pub unsafe fn map_anonymous(at: usize, len: usize, prot: i32, flags: MapFlags) -
 /// # Safety
 /// Nobody needs what is in the range.
 pub unsafe fn map_arena(made: &Made, at: usize, len: usize) -> bool {
+    // SAFETY: passed on.
+    unsafe { map_arena_with(made, at, len, MapFlags::empty()) }
+}
+
+/// # Safety
+/// As [`map_arena`].
+unsafe fn map_arena_with(made: &Made, at: usize, len: usize, flags: MapFlags) -> bool {
     let (hint, prot) = (std::ptr::without_provenance_mut(at), ProtFlags::READ | ProtFlags::WRITE);
-    let flags = MapFlags::SHARED | MapFlags::FIXED;
+    let flags = flags | MapFlags::SHARED | MapFlags::FIXED;
     // SAFETY: the caller has the right to the range.
     unsafe { rustix::mm::mmap(hint, len, prot, flags, &made.fd, made.offset) }.is_ok()
 }
@@ -45,10 +52,12 @@ struct Fresh {
 impl Fresh {
     fn new(made: Option<&Made>, len: usize) -> Option<Self> {
         // SAFETY: without MAP_FIXED no existing mapping is replaced.
-        let base = unsafe { map_anonymous(0, len, libc::PROT_READ | libc::PROT_WRITE, MapFlags::empty()) }?;
+        let base = unsafe { map_anonymous(0, len, READ_WRITE, MapFlags::empty()) }?;
         let fresh = Self { base, len };
+        // All of it is going to be written, and all its pages are there: rather in one call than in a fault for each.
         // SAFETY: the range was mapped just now, and nobody else knows it.
-        made.is_none_or(|made| unsafe { map_arena(made, base, len) }).then_some(fresh)
+        let map = |made| unsafe { map_arena_with(made, base, len, MapFlags::POPULATE) };
+        made.is_none_or(map).then_some(fresh)
     }
 
     /// Puts it where other memory is.
@@ -57,7 +66,7 @@ impl Fresh {
     /// Nobody needs what is there, and the caller does not stand on it.
     unsafe fn take_place(self, base: usize, prot: i32) -> bool {
         let at = std::ptr::with_exposed_provenance_mut(self.base);
-        if prot != libc::PROT_READ | libc::PROT_WRITE {
+        if prot != READ_WRITE {
             let flags = MprotectFlags::from_bits_retain(prot.cast_unsigned());
             // SAFETY: the memory is this value's own, and nobody uses it yet.
             if unsafe { rustix::mm::mprotect(at, self.len, flags) }.is_err() {
@@ -101,7 +110,7 @@ pub unsafe fn copy_over(made: Option<&Made>, piece: &Piece) -> bool {
 pub unsafe fn fill_over(made: &Made, base: usize, len: usize, fill: impl FnOnce(usize) -> bool) -> bool {
     let Some(fresh) = Fresh::new(Some(made), len) else { return false };
     // SAFETY: nobody uses what it replaces.
-    fill(fresh.base) && unsafe { fresh.take_place(base, libc::PROT_READ | libc::PROT_WRITE) }
+    fill(fresh.base) && unsafe { fresh.take_place(base, READ_WRITE) }
 }
 
 /// Copies the first `len` bytes of a piece.

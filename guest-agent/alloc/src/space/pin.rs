@@ -3,7 +3,7 @@
 use super::Space;
 use crate::left::{TOO_LARGE, Why};
 use crate::link::Link;
-use crate::piece::{Backing, Piece, Purpose, Sharing};
+use crate::piece::{Backing, Piece, Purpose, READ_WRITE, Sharing, Wakes};
 use crate::pinned::{self, Failure};
 use crate::say::say;
 use std::ops::Range;
@@ -39,6 +39,14 @@ impl Space {
                 false
             }
         }
+    }
+
+    /// As [`Self::pin`]; before the process asks for a device, takes note of it.
+    pub fn pin_or_remember(&mut self, range: &Range<usize>, sharing: Sharing) -> bool {
+        if self.is_dormant() {
+            return self.add_dormant(range, Purpose::Mapping, READ_WRITE, Wakes::Pinned(sharing));
+        }
+        self.pin(range, sharing)
     }
 
     /// Memory that is not pinned is as it was, so it ends no program.

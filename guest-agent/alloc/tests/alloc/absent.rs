@@ -30,7 +30,7 @@ fn run(command: &mut Command) -> (Option<i32>, String) {
 fn without_an_agent_the_program_works_and_says_so_once() {
     let directory = tempfile::tempdir().unwrap();
     let nowhere = directory.path().join("nowhere.sock");
-    let (code, said) = run(&mut list(directory.path(), nowhere.to_str().unwrap(), ""));
+    let (code, said) = run(&mut list(directory.path(), nowhere.to_str().unwrap(), "early"));
     assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
     for part in ["GPUs do not reach", "nowhere.sock", "ENOENT", "start `svm-agent serve`", "SVM_AGENT_SOCKET"]
     {
@@ -63,7 +63,7 @@ fn beyond_the_quota_the_program_works_and_says_so_once() {
     for (limits, name) in cases {
         let world = World::with(limits);
         let socket = world.socket();
-        let (code, said) = run(&mut list(world.directory.path(), socket.to_str().unwrap(), ""));
+        let (code, said) = run(&mut list(world.directory.path(), socket.to_str().unwrap(), "early"));
         assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
         assert!(said.contains("ENOSPC") && said.contains(name), "{said}");
         assert_eq!(said.contains("--process-memory"), name == "--process-memory", "{said}");
@@ -79,7 +79,7 @@ fn limit_of_connections_is_named() {
         });
         let socket = world.socket();
         let only = Client::connect(&socket).unwrap();
-        let (code, said) = run(&mut list(world.directory.path(), socket.to_str().unwrap(), ""));
+        let (code, said) = run(&mut list(world.directory.path(), socket.to_str().unwrap(), "early"));
         assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
         assert!(said.contains("ENOSPC") && said.contains(name) && !said.contains("close"), "{said}");
         drop(only);
@@ -144,7 +144,7 @@ fn agent_of_another_user_is_none() {
     let directory = tempfile::tempdir().unwrap();
     let _listener = listener(directory.path(), 54_321);
     let socket = directory.path().join("agent.sock");
-    let (code, said) = run(&mut list(directory.path(), socket.to_str().unwrap(), ""));
+    let (code, said) = run(&mut list(directory.path(), socket.to_str().unwrap(), "early"));
     assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
     assert!(said.contains("user 54321, neither root"), "{said}");
     let connected = Client::connect(&socket);
@@ -157,7 +157,7 @@ fn agent_that_does_not_answer_delays_a_program_once() {
     let directory = tempfile::tempdir().unwrap();
     let _listener = listener(directory.path(), rustix::process::geteuid().as_raw());
     let socket = directory.path().join("agent.sock");
-    let (code, said) = run(&mut list(directory.path(), socket.to_str().unwrap(), ""));
+    let (code, said) = run(&mut list(directory.path(), socket.to_str().unwrap(), "early"));
     assert_eq!((code, said.lines().count()), (Some(0), 1), "{said}");
     assert!(said.contains("has not answered for 90 s"), "{said}");
 }

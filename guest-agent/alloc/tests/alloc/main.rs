@@ -11,6 +11,7 @@
 )]
 
 mod absent;
+mod asking;
 mod family;
 mod forks;
 #[path = "../../../tests/agent/lacking.rs"]
@@ -19,6 +20,10 @@ mod maps;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/mock.rs"]
 mod mock;
+#[path = "../../../tests/agent/pages.rs"]
+mod pages;
+#[path = "../../../tests/agent/pinning.rs"]
+mod pinning;
 mod places;
 mod plugins;
 mod program;

@@ -1,7 +1,7 @@
 //! mmap and its relatives. GPUs reach what a program maps by itself, and nothing that was there before.
 
 use crate::mock::eventually;
-use crate::program::Program;
+use crate::program::{Program, is_late, twice};
 use crate::world::{Gpu, World};
 use guest_agent::agent::AgentOptions;
 use std::ops::Range;
@@ -30,186 +30,198 @@ pub fn assert_out_of_reach(gpu: &Gpu<'_>, base: u64, pages: Range<u64>) {
 
 #[test]
 fn mappings_of_the_program_are_reached() {
-    let world = World::new();
-    let mut program = Program::start(&world, "mapped", &[world.directory.path().to_str().unwrap()]);
-    let bases = [(); 3].map(|()| program.told("reached"));
-    let gpu = world.gpu(program.pid());
-    for (value, base) in (0..).step_by(100).zip(bases) {
-        assert_words(&gpu, base, 0..5, value);
-        add_to_words(&gpu, base, 0..5, 1_000_000);
-    }
-    program.go_on();
+    twice(|| {
+        let world = World::new();
+        let mut program = Program::start(&world, "mapped", &[world.directory.path().to_str().unwrap()]);
+        let bases = [(); 3].map(|()| program.told("reached"));
+        let gpu = world.gpu(program.pid());
+        for (value, base) in (0..).step_by(100).zip(bases) {
+            assert_words(&gpu, base, 0..5, value);
+            add_to_words(&gpu, base, 0..5, 1_000_000);
+        }
+        program.go_on();
 
-    program.told("unmapped");
-    let gpu = world.gpu(program.pid());
-    for base in bases {
-        assert_out_of_reach(&gpu, base, 0..5);
-    }
-    program.go_on();
+        program.told("unmapped");
+        let gpu = world.gpu(program.pid());
+        for base in bases {
+            assert_out_of_reach(&gpu, base, 0..5);
+        }
+        program.go_on();
 
-    let file = program.told("file");
-    let gpu = world.gpu(program.pid());
-    assert_words(&gpu, file, 0..4, 301);
-    assert_out_of_reach(&gpu, file, 4..5);
-    add_to_words(&gpu, file, 0..4, 1_000_000);
-    program.go_on();
+        let file = program.told("file");
+        let gpu = world.gpu(program.pid());
+        assert_words(&gpu, file, 0..4, 301);
+        assert_out_of_reach(&gpu, file, 4..5);
+        add_to_words(&gpu, file, 0..4, 1_000_000);
+        program.go_on();
 
-    let before = program.told("none");
-    let mut left: Vec<u64> = (0..5).map(|_| program.told("left")).collect();
-    assert_eq!(program.told("none"), before);
-    left.extend((0..3).map(|_| program.told("left")));
-    assert_eq!(program.told("three"), before + 3);
-    let gpu = world.gpu(program.pid());
-    for base in left {
-        assert_out_of_reach(&gpu, base, 0..5);
-    }
-    program.go_on();
-    program.end_well();
+        let before = program.told("none");
+        let mut left: Vec<u64> = (0..5).map(|_| program.told("left")).collect();
+        assert_eq!(program.told("none"), before);
+        left.extend((0..3).map(|_| program.told("left")));
+        assert_eq!(program.told("three"), before + 3);
+        let gpu = world.gpu(program.pid());
+        for base in left {
+            assert_out_of_reach(&gpu, base, 0..5);
+        }
+        program.go_on();
+        program.end_well();
+    });
 }
 
 #[test]
 fn parts_of_a_mapping_go_and_others_take_their_place() {
-    let world = World::new();
-    let mut program = Program::start(&world, "holes", &[]);
-    let base = program.told("base");
-    let pid = program.pid();
-    let bytes = world.arena_bytes(pid);
-    assert_words(&world.gpu(pid), base, 0..20, 100);
-    program.go_on();
+    twice(|| {
+        let world = World::new();
+        let mut program = Program::start(&world, "holes", &[]);
+        let base = program.told("base");
+        let pid = program.pid();
+        let bytes = world.arena_bytes(pid);
+        assert_words(&world.gpu(pid), base, 0..20, 100);
+        program.go_on();
 
-    program.told("cut");
-    let gpu = world.gpu(pid);
-    for kept in [1..4, 9..19] {
-        assert_words(&gpu, base, kept.clone(), 100);
-        add_to_words(&gpu, base, kept, 1000);
-    }
-    for gone in [0..1, 4..9, 19..20] {
-        assert_out_of_reach(&gpu, base, gone);
-    }
-    program.go_on();
+        program.told("cut");
+        let gpu = world.gpu(pid);
+        for kept in [1..4, 9..19] {
+            assert_words(&gpu, base, kept.clone(), 100);
+            add_to_words(&gpu, base, kept, 1000);
+        }
+        for gone in [0..1, 4..9, 19..20] {
+            assert_out_of_reach(&gpu, base, gone);
+        }
+        program.go_on();
 
-    program.told("mapped");
-    let gpu = world.gpu(pid);
-    for (new, value) in [(5..7, 200), (10..14, 300)] {
-        assert_words(&gpu, base, new.clone(), value);
-        add_to_words(&gpu, base, new, 1000);
-    }
-    for kept in [1..4, 9..10, 14..16, 17..19] {
-        assert_words(&gpu, base, kept, 1100);
-    }
-    assert_out_of_reach(&gpu, base, 16..17);
-    program.go_on();
+        program.told("mapped");
+        let gpu = world.gpu(pid);
+        for (new, value) in [(5..7, 200), (10..14, 300)] {
+            assert_words(&gpu, base, new.clone(), value);
+            add_to_words(&gpu, base, new, 1000);
+        }
+        for kept in [1..4, 9..10, 14..16, 17..19] {
+            assert_words(&gpu, base, kept, 1100);
+        }
+        assert_out_of_reach(&gpu, base, 16..17);
+        program.go_on();
 
-    program.told("gone");
-    assert_out_of_reach(&world.gpu(pid), base, 0..20);
-    eventually("all of it is given back", || world.arena_bytes(pid) == bytes - 20 * PAGE);
-    program.go_on();
-    program.end_well();
+        program.told("gone");
+        assert_out_of_reach(&world.gpu(pid), base, 0..20);
+        eventually("all of it is given back", || world.arena_bytes(pid) == bytes - 20 * PAGE);
+        program.go_on();
+        program.end_well();
+    });
 }
 
 #[test]
 fn mappings_that_change_size_and_place_take_their_contents_along() {
-    let world = World::new();
-    let mut program = Program::start(&world, "resized", &[]);
-    let pid = program.pid();
-    let base = program.told("shrunk");
-    let gpu = world.gpu(pid);
-    assert_words(&gpu, base, 0..6, 100);
-    assert_out_of_reach(&gpu, base, 6..10);
-    add_to_words(&gpu, base, 0..6, 1000);
-    program.go_on();
+    twice(|| {
+        let world = World::new();
+        let mut program = Program::start(&world, "resized", &[]);
+        let pid = program.pid();
+        let base = program.told("shrunk");
+        let gpu = world.gpu(pid);
+        assert_words(&gpu, base, 0..6, 100);
+        assert_out_of_reach(&gpu, base, 6..10);
+        add_to_words(&gpu, base, 0..6, 1000);
+        program.go_on();
 
-    assert_eq!(program.told("grown"), base);
-    let gpu = world.gpu(pid);
-    assert_words(&gpu, base, 0..9, 1100);
-    assert_out_of_reach(&gpu, base, 9..10);
-    add_to_words(&gpu, base, 0..9, 1000);
-    program.go_on();
+        assert_eq!(program.told("grown"), base);
+        let gpu = world.gpu(pid);
+        assert_words(&gpu, base, 0..9, 1100);
+        assert_out_of_reach(&gpu, base, 9..10);
+        add_to_words(&gpu, base, 0..9, 1000);
+        program.go_on();
 
-    let (was, moved) = (program.told("was"), program.told("moved"));
-    let gpu = world.gpu(pid);
-    assert_out_of_reach(&gpu, was, 0..12);
-    assert_words(&gpu, moved, 0..9, 2100);
-    assert!((9..12).all(|page| gpu.word(moved + page * PAGE) == 0));
-    add_to_words(&gpu, moved, 0..9, 1000);
-    program.go_on();
+        let (was, moved) = (program.told("was"), program.told("moved"));
+        let gpu = world.gpu(pid);
+        assert_out_of_reach(&gpu, was, 0..12);
+        assert_words(&gpu, moved, 0..9, 2100);
+        assert!((9..12).all(|page| gpu.word(moved + page * PAGE) == 0));
+        add_to_words(&gpu, moved, 0..9, 1000);
+        program.go_on();
 
-    let (rest, fixed) = (program.told("rest"), program.told("fixed"));
-    let gpu = world.gpu(pid);
-    assert_words(&gpu, rest, 0..2, 3100);
-    assert_out_of_reach(&gpu, rest, 2..9);
-    assert!((9..12).all(|page| gpu.word(rest + page * PAGE) == 0));
-    assert_eq!([0, 8, 9].map(|page| gpu.word(fixed + page * PAGE)), [7000, 0, 7009]);
-    assert_words(&gpu, fixed, 1..8, 3101);
-    program.go_on();
+        let (rest, fixed) = (program.told("rest"), program.told("fixed"));
+        let gpu = world.gpu(pid);
+        assert_words(&gpu, rest, 0..2, 3100);
+        assert_out_of_reach(&gpu, rest, 2..9);
+        assert!((9..12).all(|page| gpu.word(rest + page * PAGE) == 0));
+        assert_eq!([0, 8, 9].map(|page| gpu.word(fixed + page * PAGE)), [7000, 0, 7009]);
+        assert_words(&gpu, fixed, 1..8, 3101);
+        program.go_on();
 
-    let (kept, copy) = (program.told("kept"), program.told("copy"));
-    let gpu = world.gpu(pid);
-    assert_words(&gpu, kept, 0..10, 8000);
-    assert_eq!([0, 8, 9].map(|page| gpu.word(copy + page * PAGE)), [7000, 0, 7009]);
-    assert_words(&gpu, copy, 1..8, 3101);
-    program.go_on();
+        let (kept, copy) = (program.told("kept"), program.told("copy"));
+        let gpu = world.gpu(pid);
+        assert_words(&gpu, kept, 0..10, 8000);
+        assert_eq!([0, 8, 9].map(|page| gpu.word(copy + page * PAGE)), [7000, 0, 7009]);
+        assert_words(&gpu, copy, 1..8, 3101);
+        program.go_on();
 
-    let protected = program.told("protected");
-    program.told("end");
-    assert_out_of_reach(&world.gpu(pid), protected, 0..10);
-    program.go_on();
-    program.end_well();
+        let protected = program.told("protected");
+        program.told("end");
+        assert_out_of_reach(&world.gpu(pid), protected, 0..10);
+        program.go_on();
+        program.end_well();
+    });
 }
 
 #[test]
 fn advice_means_what_it_means_for_anonymous_memory() {
-    let world = World::new();
-    let mut program = Program::start(&world, "advised", &[]);
-    let pid = program.pid();
-    let base = program.told("base");
-    let gpu = world.gpu(pid);
-    assert_eq!(gpu.word(base), 100);
-    assert_out_of_reach(&gpu, base, 3..4);
-    for page in [1, 2, 4, 5] {
-        assert_eq!(gpu.word(base + page * PAGE), 0, "page {page}");
-        gpu.set_word(base + page * PAGE, 1100 + page);
-    }
-    assert_words(&gpu, base, 6..20, 100);
-    gpu.set_word(base, 1100);
-    add_to_words(&gpu, base, 6..20, 1000);
-    program.go_on();
+    twice(|| {
+        let world = World::new();
+        let mut program = Program::start(&world, "advised", &[]);
+        let pid = program.pid();
+        let base = program.told("base");
+        let gpu = world.gpu(pid);
+        assert_eq!(gpu.word(base), 100);
+        assert_out_of_reach(&gpu, base, 3..4);
+        for page in [1, 2, 4, 5] {
+            assert_eq!(gpu.word(base + page * PAGE), 0, "page {page}");
+            gpu.set_word(base + page * PAGE, 1100 + page);
+        }
+        assert_words(&gpu, base, 6..20, 100);
+        gpu.set_word(base, 1100);
+        add_to_words(&gpu, base, 6..20, 1000);
+        program.go_on();
 
-    let child = i32::try_from(program.told("child")).unwrap();
-    let (ours, theirs) = (world.gpu(pid), world.gpu(child));
-    for page in [0, 1, 2, 4, 9, 12, 13, 14, 15, 17] {
-        assert_eq!(theirs.word(base + page * PAGE), 5000 + page);
-        assert_eq!(ours.word(base + page * PAGE), 1100 + page);
-    }
-    assert_out_of_reach(&theirs, base, 10..12);
-    assert_out_of_reach(&theirs, base, 16..17);
-    program.go_on();
-    program.told("end");
-    assert_eq!(world.gpu(pid).word(base + 19 * PAGE), 0);
-    program.go_on();
-    program.end_well();
+        let child = i32::try_from(program.told("child")).unwrap();
+        let (ours, theirs) = (world.gpu(pid), world.gpu(child));
+        for page in [0, 1, 2, 4, 9, 12, 13, 14, 15, 17] {
+            assert_eq!(theirs.word(base + page * PAGE), 5000 + page);
+            assert_eq!(ours.word(base + page * PAGE), 1100 + page);
+        }
+        assert_out_of_reach(&theirs, base, 10..12);
+        // What was readable and writable again when the child asked is in reach.
+        assert_eq!(theirs.reaches(base + 16 * PAGE), is_late());
+        program.go_on();
+        program.told("end");
+        assert_eq!(world.gpu(pid).word(base + 19 * PAGE), 0);
+        program.go_on();
+        program.end_well();
+    });
 }
 
 #[test]
 fn protected_memory_is_out_of_reach_and_whole() {
-    let world = World::new();
-    let mut program = Program::start(&world, "protected", &[]);
-    let pid = program.pid();
-    let bases = [(); 4].map(|()| program.told("reached"));
-    let gpu = world.gpu(pid);
-    for base in bases {
-        for page in [0, 2] {
-            assert_words(&gpu, base, page..page + 1, 100);
-            add_to_words(&gpu, base, page..page + 1, 1000);
+    twice(|| {
+        let world = World::new();
+        let mut program = Program::start(&world, "protected", &[]);
+        let pid = program.pid();
+        let bases = [(); 4].map(|()| program.told("reached"));
+        let gpu = world.gpu(pid);
+        for base in bases {
+            for page in [0, 2] {
+                assert_words(&gpu, base, page..page + 1, 100);
+                add_to_words(&gpu, base, page..page + 1, 1000);
+            }
+            // It asks when it tells of the first, which is readable and writable again then.
+            assert_eq!(gpu.reaches(base + PAGE), is_late() && base == bases[0]);
         }
-        assert_out_of_reach(&gpu, base, 1..2);
-    }
-    program.go_on();
-    let anew = program.told("anew");
-    assert_eq!(anew, bases[0]);
-    assert_words(&world.gpu(pid), anew, 0..3, 200);
-    program.go_on();
-    program.end_well();
+        program.go_on();
+        let anew = program.told("anew");
+        assert_eq!(anew, bases[0]);
+        assert_words(&world.gpu(pid), anew, 0..3, 200);
+        program.go_on();
+        program.end_well();
+    });
 }
 
 /// What is in too many parts leaves GPUs as a whole; the program goes on, and is told.
@@ -239,10 +251,12 @@ fn child_without_arenas_has_its_mappings_as_they_were() {
 /// It would wait for itself if the library asked about the file with the heap locked.
 #[test]
 fn process_maps_files_that_it_serves_itself() {
-    let world = World::new();
-    let file = world.directory.path().join("served");
-    let mut program = Program::start(&world, "server", &[file.to_str().unwrap()]);
-    program.told("through");
-    program.go_on();
-    program.end_well();
+    twice(|| {
+        let world = World::new();
+        let file = world.directory.path().join("served");
+        let mut program = Program::start(&world, "server", &[file.to_str().unwrap()]);
+        program.told("through");
+        program.go_on();
+        program.end_well();
+    });
 }

@@ -3,6 +3,7 @@
 //! A program tells values by `tell(name, value)` and waits in `await()` until [`Program::go_on`] (see `programs/told.h`).
 
 use crate::world::World;
+use std::cell::Cell;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -30,6 +31,39 @@ pub fn compile(directory: &Path, name: &str, flags: &[&str]) -> PathBuf {
     out
 }
 
+thread_local! {
+    static LATE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test with programs whose memory is in reach as it comes; and with programs that first have it, and then ask for
+/// a device.
+pub fn twice(test: impl Fn()) {
+    for late in [false, true] {
+        LATE.set(late);
+        test();
+    }
+}
+
+/// Programs of this test have memory before they ask for a device.
+pub fn late() {
+    LATE.set(true);
+}
+
+/// Whether they do.
+pub fn is_late() -> bool {
+    LATE.get()
+}
+
+/// Its memory is in reach at once or, in the second run of [`twice`], from its first line on.
+pub fn as_wanted(command: &mut Command) -> &mut Command {
+    if LATE.get() {
+        command.env("TOLD_ASKS", "");
+    } else if !command.get_envs().any(|(name, _)| name == "SVM_ALLOC") {
+        command.env("SVM_ALLOC", "early");
+    }
+    command
+}
+
 /// A program that is running.
 pub struct Program {
     child: Child,
@@ -46,8 +80,9 @@ impl Program {
         Self::spawn(command.args(arguments).env("SVM_AGENT_SOCKET", world.socket()))
     }
 
+    /// With the library.
     pub fn spawn(command: &mut Command) -> Self {
-        Self::spawn_plain(command.env("LD_PRELOAD", library()))
+        Self::spawn_plain(as_wanted(command.env("LD_PRELOAD", library())))
     }
 
     /// Without the library.

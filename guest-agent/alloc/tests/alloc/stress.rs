@@ -1,6 +1,6 @@
 //! Eight threads at random, with and without forks. The seed is printed with a failure; SVM_ALLOC_SEED sets it.
 
-use crate::program::Program;
+use crate::program::{Program, is_late, twice};
 use crate::world::World;
 use guest_agent::agent::AgentOptions;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -23,12 +23,16 @@ fn stress(rounds: &str, forks: &[&str]) -> u64 {
 
 #[test]
 fn blocks_of_eight_threads_stay_whole() {
-    stress("40000", &[]);
+    twice(|| {
+        stress("40000", &[]);
+    });
 }
 
 #[test]
 fn children_of_a_busy_process_find_their_memory_whole() {
-    assert!(stress("40000", &["forks"]) > 0);
+    twice(|| {
+        assert!(stress("40000", &["forks"]) > 0);
+    });
 }
 
 /// Lets it run through; it then tells what there is.
@@ -50,7 +54,11 @@ fn storm(rounds: &str, forks: &[&str]) -> u64 {
         let (kind, address) = program.next("an address");
         match kind.as_str() {
             "reached" => assert_eq!(gpu.word(address), program.told("value")),
-            "hidden" => assert!(!gpu.reaches(address) && program.told("value") < u64::MAX),
+            // In reach only if it was readable and writable again when the program asked.
+            "hidden" => {
+                let value = program.told("value");
+                assert!(!gpu.reaches(address) || is_late() && gpu.word(address) == value, "{address:#x}");
+            }
             end => break assert_eq!(end, "end"),
         }
         reached += 1;
@@ -63,31 +71,41 @@ fn storm(rounds: &str, forks: &[&str]) -> u64 {
 
 #[test]
 fn mappings_of_six_threads_stay_whole() {
-    storm("1200", &[]);
+    twice(|| {
+        storm("1200", &[]);
+    });
 }
 
 #[test]
 fn children_of_a_busy_process_find_their_mappings_whole() {
-    assert!(storm("600", &["forks"]) > 0);
+    twice(|| {
+        assert!(storm("600", &["forks"]) > 0);
+    });
 }
 
 /// Where the agent gives some memory and refuses other, mappings are of both kinds in parts.
 #[test]
 fn mappings_that_are_reached_in_parts_stay_whole() {
-    let options = AgentOptions { context_arena_bytes: 3 << 20, context_parts: 40, ..AgentOptions::default() };
-    let world = World::with(options);
-    let (mut program, forks) = storm_in(&world, "1200", &["forks"]);
-    assert!(forks > 0);
-    let gpu = world.gpu(program.pid());
-    loop {
-        let (kind, address) = program.next("an address");
-        if kind == "end" {
-            break;
+    twice(|| {
+        let options =
+            AgentOptions { context_arena_bytes: 3 << 20, context_parts: 40, ..AgentOptions::default() };
+        let world = World::with(options);
+        let (mut program, forks) = storm_in(&world, "1200", &["forks", "in parts"]);
+        assert!(forks > 0);
+        let gpu = world.gpu(program.pid());
+        loop {
+            let (kind, address) = program.next("an address");
+            if kind == "end" {
+                break;
+            }
+            let value = program.told("value");
+            assert!(
+                !gpu.reaches(address) || (kind == "reached" || is_late()) && gpu.word(address) == value,
+                "{address:#x}"
+            );
         }
-        let value = program.told("value");
-        assert!(!gpu.reaches(address) || kind == "reached" && gpu.word(address) == value, "{address:#x}");
-    }
-    program.go_on();
-    let (status, said) = program.end();
-    assert!(status.success() && said.contains("ENOSPC"), "{status} {said}");
+        program.go_on();
+        let (status, said) = program.end();
+        assert!(status.success() && said.contains("ENOSPC"), "{status} {said}");
+    });
 }

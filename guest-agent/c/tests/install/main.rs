@@ -18,6 +18,8 @@ mod lacking;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/mock.rs"]
 mod mock;
+#[path = "../../../tests/agent/pages.rs"]
+mod pages;
 #[expect(dead_code, reason = "shared with the agent's tests, which use more of it")]
 #[path = "../../../tests/agent/ring.rs"]
 mod ring;

@@ -56,6 +56,7 @@ int main(void)
 		await();
 		child = fork();
 		if (child == 0) {
+			CHECK(is_zero(base, 12, 14) && words_are(base, 14, 20, 5000));
 			*word(base, 10) = 1;
 			_exit(0);
 		}

@@ -89,8 +89,8 @@ int main(void)
 	tell_address("library_zeros", &library_zeros[4999]);
 	tell_address("library_block", library_block());
 	tell_address("constant", &constant);
-	tell_address("main_stack", &main_local);
 	CHECK(data[0] == 101 && data[500] == 1 && pointer == data + 999);
+	tell_address("main_stack", &main_local);
 	await();
 	/* The test has changed it. */
 	CHECK(*(volatile uint64_t *)data == 1101);

@@ -1,25 +1,9 @@
 /* mprotect: what is protected leaves GPUs, and nothing else changes. */
 #define _GNU_SOURCE
-#include "pages.h"
+#include "touch.h"
 #include <malloc.h>
-#include <setjmp.h>
-#include <signal.h>
 
-static sigjmp_buf back;
 static uint64_t data[3 * WORDS] __attribute__((aligned(4096))) = {1};
-
-static void on_fault(int signal)
-{
-	siglongjmp(back, 1);
-}
-
-static int can_write(void *base, size_t page)
-{
-	if (sigsetjmp(back, 1))
-		return 0;
-	*word(base, page) = *word(base, page);
-	return 1;
-}
 
 static int can_read(void *base, size_t page)
 {

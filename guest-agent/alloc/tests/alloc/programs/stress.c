@@ -129,8 +129,11 @@ int main(int argc, char **argv)
 	rounds = strtoull(argv[2], NULL, 10);
 	for (uint64_t n = 0; n < THREADS; n++)
 		CHECK(pthread_create(&threads[n], NULL, work, (void *)(seed + n)) == 0);
+	/* In the middle of it. */
+	usleep(seed % 50000);
+	ask();
 	uint64_t forks = 0;
-	while (argc > 3 && ended < THREADS) {
+	for (int more = argc > 3; more; more = ended < THREADS) {
 		struct block *quiet = made(&state);
 		pid_t pid = fork();
 		int status;

@@ -1,21 +1,10 @@
 /* Every way to hold the library wrong, and every error that a program can bring about. Prints "through" if all are told. */
-#include <gpusvm.h>
+#include "check.h"
 
 #include <errno.h>
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                        \
-	do {                                                                                    \
-		if (!(condition)) {                                                             \
-			fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__, #condition, svm_error()); \
-			exit(1);                                                                \
-		}                                                                               \
-	} while (0)
 
 /* The error must be this one, with a text that holds these words. */
 static void refused(int line, int told, int error, const char *words)

@@ -1,21 +1,11 @@
 /* Memory that no GPU reaches: a job that touches it ends with what is wrong with it and what to do. Prints each. */
 #define _GNU_SOURCE
-#include <gpusvm.h>
+#include "check.h"
 
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define CHECK(condition)                                                                        \
-	do {                                                                                    \
-		if (!(condition)) {                                                             \
-			fprintf(stderr, "%s:%d: %s (%s)\n", __FILE__, __LINE__, #condition, svm_error()); \
-			exit(1);                                                                \
-		}                                                                               \
-	} while (0)
 #define RW (PROT_READ | PROT_WRITE)
 #define ANONYMOUS (MAP_PRIVATE | MAP_ANONYMOUS)
 #define LEN ((size_t)65536)
