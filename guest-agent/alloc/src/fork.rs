@@ -22,18 +22,21 @@
 #![expect(unsafe_code, reason = "registers handlers with the C library, in two processes")]
 
 use crate::fd::Fd;
-use crate::globals::Blocked;
+use crate::globals::{self, Blocked, Turn};
 use crate::heap::{self, Locked};
 use crate::say::{give_up, say};
 use crate::stack;
 use crate::streams::LIST;
 use crate::thread_word::ThreadWord;
+use crate::under_way;
 use rustix::pipe::PipeFlags;
 use std::cell::UnsafeCell;
 
 /// What is held from before the fork until after it.
 struct Held {
     heap: Locked,
+    /// Nobody else has the loader's lock through this library: the child would have it locked for ever.
+    loader: Turn,
     /// The lock of the list of streams.
     list: bool,
     signals: Blocked,
@@ -95,6 +98,7 @@ fn take_pipe() -> Option<Pipe> {
 
 extern "C" fn before() {
     let signals = Blocked::all();
+    let loader = globals::loaders_turn();
     let list = LIST.hold();
     let mut heap = heap::lock();
     let stack = stack::take_out(heap.space());
@@ -102,7 +106,7 @@ extern "C" fn before() {
     let shared = heap.space().is_shared();
     let pipe = shared.then(|| take_pipe().or_else(make_pipe)).flatten();
     // SAFETY: this thread holds the heap's lock.
-    unsafe { *HELD.0.get() = Some(Held { heap, list, signals, shared, pipe, stack, record }) };
+    unsafe { *HELD.0.get() = Some(Held { heap, loader, list, signals, shared, pipe, stack, record }) };
 }
 
 /// What `before` has left.
@@ -127,7 +131,7 @@ extern "C" fn after_in_parent() {
 }
 
 extern "C" fn after_in_child() {
-    stack::no_forks();
+    under_way::forget();
     let Some(mut held) = held() else { return };
     if held.shared && held.pipe.is_none() {
         // The parent goes on already, and a copy would be of no moment of its memory.
@@ -150,8 +154,9 @@ extern "C" fn after_in_child() {
 }
 
 fn go_on(held: Held) {
-    let Held { mut heap, signals, stack, .. } = held;
+    let Held { mut heap, loader, signals, stack, .. } = held;
     stack::put_back(heap.space(), stack);
     drop(heap);
+    drop(loader);
     drop(signals);
 }

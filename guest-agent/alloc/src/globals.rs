@@ -18,6 +18,7 @@ use crate::space::Space;
 use crate::stack::Work;
 use libc::{c_int, c_void, dl_phdr_info, size_t};
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Most segments of one object.
 const MAX_SEGMENTS: usize = 64;
@@ -59,8 +60,17 @@ pub fn adopt_loaded(before: usize) {
     drop(blocked);
 }
 
+/// Whose turn it is to have the loader's lock through this library. It comes before that, and before what fork holds.
+pub type Turn = MutexGuard<'static, ()>;
+
+pub fn loaders_turn() -> Turn {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs `work` with the loader's lock held, which comes before the heap's.
 pub fn with_loaders_lock(work: Work<'_>) {
+    let _turn = loaders_turn();
     extern "C" fn run(_info: *mut dl_phdr_info, _size: size_t, work: *mut c_void) -> c_int {
         // SAFETY: it is what is passed below, which waits for this.
         let work = unsafe { &mut *work.cast::<Work<'_>>() };

@@ -136,8 +136,9 @@ impl fmt::Display for Why {
                  stays out of reach: ask for a device before, or map what GPUs use by itself",
             ),
             Self::Changed => f.write_str(
-                "it could not be moved when the program first asked for a device, because part of it was gone, or changed by \
-                 system calls that libsvm_alloc.so does not see: use malloc, or mmap and munmap of the C library",
+                "it could not be moved when the program first asked for a device: part of it was gone, or changed by system \
+                 calls that libsvm_alloc.so does not see, or it is a file's and the kernel older than 5.14: use malloc, or \
+                 map it afterwards",
             ),
             Self::NotPinned => f.write_str(
                 "it could not be pinned, for the reason that libsvm_alloc.so has printed on standard error: do what is \
@@ -154,15 +155,13 @@ pub struct Log {
     next: usize,
     /// Whether there may be any.
     any: bool,
-    /// The last of the agent's refusals.
+    /// The last of the refusals.
     refused: Option<Why>,
-    /// Of all that is not remembered.
-    rest: Option<Why>,
 }
 
 impl Log {
     pub const fn new() -> Self {
-        Self { entries: [None; MOST], next: 0, any: false, refused: None, rest: None }
+        Self { entries: [None; MOST], next: 0, any: false, refused: None }
     }
 
     pub fn add(&mut self, range: &Range<usize>, why: Why) {
@@ -207,17 +206,13 @@ impl Log {
         self.refused
     }
 
-    /// What holds for whatever is not remembered.
-    pub fn refuse_rest(&mut self, why: Why) {
-        self.rest = Some(why);
+    /// For the heap's memory, and what else the table has, that is not remembered.
+    pub fn refuse(&mut self, why: Why) {
+        self.refused = Some(why);
     }
 
-    /// The latest that is about an address, or about all of them.
+    /// The latest that is about an address.
     pub fn find(&self, address: usize) -> Option<Why> {
-        self.find_of(address).or(self.rest)
-    }
-
-    fn find_of(&self, address: usize) -> Option<Why> {
         let (later, earlier) = self.entries.split_at_checked(self.next)?;
         let latest_first = later.iter().rev().chain(earlier.iter().rev()).flatten();
         let found = latest_first.copied().find(|(start, end, _)| (*start..*end).contains(&address));

@@ -9,7 +9,8 @@
 //! * `heap`, `growing`: one lock, small blocks by dlmalloc, large ones with an arena each.
 //! * `piece`, `space`: the table of arenas; what happens when the agent gives none.
 //! * `link`: the connection to the agent.
-//! * `waking`, `others`: the first time that a device is asked for; the threads that stand still meanwhile.
+//! * `waking`, `others`, `under_way`: the first time that a device is asked for; the threads that stand still meanwhile, and
+//!   the calls that are waited for.
 //! * `globals`, `loaded`, `stack`, `maps`: memory that is not malloc's. `fork`: the child that must not share any.
 //! * `pinned`: what a trusted process pins by itself, because no arena can take its place.
 //! * `streams`: memory of the C library that must not be in arenas.
@@ -42,6 +43,7 @@ mod space;
 mod stack;
 mod streams;
 mod thread_word;
+mod under_way;
 mod waking;
 
 pub use exports::{LeftOut, svm_alloc_left, svm_alloc_session, svm_alloc_why};

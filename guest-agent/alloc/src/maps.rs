@@ -38,6 +38,7 @@ use crate::left::{TOO_LARGE, Why};
 use crate::piece::{Backing, PAGE, Piece, Purpose, READ_WRITE, Sharing, Wakes};
 use crate::space::Space;
 use crate::stack;
+use crate::under_way::Call;
 pub use call::copy as copy_mapped;
 use call::{Request, failed};
 use contents::Contents;
@@ -117,9 +118,13 @@ pub unsafe extern "C" fn munmap(at: *mut c_void, len: size_t) -> c_int {
         return unsafe { call::unmap(at.addr(), len) };
     };
     let mut heap = heap::lock();
-    if !heap.space().has(&range) {
+    if heap.space().is_dormant() || !heap.space().has(&range) {
         heap.space().forget_notes(&range);
-        let _heap = while_dormant(heap);
+        // What the kernel has still, if it refuses this, is out of reach then.
+        if heap.space().vacate(&range).is_err() {
+            return failed(libc::ENOMEM);
+        }
+        let _call = without(heap);
         // SAFETY: passed on.
         return unsafe { call::unmap(range.start, range.len()) };
     }
@@ -175,8 +180,8 @@ pub unsafe extern "C" fn madvise(at: *mut c_void, len: size_t, advice: c_int) ->
         return unsafe { call::advise(&(at.addr()..at.addr().wrapping_add(len)), advice) };
     };
     let mut heap = heap::lock();
-    if !heap.space().has(&range) {
-        let _heap = while_dormant(heap);
+    if advice::is_the_kernels(heap.space(), &range, advice) {
+        let _call = without(heap);
         // SAFETY: passed on.
         return unsafe { call::advise(&range, advice) };
     }
@@ -199,15 +204,22 @@ pub unsafe extern "C" fn mremap(
     let request =
         remap::Request { at: at.expose_provenance(), len, new_len, flags, to: to.expose_provenance() };
     let mut heap = heap::lock();
-    // SAFETY: the caller has the right to what it names.
-    let moved = unsafe { remap::remap(heap.space(), &request) };
+    let moved = if heap.space().is_dormant() {
+        // SAFETY: the caller has the right to what it names.
+        unsafe { remap::remap_dormant(heap, &request) }
+    } else {
+        // SAFETY: as above.
+        unsafe { remap::remap(heap.space(), &request) }
+    };
     std::ptr::with_exposed_provenance_mut(moved.unwrap_or(usize::MAX))
 }
 
-/// The lock, as long as the process has asked for no device: what the table knows nothing of may be moved then, and is not
-/// while it is changed. Else such memory is not the library's, and nobody need wait for the call.
-fn while_dormant(mut heap: heap::Locked) -> Option<heap::Locked> {
-    heap.space().is_dormant().then_some(heap)
+/// Lets go of the lock for a call that may take its time, as when the server of a file is asked, or whoever reads a
+/// userfaultfd. Nothing is moved until it has ended.
+fn without(heap: heap::Locked) -> Call {
+    let call = Call::begin();
+    drop(heap);
+    call
 }
 
 /// The pages that a call is about; `None`: the kernel refuses it, or there are none.
@@ -248,13 +260,24 @@ unsafe fn map(mut request: Request) -> Option<usize> {
     }
     if let Some(range) = replaced {
         let mut heap = heap::lock();
-        let space = heap.space();
-        if space.withdraw(&range).is_err() {
+        let dormant = heap.space().is_dormant();
+        let vacant = if dormant { heap.space().vacate(&range) } else { heap.space().withdraw(&range) };
+        if vacant.is_err() {
             set_errno(libc::ENOMEM);
             return None;
         }
-        // SAFETY: passed on.
-        let base = unsafe { request.carry_out() }?;
+        let base;
+        if dormant {
+            let call = without(heap);
+            // SAFETY: passed on.
+            base = unsafe { request.carry_out() }?;
+            heap = heap::lock();
+            drop(call);
+        } else {
+            // SAFETY: passed on.
+            base = unsafe { request.carry_out() }?;
+        }
+        let space = heap.space();
         on_mapped(space, &request, &range, &mut ready);
         // Of what was reserved, and comes part by part.
         space.join(range.start);
@@ -393,7 +416,7 @@ unsafe fn protect(at: usize, len: usize, prot: c_int, call: impl Fn(&Range<usize
     let mut heap = heap::lock();
     let space = heap.space();
     if !space.has(&range) {
-        let _heap = while_dormant(heap);
+        let _call = without(heap);
         return call(&range);
     }
     let prot = prot & (READ_WRITE | libc::PROT_EXEC);

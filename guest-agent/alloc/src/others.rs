@@ -99,12 +99,17 @@ impl Still {
     }
 }
 
+/// Lets all of them go on. Nothing is moved any more.
+pub fn let_go() {
+    GO.fetch_add(1, Ordering::Release);
+    futex(&GO, libc::FUTEX_WAKE, u32::try_from(c_int::MAX).unwrap_or(0), None);
+}
+
 impl Drop for Still {
     fn drop(&mut self) {
         // First: who comes later finds its slot given up, and who came before finds that `GO` has changed.
         SLOTS.iter().take(self.0).for_each(Slot::give_up);
-        GO.fetch_add(1, Ordering::Release);
-        futex(&GO, libc::FUTEX_WAKE, u32::try_from(c_int::MAX).unwrap_or(0), None);
+        let_go();
         // A thread on its way touches its slot once more.
         while SLOTS.iter().take(self.0).any(|slot| slot.state.load(Ordering::Acquire) == COMING) {
             pause(LOOK);
@@ -201,6 +206,7 @@ impl Slot {
                 }
                 // It is ending; or the user has as many signals waiting as he may.
                 libc::ESRCH | libc::EAGAIN if Instant::now() < deadline => pause(LOOK),
+                libc::ESRCH | libc::EAGAIN => return Err(Failure::Thread(thread)),
                 _ => return Err(Failure::Kernel),
             }
         }
@@ -261,14 +267,19 @@ fn handle() -> bool {
         mask: u64::MAX,
     };
     let mut before = Action { handler: 0, flags: 0, restorer: 0, mask: 0 };
-    // SAFETY: both pointers are to actions that live here; the handler is one for a signal that carries something.
-    let done = unsafe {
-        libc::syscall(libc::SYS_rt_sigaction, SIGNAL, &raw const action, &raw mut before, size_of::<u64>())
+    let act = |new: *const Action, old: *mut Action| {
+        // SAFETY: both pointers are null or to actions that live here; the handler is one for a signal that carries
+        // something.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, SIGNAL, new, old, size_of::<u64>()) == 0 }
     };
-    if done == 0 && before.handler != action.handler {
+    // Asked before: one may come as soon as ours stands there.
+    if !act(std::ptr::null(), &raw mut before) {
+        return false;
+    }
+    if before.handler != action.handler {
         BEFORE.store(before.handler, Ordering::Release);
     }
-    done == 0
+    act(&raw const action, std::ptr::null_mut())
 }
 
 /// What a handler returns to.

@@ -142,13 +142,20 @@ pub struct Piece {
     /// PROT_*, as the program has it; memory that GPUs reach is readable and writable.
     pub prot: i32,
     pub in_child: InChild,
+    /// Whether it is never moved, in no forked child either.
+    pub stays: bool,
 }
 
 impl Piece {
     /// Readable and writable, its beginning a block's if it is for one.
     pub fn new(base: usize, len: usize, purpose: Purpose, backing: Backing) -> Self {
         let block = if purpose == Purpose::Block { len } else { 0 };
-        Self { base, len, purpose, backing, block, prot: READ_WRITE, in_child: InChild::Copy }
+        Self { base, len, purpose, backing, block, prot: READ_WRITE, in_child: InChild::Copy, stays: false }
+    }
+
+    /// Whether it is a mapping of a file that is to be copied.
+    pub fn is_copied(&self) -> bool {
+        matches!(self.backing, Backing::Dormant(Wakes::Copy)) && self.prot == READ_WRITE
     }
 
     pub fn end(&self) -> usize {
@@ -176,6 +183,7 @@ impl Table {
             block: 0,
             prot: 0,
             in_child: InChild::Copy,
+            stays: false,
         };
         Self { pieces: [none; MAX_PIECES], count: 0 }
     }

@@ -1,7 +1,11 @@
 //! Lines on standard error, made without allocating.
 
+#![expect(unsafe_code, reason = "keeps lines under the heap's lock, and ends the process")]
+
+use crate::{heap, others};
+use std::cell::UnsafeCell;
 use std::fmt::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Longest line.
 const LINE: usize = 480;
@@ -42,29 +46,31 @@ impl Write for Line {
     }
 }
 
-/// What is said while others stand still: whoever reads standard error may be one of them.
-static KEPT: Mutex<Kept> = Mutex::new(Kept { keeps: false, lines: [None, None] });
+/// Lines that are kept while others stand still: whoever reads standard error may be one of them. Only whoever has the
+/// heap's lock comes here.
+struct Slot(UnsafeCell<Lines>);
 
-struct Kept {
-    keeps: bool,
-    /// The first ones.
-    lines: [Option<Line>; 2],
-}
+pub type Lines = [Option<Line>; 2];
 
-fn kept() -> MutexGuard<'static, Kept> {
-    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
-}
+// SAFETY: as above.
+unsafe impl Sync for Slot {}
 
-/// Has the next line be kept until [`let_go`].
+static KEPT: Slot = Slot(UnsafeCell::new([None, None]));
+static KEEPS: AtomicBool = AtomicBool::new(false);
+
+/// Has lines be kept until [`take`]. The caller has the heap's lock, and keeps it until then.
 pub fn keep() {
-    kept().keeps = true;
+    KEEPS.store(true, Ordering::Relaxed);
 }
 
-pub fn let_go() {
-    let mut kept = kept();
-    kept.keeps = false;
-    let lines = std::mem::take(&mut kept.lines);
-    drop(kept);
+/// What was said meanwhile, for whoever prints it without the lock.
+pub fn take() -> Lines {
+    KEEPS.store(false, Ordering::Relaxed);
+    // SAFETY: the caller has the heap's lock.
+    std::mem::take(unsafe { &mut *KEPT.0.get() })
+}
+
+pub fn print(lines: &Lines) {
     lines.iter().flatten().for_each(Line::print);
 }
 
@@ -73,11 +79,10 @@ pub fn say(text: fmt::Arguments<'_>) {
     let mut line = Line::of(format_args!("svm-alloc: {text}"));
     line.len = line.len.min(LINE - 1);
     line.write_str("\n").ok();
-    // A thread that stands still may have it, in the middle of a line of its own.
-    if let Ok(mut kept) = KEPT.try_lock()
-        && kept.keeps
-    {
-        if let Some(free) = kept.lines.iter_mut().find(|kept| kept.is_none()) {
+    if KEEPS.load(Ordering::Relaxed) && heap::is_mine() {
+        // SAFETY: this thread has the heap's lock.
+        let lines = unsafe { &mut *KEPT.0.get() };
+        if let Some(free) = lines.iter_mut().find(|kept| kept.is_none()) {
             *free = Some(line);
         }
         return;
@@ -87,10 +92,11 @@ pub fn say(text: fmt::Arguments<'_>) {
 
 /// Ends the program. Nothing of it runs any more: it may be in the middle of an allocation.
 pub fn give_up() -> ! {
-    let_go();
-    // SAFETY: `_exit` has no precondition and does not return.
-    #[expect(unsafe_code, reason = "ends the process without running handlers")]
-    unsafe {
-        libc::_exit(1)
+    if KEEPS.load(Ordering::Relaxed) && heap::is_mine() {
+        let lines = take();
+        others::let_go();
+        print(&lines);
     }
+    // SAFETY: `_exit` has no precondition and does not return.
+    unsafe { libc::_exit(1) }
 }

@@ -527,6 +527,10 @@ impl Space {
                         space.set_backing(piece.base, Backing::Withdrawn);
                     }
                     Backing::Pinned { id: other, .. } if other == id => drop(space.table.remove(piece.base)),
+                    Backing::Shared { id: other, file, .. } if other == id => {
+                        space.table.remove(piece.base);
+                        file.into_iter().for_each(Kept::close);
+                    }
                     _ => return,
                 }
                 space.log.add_failure(&piece.range(), &failure);

@@ -26,11 +26,11 @@ use crate::real::Real;
 use crate::say::say;
 use crate::space::Space;
 use crate::thread_word::ThreadWord;
+use crate::under_way::Call;
 use libc::{c_int, c_void, pid_t, pthread_attr_t, pthread_t};
 use std::hint::black_box;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Most bytes of a stack that are in an arena: pinned memory is scarce, and few threads go deeper.
 pub const MAX_BYTES: usize = 256 << 10;
@@ -246,7 +246,8 @@ pub unsafe extern "C" fn fork() -> pid_t {
         set_errno(libc::ENOSYS);
         return -1;
     };
-    let _fork = Fork::begin();
+    // Where it stands must not change until it has forked.
+    let _call = Call::begin();
     if heap::is_mine() {
         say(format_args!(
             "the handler of a signal forks while its thread allocates or maps memory: fork fails (ENOMEM)"
@@ -282,35 +283,6 @@ pub unsafe extern "C" fn fork() -> pid_t {
         set_errno(libc::ENOMEM);
         -1
     })
-}
-
-/// Forks of this library's that have begun. One that has looked where it stands must not be moved before it is through.
-static FORKS: AtomicUsize = AtomicUsize::new(0);
-
-struct Fork;
-
-impl Fork {
-    fn begin() -> Self {
-        FORKS.fetch_add(1, Ordering::AcqRel);
-        Self
-    }
-}
-
-impl Drop for Fork {
-    fn drop(&mut self) {
-        // In the child it is 0 already.
-        FORKS.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |forks| forks.checked_sub(1)).ok();
-    }
-}
-
-/// Whether another thread is in `fork`. Asked with the heap's lock held, none comes to look where it stands meanwhile.
-pub fn is_forking() -> bool {
-    FORKS.load(Ordering::Acquire) > 0
-}
-
-/// In a forked child: nobody is.
-pub fn no_forks() {
-    FORKS.store(0, Ordering::Release);
 }
 
 /// Whether this thread does; and whether any memory is in one.

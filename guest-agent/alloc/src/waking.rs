@@ -8,7 +8,8 @@
 use crate::globals::Blocked;
 use crate::left::Why;
 use crate::pinned::MainStack;
-use crate::{globals, heap, loaded, others, say, stack};
+use crate::space::Space;
+use crate::{globals, heap, loaded, others, say, stack, under_way};
 use rustix::mm::Advice;
 use std::ops::Range;
 use std::time::Duration;
@@ -16,8 +17,8 @@ use std::time::Duration;
 /// Of the stack on which it is done: this thread's own is moved, too.
 const ROOM: usize = 256 << 10;
 
-/// How often a fork of another thread is waited for, and how long.
-const WAITS: u32 = 5000;
+/// How often calls of other threads are waited for, and how long.
+const WAITS: u32 = 2000;
 const WAIT: Duration = Duration::from_millis(1);
 
 /// Does it, unless it has been done.
@@ -29,8 +30,14 @@ pub fn wake() {
     let blocked = Blocked::all();
     let main_stack = MainStack::of_caller();
     let mut waits = 0;
-    // Not if this thread is a handler of its own fork.
-    while waits < WAITS && !try_to_wake(&main_stack) {
+    while !try_to_wake(&main_stack) {
+        // Of a handler of this thread's own fork it does not end.
+        if waits == WAITS {
+            say::say(format_args!(
+                "GPUs do not reach this program's memory, because a fork or a change of mappings has been under way for too long: ask for a device when it has ended"
+            ));
+            break;
+        }
         others::pause(WAIT);
         waits += 1;
     }
@@ -38,7 +45,7 @@ pub fn wake() {
 }
 
 /// Has private mappings of files be in memory before anything is locked: a file may take its time, or its server be this
-/// very process.
+/// very process. They are as arenas to the program from then on, so that it does not give the pages up.
 fn read_files() {
     let mut rest = 0..usize::MAX;
     while let Some(range) = next_copy(&mut rest) {
@@ -52,33 +59,40 @@ fn read_files() {
 }
 
 fn next_copy(rest: &mut Range<usize>) -> Option<Range<usize>> {
-    let mut heap = heap::lock();
-    heap.space().next_copy(rest)
+    heap::lock().space().take_copy(rest)
 }
 
-/// False: another thread is in the middle of a fork.
+/// False: another thread is in the middle of a call.
 fn try_to_wake(main_stack: &MainStack) -> bool {
-    let mut done = false;
-    say::keep();
+    let mut done = None;
     stack::aside(ROOM, &mut |(): ()| {
         globals::with_loaders_lock(&mut |(): ()| done = bring(main_stack));
     });
-    say::let_go();
-    done
+    done.iter().for_each(say::print);
+    done.is_some()
 }
 
-fn bring(main_stack: &MainStack) -> bool {
+/// Returns what is to be said.
+fn bring(main_stack: &MainStack) -> Option<say::Lines> {
     let mut heap = heap::lock();
-    if stack::is_forking() {
-        return false;
+    if !under_way::none() {
+        return None;
     }
+    say::keep();
     let space = heap.space();
-    // Another thread may have been faster.
-    if !space.is_dormant() {
-        return true;
+    // Else another thread was faster.
+    if space.is_dormant() {
+        move_all(space, main_stack);
     }
+    loaded::all_seen();
+    Some(say::take())
+}
+
+fn move_all(space: &mut Space, main_stack: &MainStack) {
     // Before anybody stands still: whoever answers those faults may be one of them.
     space.let_watched_be();
+    // What was mapped since files were read.
+    space.let_copies_be();
     let still = if space.connect() { others::hold_still().map(Some) } else { Ok(None) };
     if let Err(failure) = &still {
         space.complain_of_threads(failure);
@@ -94,6 +108,4 @@ fn bring(main_stack: &MainStack) -> bool {
         still.words().chain([stack::word()]).for_each(|word| unsafe { stack::adopt_used(space, word) });
         main_stack.pin(space);
     }
-    loaded::all_seen();
-    true
 }

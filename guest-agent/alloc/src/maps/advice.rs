@@ -12,20 +12,39 @@ use std::ops::Range;
 const MADV_DONTNEED_LOCKED: c_int = 24;
 const MADV_GUARD_INSTALL: c_int = 102;
 
+/// Whether the kernel does all that is to be done; what the table must know of it, it does then.
+pub fn is_the_kernels(space: &mut Space, range: &Range<usize>, advice: c_int) -> bool {
+    if space.is_dormant() && matches!(advice, MADV_GUARD_INSTALL | libc::MADV_DONTDUMP) {
+        // An arena would have neither guards nor secrets.
+        space.let_be(range, Why::Advised);
+        return true;
+    }
+    let mut plain = in_child(advice).is_none();
+    space.each_in(range, |_, piece| plain &= !was_files(&piece));
+    plain && space.is_dormant() || !space.has(range)
+}
+
+/// A copy of what was a file's, which is none to the kernel.
+fn was_files(piece: &Piece) -> bool {
+    piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy))
+}
+
+/// What advice says of forked children.
+fn in_child(advice: c_int) -> Option<InChild> {
+    match advice {
+        libc::MADV_DONTFORK => Some(InChild::Nothing),
+        libc::MADV_WIPEONFORK => Some(InChild::Zeros),
+        libc::MADV_DOFORK | libc::MADV_KEEPONFORK => Some(InChild::Copy),
+        _ => None,
+    }
+}
+
 /// # Safety
 /// As madvise.
 pub unsafe fn advise(space: &mut Space, range: &Range<usize>, advice: c_int) -> c_int {
     // SAFETY: passed on.
     let pass_on = |range: &Range<usize>| unsafe { call::advise(range, advice) };
-    if !space.has(range) {
-        return pass_on(range);
-    }
-    if matches!(advice, MADV_GUARD_INSTALL | libc::MADV_DONTDUMP) && space.is_dormant() {
-        // An arena would have neither guards nor secrets.
-        space.let_be(range, Why::Advised);
-        return pass_on(range);
-    }
-    let in_child = match advice {
+    match advice {
         libc::MADV_DONTNEED | MADV_DONTNEED_LOCKED => {
             // SAFETY: the caller needs the contents no more.
             return each_part(space, range, false, pass_on, |space, piece, part| unsafe {
@@ -42,11 +61,9 @@ pub unsafe fn advise(space: &mut Space, range: &Range<usize>, advice: c_int) -> 
                 if forgotten.is_ok() { pass_on(part) } else { call::failed(libc::ENOMEM) }
             });
         }
-        libc::MADV_DONTFORK => InChild::Nothing,
-        libc::MADV_WIPEONFORK => InChild::Zeros,
-        libc::MADV_DOFORK | libc::MADV_KEEPONFORK => InChild::Copy,
-        _ => return pass_on(range),
-    };
+        _ => {}
+    }
+    let Some(in_child) = in_child(advice) else { return pass_on(range) };
     if space.change(range, |piece| piece.in_child = in_child).is_err() {
         return call::failed(libc::ENOMEM);
     }

@@ -3,9 +3,10 @@
 
 #![expect(unsafe_code, reason = "copies and unmaps memory")]
 
-use super::{READ_WRITE, call, pages, part_of, shared, unfit, unmap};
+use super::{READ_WRITE, call, pages, part_of, shared, unfit, unmap, without};
 use crate::exports::set_errno;
 use crate::fd::Kept;
+use crate::heap::{self, Locked};
 use crate::piece::{Backing, InChild, Piece, Purpose, Sharing, Wakes};
 use crate::space::{Space, copy_piece, map_anonymous};
 use libc::c_int;
@@ -76,10 +77,6 @@ pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
     if target.as_ref().is_some_and(|target| space.withdraw(target).is_err()) {
         return refused(libc::ENOMEM);
     }
-    if space.is_dormant() {
-        // SAFETY: passed on.
-        return unsafe { remap_dormant(space, request, &old, new.len()) };
-    }
     match first.backing {
         // SAFETY: passed on.
         Backing::Shared { .. } => unsafe { remap_shared(space, request, &first, old.len(), new.len()) },
@@ -90,48 +87,55 @@ pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
     }
 }
 
-/// The kernel moves memory of a process that has asked for no device, and the table follows.
+/// The kernel moves memory of a process that has asked for no device, and the table follows: without the lock, because
+/// whoever reads a userfaultfd is waited for.
 ///
 /// # Safety
 /// As mremap.
-unsafe fn remap_dormant(
-    space: &mut Space,
-    request: &Request,
-    old: &Range<usize>,
-    new_len: usize,
-) -> Option<usize> {
+pub unsafe fn remap_dormant(mut heap: Locked, request: &Request) -> Option<usize> {
+    let (Some(old), Some(new)) = (pages(request.at, request.len), pages(request.at, request.new_len)) else {
+        let _call = without(heap);
+        // SAFETY: passed on.
+        return unsafe { request.carry_out() };
+    };
+    let space = heap.space();
+    let target = if request.has(libc::MREMAP_FIXED) { pages(request.to, new.len()) } else { None };
     // The old range begins with a piece then, if it lies in any.
-    if space.change(old, |_| {}).is_err() {
+    if space.change(&old, |_| {}).is_err() {
         return refused(libc::ENOMEM);
     }
-    let first = space.find(old.start);
+    let mut first = space.find(old.start);
     // A copy of a file does not grow: what is further on in it is not known any more.
     let copied = |piece: &Piece| {
         piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy))
     };
-    if new_len > old.len() && first.as_ref().is_some_and(copied) {
+    if new.len() > old.len() && first.as_ref().is_some_and(copied) {
         return refused(libc::ENOMEM);
     }
+    if let Some(first) = &mut first {
+        first.backing.file().into_iter().for_each(|file| *file = file.and_then(|file| file.again()));
+    }
+    let gone = if request.has(libc::MREMAP_DONTUNMAP) { 0..0 } else { old.clone() };
+    for range in [Some(gone), target].into_iter().flatten() {
+        space.vacate(&range).ok();
+    }
+    let call = without(heap);
     // SAFETY: passed on.
-    let moved = unsafe { request.carry_out() }?;
-    let backing = first.map(|first| {
-        let mut backing = first.backing;
-        backing.file().into_iter().for_each(|file| *file = file.and_then(|file| file.again()));
-        backing
-    });
-    if !request.has(libc::MREMAP_DONTUNMAP) {
-        space.vacate(old).ok();
-    }
-    let vacant = space.vacate(&(moved..moved + new_len)).is_ok();
-    let (Some(first), Some(mut backing)) = (first, backing) else { return Some(moved) };
+    let moved = unsafe { request.carry_out() };
+    let mut heap = heap::lock();
+    drop(call);
+    let space = heap.space();
+    let now = moved.map_or(old.clone(), |moved| moved..moved + new.len());
+    let vacant = space.vacate(&now).is_ok();
+    let Some(mut first) = first else { return moved };
     // Of a file that is shorter than its mapping there is no more than that.
-    let known = if first.len < old.len() { first.len.min(new_len) } else { new_len };
+    let known = if first.len < old.len() { first.len.min(now.len()) } else { now.len() };
     // A System V segment that was moved would not be found when it is detached.
-    let lost = matches!(backing, Backing::Dormant(Wakes::Pinned(Sharing::Segment(_))));
-    if lost || !(vacant && space.add_as(&(moved..moved + known), &Piece { backing, ..first })) {
-        backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
+    let lost = matches!(first.backing, Backing::Dormant(Wakes::Pinned(Sharing::Segment(_))));
+    if lost || !vacant || !space.add_as(&(now.start..now.start + known), &first) {
+        first.backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
     }
-    Some(moved)
+    moved
 }
 
 /// The kernel moves the program's own mapping, and the agent is shown it anew.

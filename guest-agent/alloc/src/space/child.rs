@@ -25,20 +25,21 @@ impl Space {
     /// not see.
     pub unsafe fn renew(&mut self, mine: &Range<usize>) {
         // Pieces may be shared though the connection is gone.
-        if matches!(self.state, State::Up(_)) {
+        let had_one = matches!(self.state, State::Up(_));
+        if had_one || !self.early && matches!(self.state, State::Down) {
             self.complained = false;
             self.complained_of_pins = false;
             self.state = State::Dormant;
-            if self.early {
-                self.connect();
-            }
+        }
+        if had_one && self.early {
+            self.connect();
         }
         self.each_in(&(0..usize::MAX), |space, piece| match piece.backing {
             Backing::Own | Backing::Dormant(_) if piece.in_child == InChild::Nothing => {
                 // It is a whole piece, and no GPU reaches it, so this cannot fail.
                 space.vacate(&piece.range()).ok();
             }
-            Backing::Own if space.is_dormant() => {
+            Backing::Own if space.is_dormant() && !piece.stays => {
                 space.set_backing(piece.base, Backing::Dormant(Wakes::Arena))
             }
             Backing::Own | Backing::Dormant(_) => {}

@@ -90,17 +90,22 @@ impl Space {
         }
     }
 
-    /// Lets memory in a range be what it is, whatever is asked for. Not the heap's: it keeps account of that.
+    /// Lets memory in a range be what it is, whatever is asked for, also such as the table says nothing of.
     pub fn let_be(&mut self, range: &Range<usize>, why: Why) {
         // Without room to split a piece it goes as a whole.
-        if self.split(range.start).is_err() || self.split(range.end).is_err() {
-            return;
-        }
+        let whole = self.split(range.start).is_err() | self.split(range.end).is_err();
+        let known = self.has(range);
         self.each_in(range, |space, piece| {
-            if matches!(piece.backing, Backing::Dormant(_)) && !piece.purpose.is_heaps() {
+            if matches!(piece.backing, Backing::Dormant(_)) {
                 space.let_piece_be(piece, why);
             }
         });
+        if !known && !whole {
+            // Globals, or a stack: a piece keeps them.
+            self.add_own(range, Purpose::Mapping, READ_WRITE);
+            self.change(range, |piece| piece.stays = true).ok();
+            self.note(range, why);
+        }
     }
 
     /// As [`Self::awaken`], where it cannot be done.
@@ -110,7 +115,7 @@ impl Space {
                 space.let_piece_be(piece, why);
             }
         });
-        self.log.refuse_rest(why);
+        self.log.refuse(why);
     }
 
     fn let_piece_be(&mut self, mut piece: Piece, why: Why) {
@@ -118,7 +123,8 @@ impl Space {
         piece.backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
         self.note(&piece.range(), why);
         if piece.purpose.is_heaps() {
-            self.table.insert(Piece { backing: Backing::Own, ..piece });
+            let stays = matches!(why, Why::Advised | Why::Watched | Why::Protected);
+            self.table.insert(Piece { backing: Backing::Own, stays, ..piece });
         } else if piece.prot == READ_WRITE {
             self.leave(piece.len);
         }
@@ -147,15 +153,25 @@ impl Space {
         }
     }
 
-    /// The next mapping of a file that is to be copied.
-    pub fn next_copy(&self, rest: &mut Range<usize>) -> Option<Range<usize>> {
+    /// The next mapping of a file that is to be copied. From now on it is as one that was.
+    pub fn take_copy(&mut self, rest: &mut Range<usize>) -> Option<Range<usize>> {
         while let Some(piece) = self.table.first_in(rest) {
             rest.start = piece.end();
-            if matches!(piece.backing, Backing::Dormant(Wakes::Copy)) && piece.prot == READ_WRITE {
+            if piece.is_copied() {
+                self.set_backing(piece.base, Backing::Dormant(Wakes::Arena));
                 return Some(piece.range());
             }
         }
         None
+    }
+
+    /// Lets those be that were not taken.
+    pub fn let_copies_be(&mut self) {
+        self.each_in(&(0..usize::MAX), |space, piece| {
+            if piece.is_copied() {
+                space.let_piece_be(piece, Why::Changed);
+            }
+        });
     }
 
     /// # Safety

@@ -33,10 +33,25 @@ fn memory_is_reached_as_it_is_by_then() {
     let mut program = Program::start(&world, "prior", &[world.directory.path().to_str().unwrap()]);
     let names = [
         "cut", "over", "grown", "memory", "parts", "copy", "dirty", "only", "data", "guarded", "reserved",
-        "hidden", "watched",
+        "hidden", "untold", "block", "watched",
     ];
-    let [cut, over, grown, memory, parts, copy, dirty, only, data, guarded, reserved, hidden, watched] =
-        names.map(|name| program.told(name));
+    let [
+        cut,
+        over,
+        grown,
+        memory,
+        parts,
+        copy,
+        dirty,
+        only,
+        data,
+        guarded,
+        reserved,
+        hidden,
+        untold,
+        block,
+        watched,
+    ] = names.map(|name| program.told(name));
     let gpu = world.gpu(program.pid());
     assert_words(&gpu, cut, 0..2, 100);
     assert_out_of_reach(&gpu, cut, 2..3);
@@ -56,11 +71,14 @@ fn memory_is_reached_as_it_is_by_then() {
     assert_words(&gpu, reserved, 0..2500, 1000);
     assert_out_of_reach(&gpu, reserved, 2500..2501);
     assert_out_of_reach(&gpu, hidden, 0..2);
+    assert_out_of_reach(&gpu, untold, 0..1);
     if watched == 0 {
         lacking("memory that a userfaultfd watches (the kernel gives none)");
     } else {
         assert_eq!(gpu.word(watched), 1100);
         assert_out_of_reach(&gpu, watched, 1..3);
+        assert_out_of_reach(&gpu, block, 1..3);
+        assert!(gpu.reaches(block) && gpu.reaches(block + 3 * PAGE));
     }
     assert!(gpu.reaches(guarded) && gpu.reaches(guarded + 2 * PAGE));
     add_to_words(&gpu, copy, 2..3, 1000);
@@ -111,7 +129,7 @@ fn memory_in_too_many_pieces_is_left_alone() {
     let world = World::new();
     let mut program =
         Program::start(&world, "prior", &[world.directory.path().to_str().unwrap(), "scattered"]);
-    assert!((0..13).all(|_| !program.next("an address").0.is_empty()));
+    assert!((0..15).all(|_| !program.next("an address").0.is_empty()));
     let (status, said) = program.end();
     // It misses what no GPU has written; and what the table had room for was more than the agent allows.
     assert_eq!((status.code(), said.lines().count()), (Some(4), 1), "{said}");
@@ -129,10 +147,20 @@ fn program_that_asks_in_vain_goes_on() {
         let socket = world.as_ref().map_or(folder.path().join("nowhere.sock"), World::socket);
         let mut program =
             Program::spawn(Command::new(program).arg(folder.path()).env("SVM_AGENT_SOCKET", socket));
-        assert!((0..13).all(|_| !program.next("an address").0.is_empty()));
+        assert!((0..15).all(|_| !program.next("an address").0.is_empty()));
         let (status, said) = program.end();
         // It misses what no GPU has written.
         assert_eq!(status.code(), Some(4), "{said}");
         assert!(said.contains("GPUs do not reach") && said.lines().count() == 1, "{said}");
     }
+}
+
+#[test]
+fn threads_that_fork_and_map_meanwhile_go_on_in_both_processes() {
+    late();
+    let world = World::new();
+    let mut program = Program::start(&world, "crowd", &[]);
+    program.told("end");
+    program.go_on();
+    program.end_well();
 }

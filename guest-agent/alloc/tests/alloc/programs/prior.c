@@ -13,6 +13,7 @@
 #define MADV_GUARD_INSTALL 102
 #endif
 
+static uint64_t untold[WORDS] __attribute__((aligned(4096)));
 static uint64_t data[4 * WORDS] __attribute__((aligned(4096))) = {1};
 
 static int open_descriptors(void)
@@ -73,7 +74,7 @@ int main(int argc, char **argv)
 {
 	int fd, before, status, watcher;
 	char path[256], *cut, *over, *grown, *memory, *parts, *file, *copy, *gone, *only, *guarded, *dirty;
-	char *reserved, *scattered, *watched, *hidden;
+	char *reserved, *scattered, *watched, *hidden, *block;
 	pthread_t thread;
 	pid_t child;
 	signal(SIGSEGV, on_fault);
@@ -152,6 +153,9 @@ int main(int argc, char **argv)
 	set_words(watched, 0, 1, 1100);
 	watcher = watch(watched + PAGE, 2 * PAGE);
 	CHECK(pthread_create(&thread, NULL, answer, (void *)(intptr_t)watcher) == 0);
+	block = aligned_alloc(PAGE, 1 << 20);
+	CHECK(pthread_create(&thread, NULL, answer, (void *)(intptr_t)watch(block + PAGE, 2 * PAGE)) == 0);
+	CHECK(madvise(untold, PAGE, MADV_DONTDUMP) == 0);
 
 	/* Reserved, and made writable from the front; and in more pieces than there is account of. */
 	reserved = mmap(NULL, 3000 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -190,9 +194,11 @@ int main(int argc, char **argv)
 	tell_address("guarded", guarded);
 	tell_address("reserved", reserved);
 	tell_address("hidden", hidden);
+	tell_address("untold", untold);
+	tell_address("block", block);
 	tell_address("watched", watcher < 0 ? NULL : watched);
 	await();
-	*word(watched, 1) = 1101;
+	*word(watched, 1) = *word(block, 1) = 1101;
 	CHECK(is_zero(watched, 2, 3));
 	CHECK(!can_write(hidden, 0) && can_write(hidden, 1));
 	CHECK(!can_write(only, 0) && can_write(only, 1) && !can_write(only, 2) && *word(only, 2) == 702);
