@@ -96,6 +96,8 @@ static void resize(struct slot *slot, uint64_t *state)
 	/* To the kernel the program's mapping is several by now, perhaps. To the library it is one, when it moves it. */
 	if (moved == MAP_FAILED && errno == EFAULT && (in_parts || getenv("TOLD_ASKS")))
 		return;
+	if (moved == MAP_FAILED)
+		perror("mremap");
 	CHECK(moved != MAP_FAILED);
 	if (pages > slot->pages)
 		zeros(slot, slot->pages, pages);
