@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "copies and unmaps memory")]
 
 use super::{READ_WRITE, call, pages, part_of, shared, unfit, unmap, without};
-use crate::exports::set_errno;
+use crate::exports::{errno, set_errno};
 use crate::fd::Kept;
 use crate::heap::{self, Locked};
 use crate::piece::{Backing, InChild, Piece, Purpose, Sharing, Wakes};
@@ -122,12 +122,22 @@ pub unsafe fn remap_dormant(mut heap: Locked, request: &Request) -> Option<usize
     let call = without(heap);
     // SAFETY: passed on.
     let moved = unsafe { request.carry_out() };
+    // Waiting for the lock may set another one.
+    let errno = errno();
     let mut heap = heap::lock();
     drop(call);
-    let space = heap.space();
     let now = moved.map_or(old.clone(), |moved| moved..moved + new.len());
-    let vacant = space.vacate(&now).is_ok();
-    let Some(mut first) = first else { return moved };
+    follow(heap.space(), first, &old, &now);
+    if moved.is_none() {
+        set_errno(errno);
+    }
+    moved
+}
+
+/// Takes note that what a piece began with is at another place, or of another length.
+fn follow(space: &mut Space, first: Option<Piece>, old: &Range<usize>, now: &Range<usize>) {
+    let vacant = space.vacate(now).is_ok();
+    let Some(mut first) = first else { return };
     // Of a file that is shorter than its mapping there is no more than that.
     let known = if first.len < old.len() { first.len.min(now.len()) } else { now.len() };
     // A System V segment that was moved would not be found when it is detached.
@@ -135,7 +145,6 @@ pub unsafe fn remap_dormant(mut heap: Locked, request: &Request) -> Option<usize
     if lost || !vacant || !space.add_as(&(now.start..now.start + known), &first) {
         first.backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
     }
-    moved
 }
 
 /// The kernel moves the program's own mapping, and the agent is shown it anew.
