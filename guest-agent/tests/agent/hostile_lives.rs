@@ -6,6 +6,7 @@ use crate::hostile::{
     ARENAS, CLIENTS, CONTEXT_BYTES, EACCES, EINVAL, ENOENT, ENOSPC, PAGE, PARTS, Scene, Session, TOTAL_BYTES,
     VICTIM_VA, alone, bind, create, cut, free, hello, import, message, submit, this_test,
 };
+use crate::lacking::lacking;
 use crate::mock::{eventually, file};
 use guest_agent::agent::{ARENA_OVERHEAD_BYTES, ContextReport};
 use guest_agent::message::*;
@@ -299,6 +300,9 @@ fn one_user_leaves_memory_for_others() {
     }
     if !alone(TEST) {
         return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return lacking("one user leaves memory for others (needs root, for another user)");
     }
     let scene = Scene::with_user_limit(TOTAL_BYTES / 4 * 3);
     let mut command = this_test(TEST);
