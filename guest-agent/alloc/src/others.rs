@@ -384,6 +384,8 @@ unsafe fn stand_still(state: &AtomicU32, go: u32) {
     }
 }
 
+/// # Safety
+/// None: without a restorer there is no handler ([`restorer`]), so nobody calls it.
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn stand_still(_state: &AtomicU32, _go: u32) {}
 
