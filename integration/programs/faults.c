@@ -7,6 +7,7 @@
  * touches windows of memory for the first time, and some that are there already. Both meet the same conditions: they take
  * turns, fault by fault or round by round. */
 #define _GNU_SOURCE
+#include "../../guest-agent/alloc/tests/alloc/programs/raw.h"
 #include "gpu.h"
 #include "samples.h"
 
@@ -27,7 +28,7 @@ enum { PAGE = 4096, WINDOW = 16 * PAGE, WINDOWS = 128, MAX_PROCESSES = 64, MAX_R
 /* Memory that is no arena: what the library would do with it is not measured here. */
 static char *by_hand(size_t bytes, int sharing)
 {
-	void *at = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS, -1, 0);
+	void *at = (void *)raw_call(SYS_mmap, 0, bytes, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS, -1, 0);
 
 	if (at == MAP_FAILED)
 		fail("mmap");
@@ -154,7 +155,7 @@ static void take_part(struct storm *storm, size_t me, size_t processes, size_t r
 		/* The device has seen none of it. */
 		char *memory = windows(WINDOWS);
 
-		if (syscall(SYS_madvise, pages, WINDOWS * PAGE, MADV_DONTNEED) != 0)
+		if (raw_call(SYS_madvise, (long)pages, WINDOWS * PAGE, MADV_DONTNEED, 0, 0, 0) != 0)
 			fail("madvise");
 
 		pthread_barrier_wait(&storm->barrier);

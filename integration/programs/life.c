@@ -11,6 +11,7 @@
  * Nothing that is done here may fail, but what is said to.
  */
 #define _GNU_SOURCE
+#include "../../guest-agent/alloc/tests/alloc/programs/raw.h"
 #include "gpu.h"
 
 #include <errno.h>
@@ -42,6 +43,7 @@ enum { BOTH = PROT_READ | PROT_WRITE, ANONYMOUS = MAP_PRIVATE | MAP_ANONYMOUS };
 	deed(FREE, "free")                                                                                             \
 	deed(MUNMAP, "munmap")                                                                                         \
 	deed(HOLE, "munmap, a hole")                                                                                   \
+	deed(BY_NUMBER, "by number")                                                                                   \
 	deed(OVER, "mmap over")                                                                                        \
 	deed(MREMAP, "mremap")                                                                                         \
 	deed(MOVE, "mremap to a place")                                                                                \
@@ -78,7 +80,7 @@ static struct tally *tally = &own_tally;
 /* The same for all that have the descriptor. By a system call of our own: it is no memory of the program that is tested. */
 static void share_tally(int fd)
 {
-	long at = syscall(SYS_mmap, NULL, sizeof(*tally), BOTH, MAP_SHARED, fd, 0);
+	long at = raw_call(SYS_mmap, 0, sizeof(*tally), BOTH, MAP_SHARED, fd, 0);
 
 	if (at == -1) {
 		printf("FAILED: no tally: %s\n", strerror(errno));
@@ -412,9 +414,18 @@ static void add_some(void)
 	}
 }
 
+/* Whether a call is made by its number, and not by its function. */
+static int by_number(void)
+{
+	int chosen = (int)draw(2);
+
+	did(DEED_BY_NUMBER, (uint64_t)chosen);
+	return chosen;
+}
+
 static void unmap(const struct piece *piece, enum deed deed)
 {
-	if (munmap(piece->at, piece->bytes) != 0)
+	if ((by_number() ? syscall(SYS_munmap, piece->at, piece->bytes) : munmap(piece->at, piece->bytes)) != 0)
 		broke(deed);
 	did(deed, 1);
 }
@@ -562,7 +573,9 @@ static void resize(void)
 
 static void advise(const struct piece *piece, int advice, enum deed deed)
 {
-	if (madvise(piece->at, piece->bytes, advice) != 0)
+	void *at = piece->at;
+
+	if ((by_number() ? syscall(SYS_madvise, at, piece->bytes, advice) : madvise(at, piece->bytes, advice)) != 0)
 		broke(deed);
 	did(deed, 1);
 }
@@ -632,6 +645,7 @@ static void protect(void)
 	int index = some(MAPPED), prot = draw(2) == 0 ? PROT_NONE : PROT_READ;
 	struct piece *piece;
 	enum deed deed;
+	void *at;
 
 	if (index < 0)
 		return;
@@ -639,7 +653,9 @@ static void protect(void)
 	deed = piece->prot == BOTH ? DEED_PROTECT : DEED_BACK;
 	piece->prot = piece->prot == BOTH ? prot : BOTH;
 	piece->out = 1;
-	if (mprotect(piece->at, piece->bytes, piece->prot) != 0)
+	at = piece->at;
+	prot = piece->prot;
+	if ((by_number() ? syscall(SYS_mprotect, at, piece->bytes, prot) : mprotect(at, piece->bytes, prot)) != 0)
 		broke(deed);
 	did(deed, 1);
 	look_by_both(piece, "protected");

@@ -6,6 +6,7 @@
  * an arena, and munmap returns when no device can reach it. Beside that, what the kernel alone takes: a bare mapping of
  * shared memory with all its pages, and their registration with an io_uring, which is how the agent pins. */
 #define _GNU_SOURCE
+#include "../../guest-agent/alloc/tests/alloc/programs/raw.h"
 #include "samples.h"
 
 #include <dlfcn.h>
@@ -29,7 +30,7 @@ static void by_kernel(int ring, uint64_t *populate, uint64_t *pin, uint64_t *unp
 	void *at;
 
 	times[0] = now();
-	at = (void *)syscall(SYS_mmap, NULL, BYTES, reach, flags, -1, 0);
+	at = (void *)raw_call(SYS_mmap, 0, BYTES, reach, flags, -1, 0);
 	if (at == MAP_FAILED)
 		fail("mmap by hand");
 	times[1] = now();
@@ -40,7 +41,7 @@ static void by_kernel(int ring, uint64_t *populate, uint64_t *pin, uint64_t *unp
 	if (syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, NULL, 0) != 0)
 		fail("IORING_UNREGISTER_BUFFERS");
 	times[3] = now();
-	if (syscall(SYS_munmap, at, BYTES) != 0)
+	if (raw_call(SYS_munmap, (long)at, BYTES, 0, 0, 0, 0) != 0)
 		fail("munmap by hand");
 	times[4] = now();
 	*populate = times[1] - times[0];
@@ -80,7 +81,7 @@ static void ask(void)
 /* The first time of a process that has so much memory of malloc: of a child, which has asked for nothing yet. */
 static uint64_t asking(void)
 {
-	uint64_t *took = (void *)syscall(SYS_mmap, NULL, PAGE, reach, MAP_SHARED | MAP_ANONYMOUS, -1, 0), time;
+	uint64_t *took = (void *)raw_call(SYS_mmap, 0, PAGE, reach, MAP_SHARED | MAP_ANONYMOUS, -1, 0), time;
 	pid_t child;
 	int status;
 
@@ -96,7 +97,7 @@ static uint64_t asking(void)
 	if (child < 0 || waitpid(child, &status, 0) != child || status != 0)
 		fail("a child that asks");
 	time = *took;
-	syscall(SYS_munmap, took, PAGE);
+	raw_call(SYS_munmap, (long)took, PAGE, 0, 0, 0, 0);
 	return time;
 }
 

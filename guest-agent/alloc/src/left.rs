@@ -44,12 +44,15 @@ pub enum Why {
     NotPinned,
     /// It was there before the program asked for a device, and other threads did not stand still then.
     Threads,
-    /// As above, and was guarded, or kept from dumps (MADV_GUARD_INSTALL, MADV_DONTDUMP).
+    /// As above, and was guarded, kept from dumps (MADV_GUARD_INSTALL, MADV_DONTDUMP), or was globals that a forked child
+    /// has not or finds empty (MADV_DONTFORK, MADV_WIPEONFORK).
     Advised,
     /// As above, and faults in it went to a userfaultfd of the program's.
     Watched,
     /// It could not be copied when the program asked.
     Changed,
+    /// remap_file_pages.
+    Rearranged,
 }
 
 impl Why {
@@ -69,17 +72,9 @@ impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const WANTED: &str = "map it readable and writable (PROT_READ | PROT_WRITE), or use malloc";
         match self {
-            Self::Mapped { prot: libc::PROT_NONE } => {
-                write!(f, "it was mapped with PROT_NONE, and such memory stays out of reach: {WANTED}")
-            }
-            Self::Mapped { prot } if prot & libc::PROT_EXEC != 0 => {
-                write!(f, "it was mapped executable (PROT_EXEC), and such memory stays out of reach: {WANTED}")
-            }
-            Self::Mapped { prot } if prot & libc::PROT_WRITE == 0 => {
-                write!(f, "it was mapped read-only, and such memory stays out of reach: {WANTED}")
-            }
-            Self::Mapped { .. } => {
-                write!(f, "it was mapped write-only, and such memory stays out of reach: {WANTED}")
+            Self::Mapped { prot } => {
+                let how = how_mapped(*prot);
+                write!(f, "it was mapped {how}, and such memory stays out of reach: {WANTED}")
             }
             Self::Protected => f.write_str(
                 "it was protected by mprotect, and stays out of reach when it is readable and writable again: map it \
@@ -128,8 +123,9 @@ impl fmt::Display for Why {
                  `svm-agent run --early`",
             ),
             Self::Advised => f.write_str(
-                "it was given MADV_DONTDUMP or MADV_GUARD_INSTALL before the program asked for a device, and such memory \
-                 stays out of reach: ask for a device before, or map what GPUs use by itself",
+                "it was given MADV_DONTDUMP, MADV_GUARD_INSTALL or, as globals, MADV_DONTFORK or MADV_WIPEONFORK before the \
+                 program asked for a device, and such memory stays out of reach: ask for a device before, or map what GPUs \
+                 use by itself",
             ),
             Self::Watched => f.write_str(
                 "faults in it went to a userfaultfd of the program's when the program asked for a device, and such memory \
@@ -140,11 +136,25 @@ impl fmt::Display for Why {
                  calls that libsvm_alloc.so does not see, or it is a file's and the kernel older than 5.14: use malloc, or \
                  map it afterwards",
             ),
+            Self::Rearranged => f.write_str(
+                "remap_file_pages has put other pages of its file there, and such memory stays out of reach: map them by \
+                 mmap",
+            ),
             Self::NotPinned => f.write_str(
                 "it could not be pinned, for the reason that libsvm_alloc.so has printed on standard error: do what is \
                  said there, or use malloc",
             ),
         }
+    }
+}
+
+/// Other than readable and writable.
+fn how_mapped(prot: i32) -> &'static str {
+    match prot {
+        libc::PROT_NONE => "with PROT_NONE",
+        _ if prot & libc::PROT_EXEC != 0 => "executable (PROT_EXEC)",
+        _ if prot & libc::PROT_WRITE == 0 => "read-only",
+        _ => "write-only",
     }
 }
 

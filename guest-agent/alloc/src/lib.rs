@@ -14,7 +14,7 @@
 //! * `globals`, `loaded`, `stack`, `maps`: memory that is not malloc's. `fork`: the child that must not share any.
 //! * `pinned`: what a trusted process pins by itself, because no arena can take its place.
 //! * `streams`: memory of the C library that must not be in arenas.
-//! * `real`: what this library stands before.
+//! * `real`, `numbered`: what this library stands before, called by name and by number.
 //! * `thread_word`: what is kept for each thread.
 //! * `left`: what GPUs do not reach, and why.
 //! * `proc`, `fd`, `say`: what the kernel tells, descriptors, and the one line on standard error.
@@ -33,6 +33,7 @@ mod left;
 mod link;
 mod loaded;
 mod maps;
+mod numbered;
 mod others;
 mod piece;
 mod pinned;

@@ -17,7 +17,7 @@
 //! All pages of an arena are there from the first, so userfaultfd finds none missing; what a userfaultfd watches when the
 //! process first asks for a device stays out of reach.
 //!
-//! Whatever the program unmaps, maps over, moves, or protects leaves GPUs before the call does anything. Memory whose
+//! Whatever the program unmaps, maps over, moves, rearranges, or protects leaves GPUs before the call does anything. Memory whose
 //! protection is changed stays out of their reach when it is readable and writable again.
 //!
 //! The table is changed under the heap's lock. Like malloc, none of these may be called by the handler of a signal that
@@ -212,6 +212,40 @@ pub unsafe extern "C" fn mremap(
         unsafe { remap::remap(heap.space(), &request) }
     };
     std::ptr::with_exposed_provenance_mut(moved.unwrap_or(usize::MAX))
+}
+
+/// As in Linux, for shared memory; what is there then is out of the reach of GPUs.
+///
+/// # Safety
+/// As in Linux.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn remap_file_pages(
+    at: *mut c_void,
+    len: size_t,
+    prot: c_int,
+    page: size_t,
+    flags: c_int,
+) -> c_int {
+    // The kernel takes the pages that both lie in.
+    let (start, whole) = (at.addr() / PAGE * PAGE, len / PAGE * PAGE);
+    if let Some(range) = pages(start, whole) {
+        let mut heap = heap::lock();
+        let space = heap.space();
+        let (known, mut shared) = (space.has(&range), true);
+        space.each_in(&range, |_, piece| shared &= piece.backing.is_shared());
+        if !shared {
+            return failed(libc::EINVAL);
+        }
+        if space.vacate(&range).is_err() {
+            return failed(libc::ENOMEM);
+        }
+        if known {
+            space.note(&range, Why::Rearranged);
+            space.leave(range.len());
+        }
+    }
+    // SAFETY: passed on.
+    unsafe { call::rearrange(at.addr(), len, prot, page, flags) }
 }
 
 /// Lets go of the lock for a call that may take its time, as when the server of a file is asked, or whoever reads a

@@ -14,6 +14,7 @@
 #![expect(unsafe_code, reason = "handles a signal of the C library's, and waits without a stack")]
 
 use crate::exports::{errno, set_errno};
+use crate::numbered::KERNEL;
 use crate::proc;
 use crate::stack;
 use libc::{c_int, c_void, siginfo_t};
@@ -228,9 +229,8 @@ impl Slot {
         // SAFETY: the fields of a signal that a process sends lie there, and are shorter than what is kept for any.
         unsafe { (&raw mut carried).cast::<Carried>().wrapping_byte_add(CARRIED).write(value) };
         // SAFETY: the pointer is to what is carried, which lives here.
-        let sent = unsafe {
-            libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, SIGNAL, &raw const carried)
-        };
+        let sent =
+            unsafe { KERNEL(libc::SYS_rt_tgsigqueueinfo, process, thread, SIGNAL, &raw const carried) };
         if sent == 0 { 0 } else { std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL) }
     }
 }
@@ -270,7 +270,7 @@ fn handle() -> bool {
     let act = |new: *const Action, old: *mut Action| {
         // SAFETY: both pointers are null or to actions that live here; the handler is one for a signal that carries
         // something.
-        unsafe { libc::syscall(libc::SYS_rt_sigaction, SIGNAL, new, old, size_of::<u64>()) == 0 }
+        unsafe { KERNEL(libc::SYS_rt_sigaction, SIGNAL, new, old, size_of::<u64>()) == 0 }
     };
     // Asked before: one may come as soon as ours stands there.
     if !act(std::ptr::null(), &raw mut before) {
@@ -403,6 +403,6 @@ fn futex(word: &AtomicU32, operation: c_int, value: u32, limit: Option<Duration>
     let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     let operation = operation | libc::FUTEX_PRIVATE_FLAG;
     // SAFETY: the word and the time limit live as long as the call.
-    let result = unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, value, limit) };
+    let result = unsafe { KERNEL(libc::SYS_futex, word.as_ptr(), operation, value, limit) };
     result >= 0 || errno() != libc::ETIMEDOUT
 }

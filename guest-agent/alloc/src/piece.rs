@@ -100,6 +100,17 @@ impl Backing {
         self.is_agents() || matches!(self, Self::Pinned { sharing: Sharing::Private, .. })
     }
 
+    /// Whether others may have the same pages because the program has mapped them so.
+    pub fn is_shared(&self) -> bool {
+        match self {
+            Self::Shared { .. } | Self::Dormant(Wakes::Shared { .. }) => true,
+            Self::Pinned { sharing, .. } | Self::Dormant(Wakes::Pinned(sharing)) => {
+                *sharing != Sharing::Private
+            }
+            _ => false,
+        }
+    }
+
     /// The descriptor that goes with it.
     pub fn file(&mut self) -> Option<&mut Option<Kept>> {
         match self {

@@ -17,7 +17,9 @@ mod brk;
 mod main_stack;
 mod segment;
 
+pub use brk::change_break;
 pub use main_stack::MainStack;
+pub use segment::{shmat, shmdt};
 
 use crate::fd::Fd;
 use crate::link::{self, Link};

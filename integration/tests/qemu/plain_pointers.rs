@@ -111,7 +111,7 @@ const LIFE_PATIENCE: Duration = Duration::from_secs(180);
 const LIVING: u32 = 5;
 const LIVING_TRUSTED: u32 = 3;
 /// What must be done at least once, as `life` calls it.
-const DEEDS: [&str; 25] = [
+const DEEDS: [&str; 26] = [
     "mmap",
     "mmap, shared",
     "malloc",
@@ -119,6 +119,7 @@ const DEEDS: [&str; 25] = [
     "free",
     "munmap",
     "munmap, a hole",
+    "by number",
     "mmap over",
     "mremap",
     "mremap to a place",

@@ -6,6 +6,7 @@ use super::shared::page_in_memory;
 use super::{DEV_ZERO, Kind, READ_WRITE};
 use crate::exports::{errno, set_errno};
 use crate::left::Why;
+use crate::numbered::KERNEL;
 use crate::piece::{PAGE, Sharing};
 use libc::{c_int, off_t};
 use rustix::fs::{FileType, Stat};
@@ -43,7 +44,7 @@ impl Request {
     pub unsafe fn carry_out(&self) -> Option<usize> {
         let Self { at, len, prot, flags, fd, offset, .. } = *self;
         // SAFETY: passed on.
-        let mapped = unsafe { libc::syscall(libc::SYS_mmap, at, len, prot, flags, fd, offset) };
+        let mapped = unsafe { KERNEL(libc::SYS_mmap, at, len, prot, flags, fd, offset) };
         address(mapped)
     }
 
@@ -126,21 +127,21 @@ fn result(result: libc::c_long) -> c_int {
 /// As munmap.
 pub unsafe fn unmap(at: usize, len: usize) -> c_int {
     // SAFETY: passed on.
-    result(unsafe { libc::syscall(libc::SYS_munmap, at, len) })
+    result(unsafe { KERNEL(libc::SYS_munmap, at, len) })
 }
 
 /// # Safety
 /// As mprotect.
 pub unsafe fn protect(at: usize, len: usize, prot: c_int) -> c_int {
     // SAFETY: passed on.
-    result(unsafe { libc::syscall(libc::SYS_mprotect, at, len, prot) })
+    result(unsafe { KERNEL(libc::SYS_mprotect, at, len, prot) })
 }
 
 /// # Safety
 /// As pkey_mprotect.
 pub unsafe fn protect_by_key(at: usize, len: usize, prot: c_int, key: c_int) -> c_int {
     // SAFETY: passed on.
-    result(unsafe { libc::syscall(libc::SYS_pkey_mprotect, at, len, prot, key) })
+    result(unsafe { KERNEL(libc::SYS_pkey_mprotect, at, len, prot, key) })
 }
 
 /// # Safety
@@ -148,7 +149,14 @@ pub unsafe fn protect_by_key(at: usize, len: usize, prot: c_int, key: c_int) -> 
 pub unsafe fn advise(range: &Range<usize>, advice: c_int) -> c_int {
     let len = range.end.wrapping_sub(range.start);
     // SAFETY: passed on.
-    result(unsafe { libc::syscall(libc::SYS_madvise, range.start, len, advice) })
+    result(unsafe { KERNEL(libc::SYS_madvise, range.start, len, advice) })
+}
+
+/// # Safety
+/// As remap_file_pages.
+pub unsafe fn rearrange(at: usize, len: usize, prot: c_int, page: usize, flags: c_int) -> c_int {
+    // SAFETY: passed on.
+    result(unsafe { KERNEL(libc::SYS_remap_file_pages, at, len, prot, page, flags) })
 }
 
 /// Bytes of a mapping that have pages in its file; `None`: there are none.
@@ -165,7 +173,7 @@ pub fn read_file(fd: BorrowedFd<'_>, to: usize, len: usize, offset: off_t) -> bo
         let (at, rest) = (to + done, len - done);
         let Ok(from) = off_t::try_from(done).map(|done| offset + done) else { return false };
         // SAFETY: the caller's memory is writable for `len` bytes.
-        let read = unsafe { libc::syscall(libc::SYS_pread64, fd.as_raw_fd(), at, rest, from) };
+        let read = unsafe { KERNEL(libc::SYS_pread64, fd.as_raw_fd(), at, rest, from) };
         match usize::try_from(read) {
             Ok(0) => break,
             Ok(read) => done += read,

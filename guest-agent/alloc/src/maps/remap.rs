@@ -7,6 +7,7 @@ use super::{READ_WRITE, call, pages, part_of, shared, unfit, unmap, without};
 use crate::exports::{errno, set_errno};
 use crate::fd::Kept;
 use crate::heap::{self, Locked};
+use crate::numbered::KERNEL;
 use crate::piece::{Backing, InChild, Piece, Purpose, Sharing, Wakes};
 use crate::space::{Space, copy_piece, map_anonymous};
 use libc::c_int;
@@ -41,7 +42,7 @@ impl Request {
     unsafe fn carry_out(&self) -> Option<usize> {
         let Self { at, len, new_len, flags, to } = *self;
         // SAFETY: passed on.
-        call::address(unsafe { libc::syscall(libc::SYS_mremap, at, len, new_len, flags, to) })
+        call::address(unsafe { KERNEL(libc::SYS_mremap, at, len, new_len, flags, to) })
     }
 }
 

@@ -6,10 +6,11 @@
 
 use crate::exports::set_errno;
 use crate::heap;
+use crate::numbered::KERNEL;
 use crate::piece::{PAGE, Sharing};
 use crate::real::Real;
 use crate::space::{Full, Space};
-use libc::{c_int, c_void, intptr_t};
+use libc::{c_int, c_long, c_void, intptr_t};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Sbrk = unsafe extern "C" fn(intptr_t) -> *mut c_void;
@@ -79,6 +80,26 @@ pub unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
         add(space, before, end.addr());
     }
     result
+}
+
+/// As the kernel has it: returns the break as it then is.
+///
+/// # Safety
+/// As `brk`.
+pub unsafe fn change_break(end: usize) -> c_long {
+    let mut heap = heap::lock();
+    let space = heap.space();
+    // SAFETY: it changes nothing.
+    let told = unsafe { KERNEL(libc::SYS_brk, 0_usize) };
+    let before = usize::try_from(told).unwrap_or(0);
+    // Who asks for none looks where it is.
+    if end == 0 || give_back(space, before, end).is_err() {
+        return told;
+    }
+    // SAFETY: passed on.
+    let told = unsafe { KERNEL(libc::SYS_brk, end) };
+    add(space, before, usize::try_from(told).unwrap_or(before));
+    told
 }
 
 /// The first page that a break leaves alone.

@@ -4,6 +4,7 @@
 
 use crate::exports::set_errno;
 use crate::heap;
+use crate::numbered::KERNEL;
 use crate::piece::{Backing, PAGE, Sharing, Wakes};
 use libc::{c_int, c_void};
 use std::ops::Range;
@@ -27,7 +28,7 @@ pub unsafe extern "C" fn shmat(id: c_int, at: *const c_void, flags: c_int) -> *m
         return std::ptr::without_provenance_mut(usize::MAX);
     }
     // SAFETY: passed on.
-    let attached = unsafe { libc::syscall(libc::SYS_shmat, id, at, flags) };
+    let attached = unsafe { KERNEL(libc::SYS_shmat, id, at, flags) };
     let base = usize::try_from(attached).ok();
     if let Some((base, range)) = base.and_then(|base| Some((base, whole_pages(base, len)?))) {
         let vacant = space.vacate(&range).is_ok();
@@ -59,7 +60,7 @@ pub unsafe extern "C" fn shmdt(at: *const c_void) -> c_int {
         }
     });
     // SAFETY: passed on.
-    let detached = unsafe { libc::syscall(libc::SYS_shmdt, at) };
+    let detached = unsafe { KERNEL(libc::SYS_shmdt, at) };
     c_int::try_from(detached).unwrap_or(-1)
 }
 

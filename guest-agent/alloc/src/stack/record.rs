@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "looks into the C library's record of this thread")]
 
+use crate::numbered::KERNEL;
 use crate::space::Space;
 use libc::c_void;
 
@@ -61,6 +62,6 @@ fn pointer<T>(at: usize) -> *mut T {
 fn robust_list() -> Option<usize> {
     let (mut head, mut len) = (std::ptr::null_mut::<c_void>(), 0usize);
     // SAFETY: the pointers are to variables here.
-    let told = unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &raw mut head, &raw mut len) };
+    let told = unsafe { KERNEL(libc::SYS_get_robust_list, 0, &raw mut head, &raw mut len) };
     (told == 0 && !head.is_null()).then(|| head.expose_provenance())
 }

@@ -260,3 +260,38 @@ fn process_maps_files_that_it_serves_itself() {
         program.end_well();
     });
 }
+
+#[test]
+fn calls_by_number_are_seen() {
+    twice(|| {
+        let world = World::new();
+        let mut program = Program::start(&world, "numbered", &[]);
+        let names = ["base", "moved", "file"];
+        let [base, was, file] = names.map(|name| program.told(name));
+        let gpu = world.gpu(program.pid());
+        for (base, pages, value) in [(base, 0..8, 100), (was, 0..4, 200), (file, 0..8, 300)] {
+            assert_words(&gpu, base, pages.clone(), value);
+            add_to_words(&gpu, base, pages, 1000);
+        }
+        program.go_on();
+
+        let moved = program.told("moved");
+        let stayed = program.told("stayed") != 0;
+        let gpu = world.gpu(program.pid());
+        assert_words(&gpu, base, 0..1, 1100);
+        assert_out_of_reach(&gpu, base, 1..4);
+        assert_eq!(gpu.word(base + 4 * PAGE), 0);
+        assert_words(&gpu, base, 5..8, 1100);
+        assert_words(&gpu, moved, 0..4, 1200);
+        assert_eq!(gpu.reaches(was), stayed);
+        for (rearranged, page) in (0..).zip([false, false, true, false, false, true, false, false]) {
+            assert_eq!(gpu.reaches(file + rearranged * PAGE), !page, "page {rearranged}");
+        }
+        for page in [0, 4, 5, 6, 7] {
+            gpu.set_word(base + page * PAGE, gpu.word(base + page * PAGE) + 1000);
+        }
+        add_to_words(&gpu, moved, 0..4, 1000);
+        program.go_on();
+        program.end_well();
+    });
+}

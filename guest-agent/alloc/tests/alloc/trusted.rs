@@ -55,11 +55,20 @@ fn pinned(gpu: &Gpu<'_>, pid: i32, base: u64, pages: Range<u64>) -> Vec<u64> {
 
 #[test]
 fn memory_of_a_trusted_process_is_pinned_where_it_stands() {
+    assert_pinned(&[]);
+}
+
+#[test]
+fn memory_that_comes_and_goes_by_number_is_pinned() {
+    assert_pinned(&["numbered"]);
+}
+
+fn assert_pinned(arguments: &[&str]) {
     twice(|| {
         let Some(world) = trusting(0, "memory of a trusted process is pinned where it stands") else {
             return;
         };
-        let mut program = Program::start(&world, "pinned", &[]);
+        let mut program = Program::start(&world, "pinned", arguments);
         let pid = program.pid();
         let private = ["stack", "break", "high"].map(|name| program.told(name));
         let [_, broken, high] = private;

@@ -1,6 +1,7 @@
 /* The handler of a signal that comes while its thread is inside realloc. The argument says what it does. */
 #define _GNU_SOURCE
 #include "pages.h"
+#include "raw.h"
 #include <signal.h>
 #include <sys/syscall.h>
 
@@ -22,7 +23,7 @@ static void on_fault(int signal)
 		CHECK(other);
 	}
 	/* Not by the library, which waits for itself. */
-	CHECK(syscall(SYS_mprotect, block, LEN, RW) == 0);
+	CHECK(raw_call(SYS_mprotect, (long)block, LEN, RW, 0, 0, 0) == 0);
 }
 
 int main(void)

@@ -1,15 +1,19 @@
-/* Memory that only a trusted process brings into the reach of GPUs. Each is told by name; all have whole pages. */
+/* Memory that only a trusted process brings into the reach of GPUs. Each is told by name; all have whole pages. With an
+ * argument the kernel is called by number. */
 #define _GNU_SOURCE
 #include "pages.h"
 
 #include <sys/ipc.h>
 #include <sys/shm.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 enum { PAGES = 4, HUGE = 2 << 20 };
 
 /* Those that a fork copies, and a segment that it does not. */
 static char *local, *broken, *high, *segment;
+
+static int numbered;
 
 static void set_all(uint64_t value)
 {
@@ -34,24 +38,46 @@ static void *mapped(size_t bytes, int flags)
 	return mmap(NULL, bytes, RW, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
 }
 
-int main(void)
+/* Returns where the break was. */
+static char *move_break(long by)
+{
+	char *before;
+	if (!numbered)
+		return sbrk(by);
+	before = (char *)syscall(SYS_brk, 0);
+	CHECK((char *)syscall(SYS_brk, before + by) == before + by);
+	return before;
+}
+
+static char *attach(int id)
+{
+	return numbered ? (char *)syscall(SYS_shmat, id, NULL, 0) : shmat(id, NULL, 0);
+}
+
+static int detach(char *at)
+{
+	return numbered ? (int)syscall(SYS_shmdt, at) : shmdt(at);
+}
+
+int main(int argc, char **argv)
 {
 	char stack[(PAGES + 1) * PAGE];
 	char *huge, *moved;
 	int id, status;
 	pid_t child;
 
+	numbered = argc > 1;
 	local = page_from(stack);
 	/* The break may be anywhere in a page. */
-	CHECK(sbrk(100) != (void *)-1);
-	broken = sbrk(PAGES * PAGE);
+	CHECK(move_break(100) != (void *)-1);
+	broken = move_break(PAGES * PAGE);
 	CHECK(broken != (void *)-1);
 	broken = page_from(broken);
 	high = mapped(PAGES * PAGE, MAP_STACK);
 	CHECK(high != MAP_FAILED);
 	id = shmget(IPC_PRIVATE, PAGES * PAGE - 1, 0600);
 	CHECK(id >= 0);
-	segment = shmat(id, NULL, 0);
+	segment = attach(id);
 	CHECK(segment != (void *)-1);
 	CHECK(shmctl(id, IPC_RMID, NULL) == 0);
 	huge = mapped(HUGE, MAP_HUGETLB);
@@ -93,10 +119,10 @@ int main(void)
 	await();
 
 	/* Shorter and longer again. */
-	CHECK(sbrk(-2 * PAGE) != (void *)-1);
+	CHECK(move_break(-2 * (long)PAGE) != (void *)-1);
 	tell("lower", 0);
 	await();
-	CHECK(brk((char *)sbrk(0) + 2 * PAGE) == 0);
+	CHECK(numbered ? !!move_break(2 * PAGE) : brk((char *)sbrk(0) + 2 * PAGE) == 0);
 	CHECK(*word(broken, 2) == 0);
 	tell("higher", 0);
 	await();
@@ -110,8 +136,8 @@ int main(void)
 	CHECK(moved != MAP_FAILED && moved != high + 3 * PAGE);
 	CHECK(*word(moved, 0) == 303);
 	tell_address("moved", moved);
-	CHECK(shmdt(segment) == 0);
-	CHECK(shmdt(segment) == -1 && errno == EINVAL);
+	CHECK(detach(segment) == 0);
+	CHECK(detach(segment) == -1 && errno == EINVAL);
 	tell("detached", 0);
 	await();
 	return 0;

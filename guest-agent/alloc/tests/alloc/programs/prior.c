@@ -1,5 +1,6 @@
 /* What a program does with its memory before it asks for a device; afterwards GPUs find it as it is then. */
 #define _GNU_SOURCE
+#include "raw.h"
 #include "touch.h"
 #include <dirent.h>
 #include <fcntl.h>
@@ -14,6 +15,7 @@
 #endif
 
 static uint64_t untold[WORDS] __attribute__((aligned(4096)));
+static uint64_t wiped[WORDS] __attribute__((aligned(4096)));
 static uint64_t data[4 * WORDS] __attribute__((aligned(4096))) = {1};
 
 static int open_descriptors(void)
@@ -144,9 +146,9 @@ int main(int argc, char **argv)
 	status = madvise(guarded + PAGE, PAGE, MADV_GUARD_INSTALL);
 	CHECK(status == 0 || errno == EINVAL);
 	/* Changed past the library's eyes. */
-	CHECK(syscall(SYS_munmap, map_zeros(2), PAGE) == 0);
+	CHECK(raw_call(SYS_munmap, (long)map_zeros(2), PAGE, 0, 0, 0, 0) == 0);
 	hidden = map_zeros(2);
-	CHECK(syscall(SYS_mprotect, hidden, PAGE, PROT_READ) == 0);
+	CHECK(raw_call(SYS_mprotect, (long)hidden, PAGE, PROT_READ, 0, 0, 0) == 0);
 
 	/* Watched by a thread, which stands still when the program asks. */
 	watched = map_zeros(3);
@@ -155,7 +157,8 @@ int main(int argc, char **argv)
 	CHECK(pthread_create(&thread, NULL, answer, (void *)(intptr_t)watcher) == 0);
 	block = aligned_alloc(PAGE, 1 << 20);
 	CHECK(pthread_create(&thread, NULL, answer, (void *)(intptr_t)watch(block + PAGE, 2 * PAGE)) == 0);
-	CHECK(madvise(untold, PAGE, MADV_DONTDUMP) == 0);
+	CHECK(madvise(untold, PAGE, MADV_DONTDUMP) == 0 && madvise(wiped, PAGE, MADV_WIPEONFORK) == 0);
+	*word(wiped, 0) = 1200;
 
 	/* Reserved, and made writable from the front; and in more pieces than there is account of. */
 	reserved = mmap(NULL, 3000 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -195,11 +198,16 @@ int main(int argc, char **argv)
 	tell_address("reserved", reserved);
 	tell_address("hidden", hidden);
 	tell_address("untold", untold);
+	tell_address("wiped", wiped);
 	tell_address("block", block);
 	tell_address("watched", watcher < 0 ? NULL : watched);
 	await();
 	*word(watched, 1) = *word(block, 1) = 1101;
 	CHECK(is_zero(watched, 2, 3));
+	child = fork();
+	if (child == 0)
+		_exit(!is_zero(wiped, 0, 1));
+	CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0 && *word(wiped, 0) == 1200);
 	CHECK(!can_write(hidden, 0) && can_write(hidden, 1));
 	CHECK(!can_write(only, 0) && can_write(only, 1) && !can_write(only, 2) && *word(only, 2) == 702);
 	CHECK(!can_write(data, 1) && *word(data, 1) == 801 && *word(data, 2) == 1802);
