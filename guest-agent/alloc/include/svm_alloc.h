@@ -23,7 +23,8 @@ int svm_alloc_session(struct svm_alloc_session *out);
 /* Memory that the program has mapped readable and writable, and that GPUs do not reach all the same: the agent refused
  * it, or it is of a size that the library leaves alone. */
 struct svm_alloc_left {
-	/* Calls of mmap and mremap since the program began, and mappings that stayed so when it first asked for a device. */
+	/* Calls of mmap, mremap and remap_file_pages since the program began, and mappings that stayed so when it first asked
+	 * for a device. */
 	uint64_t mappings;
 	uint64_t bytes;
 };

@@ -198,7 +198,7 @@ pub unsafe extern "C" fn svm_alloc_session(out: *mut Session) -> c_int {
 /// What GPUs do not reach of the memory that the program has mapped. `struct svm_alloc_left` in C.
 #[repr(C)]
 pub struct LeftOut {
-    /// Calls of mmap and mremap that made it since the program began, and mappings that stayed so when it first asked.
+    /// Calls of mmap, mremap and remap_file_pages that made it since the program began, and mappings that stayed so when it first asked.
     pub mappings: u64,
     /// Their bytes.
     pub bytes: u64,

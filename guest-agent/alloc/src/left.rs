@@ -44,8 +44,7 @@ pub enum Why {
     NotPinned,
     /// It was there before the program asked for a device, and other threads did not stand still then.
     Threads,
-    /// As above, and was guarded, kept from dumps (MADV_GUARD_INSTALL, MADV_DONTDUMP), or was globals that a forked child
-    /// has not or finds empty (MADV_DONTFORK, MADV_WIPEONFORK).
+    /// As above, and was guarded, or kept from dumps (MADV_GUARD_INSTALL, MADV_DONTDUMP).
     Advised,
     /// As above, and faults in it went to a userfaultfd of the program's.
     Watched,
@@ -123,9 +122,8 @@ impl fmt::Display for Why {
                  `svm-agent run --early`",
             ),
             Self::Advised => f.write_str(
-                "it was given MADV_DONTDUMP, MADV_GUARD_INSTALL or, as globals, MADV_DONTFORK or MADV_WIPEONFORK before the \
-                 program asked for a device, and such memory stays out of reach: ask for a device before, or map what GPUs \
-                 use by itself",
+                "it was given MADV_DONTDUMP or MADV_GUARD_INSTALL before the program asked for a device, and such memory \
+                 stays out of reach: ask for a device before, or map what GPUs use by itself",
             ),
             Self::Watched => f.write_str(
                 "faults in it went to a userfaultfd of the program's when the program asked for a device, and such memory \

@@ -228,19 +228,25 @@ pub unsafe extern "C" fn remap_file_pages(
 ) -> c_int {
     // The kernel takes the pages that both lie in.
     let (start, whole) = (at.addr() / PAGE * PAGE, len / PAGE * PAGE);
-    if let Some(range) = pages(start, whole) {
+    // It takes no protection, either.
+    if prot == 0
+        && let Some(range) = pages(start, whole)
+    {
         let mut heap = heap::lock();
         let space = heap.space();
-        let (known, mut shared) = (space.has(&range), true);
-        space.each_in(&range, |_, piece| shared &= piece.backing.is_shared());
+        let (mut known, mut shared) = (false, true);
+        space.each_in(&range, |_, piece| {
+            known |= !piece.is_let_be();
+            shared &= piece.backing.is_shared() || piece.is_let_be();
+        });
         if !shared {
             return failed(libc::EINVAL);
         }
-        if space.vacate(&range).is_err() {
-            return failed(libc::ENOMEM);
-        }
         if known {
-            space.note(&range, Why::Rearranged);
+            if space.vacate(&range).is_err() {
+                return failed(libc::ENOMEM);
+            }
+            space.keep(&range, Why::Rearranged);
             space.leave(range.len());
         }
     }

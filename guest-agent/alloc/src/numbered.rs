@@ -19,6 +19,7 @@ use x86_64::kernel;
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
+    use crate::heap;
     use crate::maps::{madvise, mmap, mprotect, mremap, munmap, pkey_mprotect, remap_file_pages};
     use crate::pinned::{change_break, shmat, shmdt};
     use libc::{c_int, c_long, c_void, off_t};
@@ -36,6 +37,7 @@ mod x86_64 {
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn syscall() {
         std::arch::naked_asm!(
+            ".cfi_startproc",
             "cmp rdi, {mmap}",
             "je {known}",
             "cmp rdi, {mprotect}",
@@ -57,6 +59,7 @@ mod x86_64 {
             "cmp rdi, {pkey_mprotect}",
             "je {known}",
             "jmp {call_kernel}",
+            ".cfi_endproc",
             mmap = const libc::SYS_mmap,
             mprotect = const libc::SYS_mprotect,
             munmap = const libc::SYS_munmap,
@@ -77,6 +80,7 @@ mod x86_64 {
     #[unsafe(naked)]
     unsafe extern "C" fn call_kernel() {
         std::arch::naked_asm!(
+            ".cfi_startproc",
             "mov rax, rdi",
             "mov rdi, rsi",
             "mov rsi, rdx",
@@ -92,11 +96,14 @@ mod x86_64 {
             "2:",
             "neg eax",
             "push rax",
+            ".cfi_adjust_cfa_offset 8",
             "call {errno}",
             "pop rcx",
+            ".cfi_adjust_cfa_offset -8",
             "mov [rax], ecx",
             "mov rax, -1",
             "ret",
+            ".cfi_endproc",
             errno = sym libc::__errno_location,
         )
     }
@@ -113,6 +120,11 @@ mod x86_64 {
         e: usize,
         f: off_t,
     ) -> c_long {
+        if heap::is_mine() {
+            // In the handler of a signal that came while the library was at work: some call by number so that they may.
+            // SAFETY: passed on.
+            return unsafe { super::KERNEL(number, a, b, c, d, e, f) };
+        }
         let at = pointer(a);
         // SAFETY: passed on.
         unsafe {

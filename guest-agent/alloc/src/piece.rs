@@ -169,6 +169,11 @@ impl Piece {
         matches!(self.backing, Backing::Dormant(Wakes::Copy)) && self.prot == READ_WRITE
     }
 
+    /// Whether it is the program's own, and none of the library's matter but that it stays.
+    pub fn is_let_be(&self) -> bool {
+        self.stays && !self.purpose.is_heaps()
+    }
+
     pub fn end(&self) -> usize {
         self.base + self.len
     }

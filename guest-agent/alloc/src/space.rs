@@ -61,6 +61,8 @@ pub struct Space {
     /// The same for memory that could not be pinned.
     complained_of_pins: bool,
     follows_forks: bool,
+    /// The kernel knows more of what forked children have than the table does.
+    expects_advice: bool,
     table: Table,
     left: Left,
     log: Log,
@@ -83,6 +85,7 @@ impl Space {
             complained: false,
             complained_of_pins: false,
             follows_forks: false,
+            expects_advice: false,
             table: Table::new(),
             left: Left { mappings: 0, bytes: 0 },
             log: Log::new(),

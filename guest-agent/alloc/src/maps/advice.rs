@@ -14,16 +14,13 @@ const MADV_GUARD_INSTALL: c_int = 102;
 
 /// Whether the kernel does all that is to be done; what the table must know of it, it does then.
 pub fn is_the_kernels(space: &mut Space, range: &Range<usize>, advice: c_int) -> bool {
-    let less_in_child = in_child(advice).is_some_and(|in_child| in_child != InChild::Copy);
-    let kept = match advice {
+    if space.is_dormant() && matches!(advice, MADV_GUARD_INSTALL | libc::MADV_DONTDUMP) {
         // An arena would have neither guards nor secrets.
-        MADV_GUARD_INSTALL | libc::MADV_DONTDUMP => true,
-        // Globals, of which the table does not know it yet.
-        _ => less_in_child && !space.has(range),
-    };
-    if space.is_dormant() && kept {
         space.let_be(range, Why::Advised);
         return true;
+    }
+    if space.is_dormant() && matches!(in_child(advice), Some(InChild::Nothing | InChild::Zeros)) {
+        space.expect_advice();
     }
     let mut plain = in_child(advice).is_none();
     space.each_in(range, |_, piece| plain &= !was_files(&piece));

@@ -66,21 +66,17 @@ pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
             return refused(libc::EINVAL);
         }
     }
-    let Some(first) = space.first_in(&old) else {
-        if target.as_ref().is_some_and(|target| space.withdraw(target).is_err()) {
-            return refused(libc::ENOMEM);
-        }
-        // SAFETY: passed on.
-        let moved = unsafe { request.carry_out() }?;
-        space.vacate(&(moved..moved + new.len())).ok()?;
-        return Some(moved);
-    };
     if target.as_ref().is_some_and(|target| space.withdraw(target).is_err()) {
         return refused(libc::ENOMEM);
     }
+    let first = match space.first_in(&old) {
+        Some(first) if !first.is_let_be() => first,
+        // SAFETY: passed on.
+        _ => return unsafe { remap_unknown(space, request, &old, new.len()) },
+    };
     match first.backing {
         // SAFETY: passed on.
-        Backing::Shared { .. } => unsafe { remap_shared(space, request, &first, old.len(), new.len()) },
+        Backing::Shared { .. } => unsafe { remap_shared(space, request, &first, &old, new.len()) },
         // SAFETY: passed on.
         Backing::Pinned { sharing, .. } => unsafe { remap_pinned(space, request, sharing, &old, new.len()) },
         // SAFETY: passed on.
@@ -148,6 +144,29 @@ fn follow(space: &mut Space, first: Option<Piece>, old: &Range<usize>, now: &Ran
     }
 }
 
+/// The kernel moves memory that is none of the library's matter.
+///
+/// # Safety
+/// As mremap.
+unsafe fn remap_unknown(
+    space: &mut Space,
+    request: &Request,
+    old: &Range<usize>,
+    new_len: usize,
+) -> Option<usize> {
+    // Something else may be behind it.
+    if space.withdraw(old).is_err() {
+        return refused(libc::ENOMEM);
+    }
+    // SAFETY: passed on.
+    let moved = unsafe { request.carry_out() }?;
+    // Where there is no room to split a piece, it stays: the kernel has moved the memory all the same.
+    for range in [old, &(moved..moved + new_len)] {
+        space.vacate(range).ok();
+    }
+    Some(moved)
+}
+
 /// The kernel moves the program's own mapping, and the agent is shown it anew.
 ///
 /// # Safety
@@ -156,24 +175,44 @@ unsafe fn remap_shared(
     space: &mut Space,
     request: &Request,
     first: &Piece,
-    old_len: usize,
+    old: &Range<usize>,
     new_len: usize,
 ) -> Option<usize> {
+    if new_len <= old.len() && !request.has(libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP) {
+        let end = old.start + new_len..old.end;
+        if space.withdraw(&end).is_err() {
+            return refused(libc::ENOMEM);
+        }
+        // SAFETY: passed on.
+        let same = unsafe { request.carry_out() }?;
+        // It was split already, so it cannot fail.
+        space.vacate(&end).ok();
+        return Some(same);
+    }
     let Backing::Shared { file, at, .. } = first.backing else { return refused(libc::EFAULT) };
-    let again = file.and_then(|file| file.again());
     // Where the range begins in the file.
-    let before = u64::try_from(request.at.abs_diff(first.base)).unwrap_or(0);
-    let at = if first.base < request.at { at + before } else { at.saturating_sub(before) };
-    if space.withdraw(&(request.at..request.at + old_len)).is_err() {
+    let at = at + u64::try_from(old.start.saturating_sub(first.base)).unwrap_or(0);
+    // Of a file that is shorter than its mapping there is no more than that.
+    let (mut whole, mut end) = (true, old.start);
+    space.each_in(old, |_, piece| {
+        whole &= matches!(piece.backing, Backing::Shared { .. }) && piece.base <= end;
+        end = piece.end().min(old.end);
+    });
+    let again = file.filter(|_| whole).and_then(|file| file.again());
+    if space.withdraw(old).is_err() {
         again.into_iter().for_each(Kept::close);
         return refused(libc::ENOMEM);
     }
     // SAFETY: passed on.
     let moved = unsafe { request.carry_out() };
-    let range = moved.map_or(request.at..request.at + old_len, |moved| moved..moved + new_len);
+    let errno = errno();
+    let range = moved.map_or(old.start..end, |moved| moved..moved + new_len);
     let vacant = moved.is_none() || space.vacate(&range).is_ok();
     if !again.is_some_and(|file| vacant && shared::import_kept(space, &range, file, at)) {
         space.leave(range.len());
+    }
+    if moved.is_none() {
+        set_errno(errno);
     }
     moved
 }
@@ -262,7 +301,7 @@ fn look(space: &mut Space, range: Range<usize>) -> Option<Old> {
     let mut alike = true;
     space.each_in(&range, |_, piece| {
         let mapped = matches!(piece.purpose, Purpose::Mapping | Purpose::File);
-        let own = !matches!(piece.backing, Backing::Shared { .. });
+        let own = !matches!(piece.backing, Backing::Shared { .. }) && !piece.is_let_be();
         alike &= mapped && own && piece.prot == first.prot;
     });
     let Piece { purpose, prot, in_child, .. } = first;

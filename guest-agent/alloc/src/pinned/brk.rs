@@ -41,9 +41,10 @@ pub unsafe extern "C" fn sbrk(increment: intptr_t) -> *mut c_void {
     };
     let mut heap = heap::lock();
     let space = heap.space();
+    let before = current();
+    // The C library goes by the break that it has set itself.
     // SAFETY: it changes nothing.
-    let before = unsafe { real(0) }.addr();
-    let after = before.wrapping_add_signed(increment);
+    let after = unsafe { real(0) }.addr().wrapping_add_signed(increment);
     if give_back(space, before, after).is_err() {
         set_errno(libc::ENOMEM);
         return failed;
@@ -62,14 +63,13 @@ pub unsafe extern "C" fn sbrk(increment: intptr_t) -> *mut c_void {
 /// As in Unix.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
-    let (Some(real), Some(real_sbrk)) = (real_brk(), real_sbrk()) else {
+    let Some(real) = real_brk() else {
         set_errno(libc::ENOMEM);
         return -1;
     };
     let mut heap = heap::lock();
     let space = heap.space();
-    // SAFETY: it changes nothing.
-    let before = unsafe { real_sbrk(0) }.addr();
+    let before = current();
     if give_back(space, before, end.addr()).is_err() {
         set_errno(libc::ENOMEM);
         return -1;
@@ -89,17 +89,22 @@ pub unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
 pub unsafe fn change_break(end: usize) -> c_long {
     let mut heap = heap::lock();
     let space = heap.space();
+    let before = current();
+    // Who asks for none looks where it is.
+    if end != 0 && give_back(space, before, end).is_ok() {
+        // SAFETY: passed on.
+        unsafe { KERNEL(libc::SYS_brk, end) };
+    }
+    let after = current();
+    add(space, before, after);
+    c_long::try_from(after).unwrap_or(-1)
+}
+
+/// The kernel's break. The C library does not know of what is done by number.
+fn current() -> usize {
     // SAFETY: it changes nothing.
     let told = unsafe { KERNEL(libc::SYS_brk, 0_usize) };
-    let before = usize::try_from(told).unwrap_or(0);
-    // Who asks for none looks where it is.
-    if end == 0 || give_back(space, before, end).is_err() {
-        return told;
-    }
-    // SAFETY: passed on.
-    let told = unsafe { KERNEL(libc::SYS_brk, end) };
-    add(space, before, usize::try_from(told).unwrap_or(before));
-    told
+    usize::try_from(told).unwrap_or(0)
 }
 
 /// The first page that a break leaves alone.

@@ -11,7 +11,7 @@ use crate::fd::Kept;
 use crate::left::{TOO_LARGE, Why};
 use crate::link::Link;
 use crate::maps::{copy_mapped, import_kept};
-use crate::piece::{Backing, Piece, Purpose, READ_WRITE, Wakes};
+use crate::piece::{Backing, InChild, Piece, Purpose, READ_WRITE, Wakes};
 use crate::proc;
 use std::ops::{ControlFlow, Range};
 
@@ -77,31 +77,57 @@ impl Space {
     pub unsafe fn adopt_plain(&mut self, range: &Range<usize>, purpose: Purpose) {
         let mut done = range.start;
         while done < range.end {
-            let Some(part) = next_plain(&(done..range.end)) else { return };
-            done = part.end;
-            if self.has(&part) {
+            let Some(mut part) = next_plain(&(done..range.end)) else { return };
+            if let Some(known) = self.first_in(&part) {
+                part.end = known.base.max(part.start);
+                done = known.end();
+            } else {
+                done = part.end;
+            }
+            if part.is_empty() {
                 continue;
             }
             let (base, len) = (part.start, part.len());
+            let in_child = if self.expects_advice { in_child(base) } else { InChild::Copy };
             // SAFETY: the arena has as many bytes. The kernel says so where a page is a guard.
             let copy = |to| unsafe { copy_mapped(base, to, len) };
             // SAFETY: as the caller says.
-            unsafe { self.adopt_piece(&Piece::new(base, len, purpose, Backing::Own), copy) };
+            if unsafe { self.adopt_piece(&Piece::new(base, len, purpose, Backing::Own), copy) } {
+                // It is one piece, so there is nothing to split.
+                self.change(&part, |piece| piece.in_child = in_child).ok();
+            }
         }
+    }
+
+    /// Takes note that the kernel was told what forked children have of memory that the table may not know.
+    pub fn expect_advice(&mut self) {
+        self.expects_advice = true;
     }
 
     /// Lets memory in a range be what it is, whatever is asked for, also such as the table says nothing of.
     pub fn let_be(&mut self, range: &Range<usize>, why: Why) {
         // Without room to split a piece it goes as a whole.
         let whole = self.split(range.start).is_err() | self.split(range.end).is_err();
-        let known = self.has(range);
+        let mut done = range.start;
         self.each_in(range, |space, piece| {
+            let before = done..piece.base;
+            done = piece.end();
             if matches!(piece.backing, Backing::Dormant(_)) {
                 space.let_piece_be(piece, why);
             }
-        });
-        if !known && !whole {
             // Globals, or a stack: a piece keeps them.
+            if !whole {
+                space.keep(&before, why);
+            }
+        });
+        if !whole {
+            self.keep(&(done..range.end), why);
+        }
+    }
+
+    /// Takes note of memory of which nothing is in the table, that it stays what it is.
+    pub fn keep(&mut self, range: &Range<usize>, why: Why) {
+        if !range.is_empty() {
             self.add_own(range, Purpose::Mapping, READ_WRITE);
             self.change(range, |piece| piece.stays = true).ok();
             self.note(range, why);
@@ -149,7 +175,13 @@ impl Space {
     /// Lets be what the program watches by a userfaultfd: an arena would not be watched, and all of its pages are there.
     pub fn let_watched_be(&mut self) {
         if proc::has_userfaultfd().unwrap_or(true) {
-            proc::each_watched(|range| self.let_be(&range, Why::Watched));
+            // For pages that are missing, protected, or not mapped yet.
+            let watched = |flag: &[u8]| matches!(flag, b"um" | b"uw" | b"ui");
+            proc::each_flagged(|range, mut flags| {
+                if flags.any(watched) {
+                    self.let_be(&range, Why::Watched);
+                }
+            });
         }
     }
 
@@ -211,6 +243,22 @@ impl Space {
             }
         }
     }
+}
+
+/// What a forked child has of the mapping that holds an address, as the kernel has been told.
+fn in_child(address: usize) -> InChild {
+    let mut found = InChild::Copy;
+    proc::each_flagged(|range, mut flags| {
+        if range.contains(&address) {
+            let told = |flag: &[u8]| match flag {
+                b"dc" => Some(InChild::Nothing),
+                b"wf" => Some(InChild::Zeros),
+                _ => None,
+            };
+            found = flags.find_map(told).unwrap_or(InChild::Copy);
+        }
+    });
+    found
 }
 
 /// The first part of a range that is private, readable and writable.

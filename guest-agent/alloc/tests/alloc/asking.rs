@@ -33,7 +33,7 @@ fn memory_is_reached_as_it_is_by_then() {
     let mut program = Program::start(&world, "prior", &[world.directory.path().to_str().unwrap()]);
     let names = [
         "cut", "over", "grown", "memory", "parts", "copy", "dirty", "only", "data", "guarded", "reserved",
-        "hidden", "untold", "wiped", "block", "watched",
+        "hidden", "untold", "wiped", "absent", "dumped", "block", "watched",
     ];
     let [
         cut,
@@ -50,6 +50,8 @@ fn memory_is_reached_as_it_is_by_then() {
         hidden,
         untold,
         wiped,
+        absent,
+        dumped,
         block,
         watched,
     ] = names.map(|name| program.told(name));
@@ -73,7 +75,9 @@ fn memory_is_reached_as_it_is_by_then() {
     assert_out_of_reach(&gpu, reserved, 2500..2501);
     assert_out_of_reach(&gpu, hidden, 0..2);
     assert_out_of_reach(&gpu, untold, 0..1);
-    assert_out_of_reach(&gpu, wiped, 0..1);
+    assert_words(&gpu, wiped, 0..3, 1200);
+    assert_words(&gpu, absent, 0..3, 1300);
+    assert_eq!([0, 1, 2].map(|page| gpu.reaches(dumped + page * PAGE)), [true, false, true]);
     if watched == 0 {
         lacking("memory that a userfaultfd watches (the kernel gives none)");
     } else {
@@ -86,6 +90,8 @@ fn memory_is_reached_as_it_is_by_then() {
     add_to_words(&gpu, copy, 2..3, 1000);
     add_to_words(&gpu, copy, 7..8, 1000);
     add_to_words(&gpu, data, 2..3, 1000);
+    add_to_words(&gpu, wiped, 0..3, 1000);
+    add_to_words(&gpu, absent, 0..3, 1000);
     program.go_on();
     program.end_well();
 }
@@ -131,7 +137,7 @@ fn memory_in_too_many_pieces_is_left_alone() {
     let world = World::new();
     let mut program =
         Program::start(&world, "prior", &[world.directory.path().to_str().unwrap(), "scattered"]);
-    assert!((0..16).all(|_| !program.next("an address").0.is_empty()));
+    assert!((0..18).all(|_| !program.next("an address").0.is_empty()));
     let (status, said) = program.end();
     // It misses what no GPU has written; and what the table had room for was more than the agent allows.
     assert_eq!((status.code(), said.lines().count()), (Some(4), 1), "{said}");
@@ -149,7 +155,7 @@ fn program_that_asks_in_vain_goes_on() {
         let socket = world.as_ref().map_or(folder.path().join("nowhere.sock"), World::socket);
         let mut program =
             Program::spawn(Command::new(program).arg(folder.path()).env("SVM_AGENT_SOCKET", socket));
-        assert!((0..16).all(|_| !program.next("an address").0.is_empty()));
+        assert!((0..18).all(|_| !program.next("an address").0.is_empty()));
         let (status, said) = program.end();
         // It misses what no GPU has written.
         assert_eq!(status.code(), Some(4), "{said}");

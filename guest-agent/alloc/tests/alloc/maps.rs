@@ -284,8 +284,15 @@ fn calls_by_number_are_seen() {
         assert_words(&gpu, base, 5..8, 1100);
         assert_words(&gpu, moved, 0..4, 1200);
         assert_eq!(gpu.reaches(was), stayed);
-        for (rearranged, page) in (0..).zip([false, false, true, false, false, true, false, false]) {
-            assert_eq!(gpu.reaches(file + rearranged * PAGE), !page, "page {rearranged}");
+        for (page, reached) in (0..).zip([true, true, false, true, true, false, true, true]) {
+            assert_eq!(gpu.reaches(file + page * PAGE), reached, "page {page}");
+        }
+        program.go_on();
+
+        program.told("shorter");
+        let gpu = world.gpu(program.pid());
+        for (page, reached) in (0..).zip([true, true, false, true, true, false, false, false]) {
+            assert_eq!(gpu.reaches(file + page * PAGE), reached, "page {page}");
         }
         for page in [0, 4, 5, 6, 7] {
             gpu.set_word(base + page * PAGE, gpu.word(base + page * PAGE) + 1000);

@@ -128,6 +128,9 @@ fn assert_pinned(arguments: &[&str]) {
         assert_out_of_reach(&gpu, high, 3..4);
         pinned(&gpu, pid, moved, 0..3);
         assert_out_of_reach(&gpu, segment, 0..4);
+        if !arguments.is_empty() {
+            assert_out_of_reach(&gpu, broken, 1..4);
+        }
         assert!(world.arena_bytes(pid) < bytes);
         program.go_on();
         program.end_well();

@@ -62,7 +62,7 @@ static int detach(char *at)
 int main(int argc, char **argv)
 {
 	char stack[(PAGES + 1) * PAGE];
-	char *huge, *moved;
+	char *huge, *moved, *first = sbrk(0);
 	int id, status;
 	pid_t child;
 
@@ -136,6 +136,8 @@ int main(int argc, char **argv)
 	CHECK(moved != MAP_FAILED && moved != high + 3 * PAGE);
 	CHECK(*word(moved, 0) == 303);
 	tell_address("moved", moved);
+	/* The C library goes on from where it was itself. */
+	CHECK(!numbered || sbrk(PAGE) == first);
 	CHECK(detach(segment) == 0);
 	CHECK(detach(segment) == -1 && errno == EINVAL);
 	tell("detached", 0);

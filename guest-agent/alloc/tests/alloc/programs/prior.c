@@ -15,7 +15,10 @@
 #endif
 
 static uint64_t untold[WORDS] __attribute__((aligned(4096)));
-static uint64_t wiped[WORDS] __attribute__((aligned(4096)));
+/* The second page of each is not for children, or not for dumps. */
+static uint64_t wiped[3 * WORDS] __attribute__((aligned(4096)));
+static uint64_t absent[3 * WORDS] __attribute__((aligned(4096)));
+static uint64_t dumped[3 * WORDS] __attribute__((aligned(4096)));
 static uint64_t data[4 * WORDS] __attribute__((aligned(4096))) = {1};
 
 static int open_descriptors(void)
@@ -78,6 +81,7 @@ int main(int argc, char **argv)
 	char path[256], *cut, *over, *grown, *memory, *parts, *file, *copy, *gone, *only, *guarded, *dirty;
 	char *reserved, *scattered, *watched, *hidden, *block;
 	pthread_t thread;
+	uint64_t words[2];
 	pid_t child;
 	signal(SIGSEGV, on_fault);
 	opendir("/");
@@ -123,10 +127,10 @@ int main(int argc, char **argv)
 	file = mmap(NULL, 8 * PAGE, RW, MAP_SHARED, fd, 0);
 	CHECK(file != MAP_FAILED);
 	set_words(file, 0, 8, 600);
+	CHECK(madvise(file, 8 * PAGE, MADV_DONTDUMP) == 0 && madvise(file, 8 * PAGE, MADV_DONTFORK) == 0);
 	copy = mmap(NULL, 4 * PAGE, RW, MAP_PRIVATE, fd, 0);
 	dirty = mmap(NULL, 8 * PAGE, RW, MAP_PRIVATE, fd, 0);
 	CHECK(copy != MAP_FAILED && dirty != MAP_FAILED);
-	close(fd);
 	*word(copy, 1) = 1;
 	CHECK(madvise(copy, 4 * PAGE, MADV_DONTNEED) == 0 && words_are(copy, 0, 4, 600));
 	*word(copy, 2) = 7777;
@@ -157,8 +161,13 @@ int main(int argc, char **argv)
 	CHECK(pthread_create(&thread, NULL, answer, (void *)(intptr_t)watcher) == 0);
 	block = aligned_alloc(PAGE, 1 << 20);
 	CHECK(pthread_create(&thread, NULL, answer, (void *)(intptr_t)watch(block + PAGE, 2 * PAGE)) == 0);
-	CHECK(madvise(untold, PAGE, MADV_DONTDUMP) == 0 && madvise(wiped, PAGE, MADV_WIPEONFORK) == 0);
-	*word(wiped, 0) = 1200;
+	CHECK(madvise(untold, PAGE, MADV_DONTDUMP) == 0 && madvise(wiped + WORDS, PAGE, MADV_WIPEONFORK) == 0);
+	CHECK(madvise(absent + WORDS, PAGE, MADV_DONTFORK) == 0 && madvise(dumped + WORDS, PAGE, MADV_DONTDUMP) == 0);
+	/* To the kernel it is one mapping again. */
+	CHECK(madvise(dumped + WORDS, PAGE, MADV_DODUMP) == 0);
+	set_words(wiped, 0, 3, 1200);
+	set_words(absent, 0, 3, 1300);
+	set_words(dumped, 0, 3, 1400);
 
 	/* Reserved, and made writable from the front; and in more pieces than there is account of. */
 	reserved = mmap(NULL, 3000 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -183,6 +192,7 @@ int main(int argc, char **argv)
 		_exit(0);
 	}
 	CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+	CHECK(words_are(wiped, 0, 3, 1200));
 	CHECK(words_are(cut, 3, 5, 100) && words_are(data, 0, 4, 800) && *word(memory, 7) == 4321);
 
 	tell_address("cut", cut);
@@ -199,18 +209,31 @@ int main(int argc, char **argv)
 	tell_address("hidden", hidden);
 	tell_address("untold", untold);
 	tell_address("wiped", wiped);
+	tell_address("absent", absent);
+	tell_address("dumped", dumped);
 	tell_address("block", block);
 	tell_address("watched", watcher < 0 ? NULL : watched);
 	await();
 	*word(watched, 1) = *word(block, 1) = 1101;
 	CHECK(is_zero(watched, 2, 3));
+	CHECK(words_are(wiped, 0, 3, 2200) && words_are(absent, 0, 3, 2300));
 	child = fork();
-	if (child == 0)
-		_exit(!is_zero(wiped, 0, 1));
-	CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0 && *word(wiped, 0) == 1200);
+	if (child == 0) {
+		CHECK(words_are(wiped, 0, 1, 2200) && is_zero(wiped, 1, 2) && words_are(wiped, 2, 3, 2200));
+		CHECK(can_write(absent, 0) && !can_write(absent, 1) && can_write(absent, 2));
+		_exit(0);
+	}
+	CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0 && words_are(wiped, 0, 3, 2200));
 	CHECK(!can_write(hidden, 0) && can_write(hidden, 1));
 	CHECK(!can_write(only, 0) && can_write(only, 1) && !can_write(only, 2) && *word(only, 2) == 702);
 	CHECK(!can_write(data, 1) && *word(data, 1) == 801 && *word(data, 2) == 1802);
 	CHECK(*word(copy, 2) == 8777 && *word(copy, 7) == 1607 && words_are(file, 0, 8, 600));
+	/* It is the file as before, and longer. */
+	CHECK(ftruncate(fd, 600 * PAGE) == 0);
+	file = moved(file, 8, 600);
+	*word(file, 0) = 6;
+	*word(file, 599) = 7;
+	CHECK(pread(fd, words, 8, 0) == 8 && pread(fd, words + 1, 8, 599 * PAGE) == 8);
+	CHECK(words[0] == 6 && words[1] == 7);
 	return 0;
 }
