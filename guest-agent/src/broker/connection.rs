@@ -360,12 +360,18 @@ impl Connection {
             return Err(Errno::NOENT);
         }
         let mut reader = opener.reader();
-        if matches!(&*reader, Reader::Joined(other) if other.strong_count() > 0) {
+        // Who has left has no place from before it hears so, but may be here still.
+        let joined = match &*reader {
+            Reader::Opener => None,
+            Reader::Joined(other) => other.upgrade(),
+        };
+        if joined.is_some_and(|other| other.place().is_some()) {
             return Err(Errno::BUSY);
         }
         *reader = Reader::Joined(Arc::downgrade(self));
-        drop(reader);
+        // Before anybody else looks.
         self.take_place(Place { key, opened: false });
+        drop(reader);
         Ok(key)
     }
 
