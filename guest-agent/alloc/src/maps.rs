@@ -118,7 +118,7 @@ pub unsafe extern "C" fn munmap(at: *mut c_void, len: size_t) -> c_int {
         return unsafe { call::unmap(at.addr(), len) };
     };
     let mut heap = heap::lock();
-    if heap.space().is_dormant() || !heap.space().has(&range) {
+    if heap.space().is_dormant() || !heap.space().knows(&range) {
         heap.space().forget_notes(&range);
         // What the kernel has still, if it refuses this, is out of reach then.
         if heap.space().vacate(&range).is_err() {
@@ -209,7 +209,7 @@ pub unsafe extern "C" fn mremap(
         unsafe { remap::remap_dormant(heap, &request) }
     } else {
         // SAFETY: as above.
-        unsafe { remap::remap(heap.space(), &request) }
+        unsafe { remap::remap(heap, &request) }
     };
     std::ptr::with_exposed_provenance_mut(moved.unwrap_or(usize::MAX))
 }

@@ -12,6 +12,7 @@
 
 #![expect(unsafe_code, reason = "maps memory over memory that is in use")]
 
+mod advised;
 mod child;
 mod dormant;
 mod mapping;
@@ -24,8 +25,9 @@ use crate::fork;
 use crate::left::{Log, Why};
 use crate::link::{Failure, Link, Made};
 use crate::others;
-use crate::piece::{Backing, PAGE, Piece, Purpose, READ_WRITE, Table, Wakes};
+use crate::piece::{Backing, InChild, PAGE, Piece, Purpose, READ_WRITE, Table, Wakes};
 use crate::say::{give_up, say};
+use advised::Advised;
 use guest_agent::message::DEFAULT_SOCKET;
 use mapping::{copy_over, fill_over, map_arena};
 use rustix::mm::MapFlags;
@@ -61,8 +63,7 @@ pub struct Space {
     /// The same for memory that could not be pinned.
     complained_of_pins: bool,
     follows_forks: bool,
-    /// The kernel knows more of what forked children have than the table does.
-    expects_advice: bool,
+    advised: Advised,
     table: Table,
     left: Left,
     log: Log,
@@ -85,7 +86,7 @@ impl Space {
             complained: false,
             complained_of_pins: false,
             follows_forks: false,
-            expects_advice: false,
+            advised: Advised::new(),
             table: Table::new(),
             left: Left { mappings: 0, bytes: 0 },
             log: Log::new(),
@@ -395,6 +396,7 @@ impl Space {
     /// Has nothing of a range be in the table any more, because something else is there, or soon is.
     pub fn vacate(&mut self, range: &Range<usize>) -> Result<(), Full> {
         self.withdraw(range)?;
+        self.advised.add(range, InChild::Copy);
         self.each_in(range, |space, mut piece| {
             space.table.remove(piece.base);
             piece.backing.file().and_then(Option::take).into_iter().for_each(Kept::close);
@@ -547,6 +549,18 @@ impl Space {
     /// Whether anything of a range is in the table.
     pub fn has(&self, range: &Range<usize>) -> bool {
         self.table.first_in(range).is_some()
+    }
+
+    /// Whether any of it is the library's matter.
+    pub fn knows(&self, range: &Range<usize>) -> bool {
+        let mut rest = range.clone();
+        while let Some(piece) = self.table.first_in(&rest) {
+            if !piece.is_let_be() {
+                return true;
+            }
+            rest.start = piece.end();
+        }
+        false
     }
 
     /// The first piece of which a part lies in the range.

@@ -218,7 +218,7 @@ pub unsafe fn adopt(space: &mut Space, word: usize) {
 /// # Safety
 /// As there.
 pub unsafe fn adopt_used(space: &mut Space, word: usize) {
-    if let Some(part) = Part::of_word(word).filter(|part| part.may_be_moved(space)) {
+    if let Some(part) = Part::of_word(word).filter(|_| !space.is_dormant()) {
         // SAFETY: as the caller says.
         unsafe { space.adopt_plain(&part.range(), Purpose::Stack) };
     }

@@ -19,12 +19,12 @@ pub fn is_the_kernels(space: &mut Space, range: &Range<usize>, advice: c_int) ->
         space.let_be(range, Why::Advised);
         return true;
     }
-    if space.is_dormant() && matches!(in_child(advice), Some(InChild::Nothing | InChild::Zeros)) {
-        space.expect_advice();
+    if let Some(in_child) = in_child(advice) {
+        space.take_advice(range, in_child);
     }
     let mut plain = in_child(advice).is_none();
     space.each_in(range, |_, piece| plain &= !was_files(&piece));
-    plain && space.is_dormant() || !space.has(range)
+    plain && space.is_dormant() || !space.knows(range)
 }
 
 /// A copy of what was a file's, which is none to the kernel.

@@ -8,7 +8,7 @@ use crate::exports::{errno, set_errno};
 use crate::fd::Kept;
 use crate::heap::{self, Locked};
 use crate::numbered::KERNEL;
-use crate::piece::{Backing, InChild, Piece, Purpose, Sharing, Wakes};
+use crate::piece::{Backing, InChild, PAGE, Piece, Purpose, Sharing, Wakes};
 use crate::space::{Space, copy_piece, map_anonymous};
 use libc::c_int;
 use rustix::mm::MapFlags;
@@ -32,9 +32,18 @@ struct Old {
     in_child: InChild,
 }
 
+/// All that there are.
+const FLAGS: c_int = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+
 impl Request {
     fn has(&self, flag: c_int) -> bool {
         self.flags & flag != 0
+    }
+
+    /// Whether memory stays where it is, and loses its end at most.
+    fn shortens(&self) -> bool {
+        let shorter = self.new_len.div_ceil(PAGE) <= self.len.div_ceil(PAGE);
+        shorter && !self.has(libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP)
     }
 
     /// # Safety
@@ -53,12 +62,15 @@ fn refused<T>(errno: c_int) -> Option<T> {
 
 /// # Safety
 /// As mremap.
-pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
+pub unsafe fn remap(mut heap: Locked, request: &Request) -> Option<usize> {
     let (Some(old), Some(new)) = (pages(request.at, request.len), pages(request.at, request.new_len)) else {
         // Either the kernel refuses it, or it makes a second mapping of memory that is the program's own.
         // SAFETY: passed on.
         return unsafe { request.carry_out() };
     };
+    if request.flags & !FLAGS != 0 {
+        return refused(libc::EINVAL);
+    }
     let target = if request.has(libc::MREMAP_FIXED) { pages(request.to, new.len()) } else { None };
     if request.has(libc::MREMAP_FIXED) {
         let apart = |target: &Range<usize>| target.end <= old.start || old.end <= target.start;
@@ -66,15 +78,22 @@ pub unsafe fn remap(space: &mut Space, request: &Request) -> Option<usize> {
             return refused(libc::EINVAL);
         }
     }
+    let space = heap.space();
     if target.as_ref().is_some_and(|target| space.withdraw(target).is_err()) {
         return refused(libc::ENOMEM);
     }
     let first = match space.first_in(&old) {
         Some(first) if !first.is_let_be() => first,
+        _ if request.shortens() && space.knows(&old) => {
+            // SAFETY: passed on.
+            return unsafe { shorten(space, request, &old, new.len()) };
+        }
         // SAFETY: passed on.
-        _ => return unsafe { remap_unknown(space, request, &old, new.len()) },
+        _ => return unsafe { remap_unknown(heap, request, &old, new.len()) },
     };
     match first.backing {
+        // SAFETY: passed on.
+        Backing::Shared { .. } if request.shortens() => unsafe { shorten(space, request, &old, new.len()) },
         // SAFETY: passed on.
         Backing::Shared { .. } => unsafe { remap_shared(space, request, &first, &old, new.len()) },
         // SAFETY: passed on.
@@ -144,27 +163,52 @@ fn follow(space: &mut Space, first: Option<Piece>, old: &Range<usize>, now: &Ran
     }
 }
 
-/// The kernel moves memory that is none of the library's matter.
+/// The kernel takes the end away, of what the program has mapped itself.
+///
+/// # Safety
+/// As mremap.
+unsafe fn shorten(space: &mut Space, request: &Request, old: &Range<usize>, new_len: usize) -> Option<usize> {
+    let end = old.start + new_len..old.end;
+    if space.withdraw(&end).is_err() {
+        return refused(libc::ENOMEM);
+    }
+    // SAFETY: passed on.
+    let same = unsafe { request.carry_out() }?;
+    // It was split already, so it cannot fail.
+    space.vacate(&end).ok();
+    Some(same)
+}
+
+/// The kernel moves memory that is none of the library's matter, without the lock: whoever reads a userfaultfd is waited
+/// for.
 ///
 /// # Safety
 /// As mremap.
 unsafe fn remap_unknown(
-    space: &mut Space,
+    mut heap: Locked,
     request: &Request,
     old: &Range<usize>,
     new_len: usize,
 ) -> Option<usize> {
-    // Something else may be behind it.
-    if space.withdraw(old).is_err() {
-        return refused(libc::ENOMEM);
+    if heap.space().knows(old) {
+        // The kernel moves one mapping at a time.
+        return refused(libc::EFAULT);
     }
+    let call = without(heap);
     // SAFETY: passed on.
-    let moved = unsafe { request.carry_out() }?;
-    // Where there is no room to split a piece, it stays: the kernel has moved the memory all the same.
-    for range in [old, &(moved..moved + new_len)] {
-        space.vacate(range).ok();
+    let moved = unsafe { request.carry_out() };
+    let errno = errno();
+    let mut heap = heap::lock();
+    drop(call);
+    if let Some(moved) = moved {
+        // Where there is no room to split a piece, it stays: the memory has moved all the same.
+        for range in [old, &(moved..moved + new_len)] {
+            heap.space().vacate(range).ok();
+        }
+    } else {
+        set_errno(errno);
     }
-    Some(moved)
+    moved
 }
 
 /// The kernel moves the program's own mapping, and the agent is shown it anew.
@@ -178,26 +222,22 @@ unsafe fn remap_shared(
     old: &Range<usize>,
     new_len: usize,
 ) -> Option<usize> {
-    if new_len <= old.len() && !request.has(libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP) {
-        let end = old.start + new_len..old.end;
-        if space.withdraw(&end).is_err() {
-            return refused(libc::ENOMEM);
-        }
-        // SAFETY: passed on.
-        let same = unsafe { request.carry_out() }?;
-        // It was split already, so it cannot fail.
-        space.vacate(&end).ok();
-        return Some(same);
-    }
-    let Backing::Shared { file, at, .. } = first.backing else { return refused(libc::EFAULT) };
-    // Where the range begins in the file.
-    let at = at + u64::try_from(old.start.saturating_sub(first.base)).unwrap_or(0);
+    let Backing::Shared { id, offset, file, at } = first.backing else { return refused(libc::EFAULT) };
     // Of a file that is shorter than its mapping there is no more than that.
-    let (mut whole, mut end) = (true, old.start);
+    let (mut whole, mut alone, mut end) = (true, true, old.start);
     space.each_in(old, |_, piece| {
-        whole &= matches!(piece.backing, Backing::Shared { .. }) && piece.base <= end;
+        let here = piece.base.wrapping_sub(first.base);
+        whole &= piece.base <= end
+            && matches!(piece.backing, Backing::Shared { id: other, offset: from, .. } if other == id && from == offset + here);
+        alone &= matches!(piece.backing, Backing::Shared { .. }) || piece.is_let_be();
         end = piece.end().min(old.end);
     });
+    if !alone {
+        // Arenas do not move, and the kernel moves one mapping at a time.
+        return refused(libc::EFAULT);
+    }
+    // Where the range begins in the file.
+    let at = at + u64::try_from(old.start.saturating_sub(first.base)).unwrap_or(0);
     let again = file.filter(|_| whole).and_then(|file| file.again());
     if space.withdraw(old).is_err() {
         again.into_iter().for_each(Kept::close);
@@ -208,7 +248,10 @@ unsafe fn remap_shared(
     let errno = errno();
     let range = moved.map_or(old.start..end, |moved| moved..moved + new_len);
     let vacant = moved.is_none() || space.vacate(&range).is_ok();
-    if !again.is_some_and(|file| vacant && shared::import_kept(space, &range, file, at)) {
+    if again.is_some_and(|file| vacant && shared::import_kept(space, &range, file, at)) {
+        // It is one piece, so there is nothing to split.
+        space.change(&range, |piece| piece.in_child = first.in_child).ok();
+    } else {
         space.leave(range.len());
     }
     if moved.is_none() {
@@ -255,9 +298,8 @@ unsafe fn remap_own(
     new_len: usize,
     target: Option<Range<usize>>,
 ) -> Option<usize> {
-    let known = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     let (keep, may_move) = (request.has(libc::MREMAP_DONTUNMAP), request.has(libc::MREMAP_MAYMOVE));
-    if request.flags & !known != 0 || keep && (!may_move || new_len != range.len()) {
+    if keep && (!may_move || new_len != range.len()) {
         return refused(libc::EINVAL);
     }
     let Some(old) = look(space, range) else { return refused(libc::EFAULT) };

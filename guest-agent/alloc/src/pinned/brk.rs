@@ -4,13 +4,14 @@
 
 #![expect(unsafe_code, reason = "takes the place of brk and sbrk")]
 
-use crate::exports::set_errno;
+use crate::exports::{errno, set_errno};
 use crate::heap;
 use crate::numbered::KERNEL;
 use crate::piece::{PAGE, Sharing};
 use crate::real::Real;
-use crate::space::{Full, Space};
+use crate::space::Space;
 use libc::{c_int, c_long, c_void, intptr_t};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Sbrk = unsafe extern "C" fn(intptr_t) -> *mut c_void;
@@ -39,22 +40,15 @@ pub unsafe extern "C" fn sbrk(increment: intptr_t) -> *mut c_void {
         set_errno(libc::ENOMEM);
         return failed;
     };
-    let mut heap = heap::lock();
-    let space = heap.space();
-    let before = current();
+    if increment == 0 {
+        // SAFETY: it changes nothing.
+        return unsafe { real(0) };
+    }
     // The C library goes by the break that it has set itself.
-    // SAFETY: it changes nothing.
-    let after = unsafe { real(0) }.addr().wrapping_add_signed(increment);
-    if give_back(space, before, after).is_err() {
-        set_errno(libc::ENOMEM);
-        return failed;
-    }
+    // SAFETY: as above.
+    let wanted = unsafe { real(0) }.addr().wrapping_add_signed(increment);
     // SAFETY: passed on.
-    let result = unsafe { real(increment) };
-    if result != failed {
-        add(space, before, after);
-    }
-    result
+    move_break(wanted, || unsafe { real(increment) }).unwrap_or(failed)
 }
 
 /// As in Unix.
@@ -67,19 +61,8 @@ pub unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
         set_errno(libc::ENOMEM);
         return -1;
     };
-    let mut heap = heap::lock();
-    let space = heap.space();
-    let before = current();
-    if give_back(space, before, end.addr()).is_err() {
-        set_errno(libc::ENOMEM);
-        return -1;
-    }
     // SAFETY: passed on.
-    let result = unsafe { real(end) };
-    if result == 0 {
-        add(space, before, end.addr());
-    }
-    result
+    move_break(end.addr(), || unsafe { real(end) }).unwrap_or(-1)
 }
 
 /// As the kernel has it: returns the break as it then is.
@@ -87,17 +70,34 @@ pub unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
 /// # Safety
 /// As `brk`.
 pub unsafe fn change_break(end: usize) -> c_long {
+    // Who asks for none looks where it is.
+    if end != 0 {
+        // SAFETY: passed on.
+        move_break(end, || unsafe { KERNEL(libc::SYS_brk, end) });
+    }
+    c_long::try_from(current()).unwrap_or(-1)
+}
+
+/// Goes to the kernel with what may move the break to `wanted`. What is given up leaves GPUs before, and what is there
+/// afterwards comes to them, be it because the kernel has refused. `None`, and errno: there is no room in the table.
+fn move_break<T>(wanted: usize, call: impl FnOnce() -> T) -> Option<T> {
+    static LOWEST: AtomicUsize = AtomicUsize::new(usize::MAX);
     let mut heap = heap::lock();
     let space = heap.space();
     let before = current();
-    // Who asks for none looks where it is.
-    if end != 0 && give_back(space, before, end).is_ok() {
-        // SAFETY: passed on.
-        unsafe { KERNEL(libc::SYS_brk, end) };
+    // Below where it was first stand the program's globals, which are none of it: the kernel refuses to go there.
+    let lowest = LOWEST.fetch_min(before, Ordering::Relaxed).min(before);
+    let kept = page_behind(wanted.max(lowest).min(before));
+    let gone = kept..page_behind(before);
+    if !gone.is_empty() && space.vacate(&gone).is_err() {
+        set_errno(libc::ENOMEM);
+        return None;
     }
-    let after = current();
-    add(space, before, after);
-    c_long::try_from(after).unwrap_or(-1)
+    let result = call();
+    let said = errno();
+    add(space, &(kept..page_behind(current())));
+    set_errno(said);
+    Some(result)
 }
 
 /// The kernel's break. The C library does not know of what is done by number.
@@ -112,23 +112,12 @@ fn page_behind(end: usize) -> usize {
     end.checked_next_multiple_of(PAGE).unwrap_or(end)
 }
 
-/// Before the break goes down. Below where it was first stand the program's globals, which are none of it: the kernel
-/// refuses to go there.
-fn give_back(space: &mut Space, before: usize, after: usize) -> Result<(), Full> {
-    static LOWEST: AtomicUsize = AtomicUsize::new(usize::MAX);
-    let lowest = LOWEST.fetch_min(before, Ordering::Relaxed).min(before);
-    let range = page_behind(after.max(lowest))..page_behind(before);
-    if range.is_empty() { Ok(()) } else { space.vacate(&range) }
-}
-
-/// When the break has gone up.
-fn add(space: &mut Space, before: usize, after: usize) {
-    let range = page_behind(before)..page_behind(after);
+fn add(space: &mut Space, range: &Range<usize>) {
     space.start();
     if range.is_empty() || !(space.is_dormant() || space.is_trusted()) {
         return;
     }
-    if space.vacate(&range).is_err() || !space.pin_or_remember(&range, Sharing::Private) {
+    if space.vacate(range).is_err() || !space.pin_or_remember(range, Sharing::Private) {
         space.leave(range.len());
     }
     space.join(range.start);

@@ -87,8 +87,11 @@ impl Space {
             if part.is_empty() {
                 continue;
             }
+            let (in_child, end) = self.advised.first(&part);
+            if end < part.end {
+                (part.end, done) = (end, end);
+            }
             let (base, len) = (part.start, part.len());
-            let in_child = if self.expects_advice { in_child(base) } else { InChild::Copy };
             // SAFETY: the arena has as many bytes. The kernel says so where a page is a guard.
             let copy = |to| unsafe { copy_mapped(base, to, len) };
             // SAFETY: as the caller says.
@@ -99,9 +102,17 @@ impl Space {
         }
     }
 
-    /// Takes note that the kernel was told what forked children have of memory that the table may not know.
-    pub fn expect_advice(&mut self) {
-        self.expects_advice = true;
+    /// Takes note of what the program has told the kernel that forked children have, if the table does not keep it.
+    pub fn take_advice(&mut self, range: &Range<usize>, in_child: InChild) {
+        let mut kept = range.start;
+        self.each_in(range, |_, piece| {
+            if piece.purpose.is_kept() && !piece.is_let_be() && piece.base <= kept {
+                kept = piece.end();
+            }
+        });
+        if kept < range.end {
+            self.advised.add(range, in_child);
+        }
     }
 
     /// Lets memory in a range be what it is, whatever is asked for, also such as the table says nothing of.
@@ -243,22 +254,6 @@ impl Space {
             }
         }
     }
-}
-
-/// What a forked child has of the mapping that holds an address, as the kernel has been told.
-fn in_child(address: usize) -> InChild {
-    let mut found = InChild::Copy;
-    proc::each_flagged(|range, mut flags| {
-        if range.contains(&address) {
-            let told = |flag: &[u8]| match flag {
-                b"dc" => Some(InChild::Nothing),
-                b"wf" => Some(InChild::Zeros),
-                _ => None,
-            };
-            found = flags.find_map(told).unwrap_or(InChild::Copy);
-        }
-    });
-    found
 }
 
 /// The first part of a range that is private, readable and writable.

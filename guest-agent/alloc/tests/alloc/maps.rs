@@ -266,13 +266,14 @@ fn calls_by_number_are_seen() {
     twice(|| {
         let world = World::new();
         let mut program = Program::start(&world, "numbered", &[]);
-        let names = ["base", "moved", "file"];
-        let [base, was, file] = names.map(|name| program.told(name));
+        let names = ["base", "moved", "file", "early"];
+        let [base, was, file, early] = names.map(|name| program.told(name));
         let gpu = world.gpu(program.pid());
         for (base, pages, value) in [(base, 0..8, 100), (was, 0..4, 200), (file, 0..8, 300)] {
             assert_words(&gpu, base, pages.clone(), value);
             add_to_words(&gpu, base, pages, 1000);
         }
+        assert_eq!([0, 1, 2, 3].map(|page| gpu.reaches(early + page * PAGE)), [true, true, true, false]);
         program.go_on();
 
         let moved = program.told("moved");
@@ -289,11 +290,14 @@ fn calls_by_number_are_seen() {
         }
         program.go_on();
 
-        program.told("shorter");
+        let (grown, place) = (program.told("grown"), program.told("place"));
         let gpu = world.gpu(program.pid());
         for (page, reached) in (0..).zip([true, true, false, true, true, false, false, false]) {
             assert_eq!(gpu.reaches(file + page * PAGE), reached, "page {page}");
         }
+        assert_out_of_reach(&gpu, grown, 0..3);
+        assert_out_of_reach(&gpu, early, 0..4);
+        assert_out_of_reach(&gpu, place, 0..4);
         for page in [0, 4, 5, 6, 7] {
             gpu.set_word(base + page * PAGE, gpu.word(base + page * PAGE) + 1000);
         }

@@ -55,16 +55,20 @@ static void others(void)
 
 int main(void)
 {
-	int fd = memory_file(12);
+	int fd = memory_file(12), early_fd = memory_file(8);
+	char *early = map(4, MAP_SHARED, early_fd, 0), *place, *grown;
 	char *base = map_zeros_so(8), *moved = map_zeros_so(4), *file = map(8, MAP_SHARED, fd, 2 * PAGE), *was = moved;
 	signal(SIGSEGV, on_fault);
 	others();
+	set_words(early, 0, 4, 400);
+	CHECK(remap_file_pages(early + 3 * PAGE, PAGE, 0, 1, 0) == 0 && *word(early, 3) == 401);
 	set_words(base, 0, 8, 100);
 	set_words(moved, 0, 4, 200);
 	set_words(file, 0, 8, 300);
 	tell_address("base", base);
 	tell_address("moved", moved);
 	tell_address("file", file);
+	tell_address("early", early);
 	await();
 	CHECK(words_are(base, 0, 8, 1100) && words_are(moved, 0, 4, 1200) && words_are(file, 0, 8, 1300));
 
@@ -85,7 +89,16 @@ int main(void)
 	/* Shorter, it is as it was; to another place the kernel moves one mapping at a time, or all three. */
 	CHECK(syscall(SYS_mremap, file, 8 * PAGE, 5 * PAGE, 0, NULL) == (long)file);
 	CHECK(*word(file, 0) == 1300 && *word(file, 2) == 1307 && *word(file, 4) == 1304 && !can_write(file, 5));
-	tell("shorter", 0);
+	/* A page by itself is memory like any other, with what is behind it in the file. */
+	CHECK(ftruncate(fd, 14 * PAGE) == 0);
+	place = map_zeros(3);
+	grown = (char *)syscall(SYS_mremap, file + 2 * PAGE, PAGE, 3 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place);
+	CHECK(grown == place && *word(grown, 0) == 1307 && is_zero(grown, 1, 3));
+	/* The kernel moves one mapping at a time, or not. */
+	place = map_zeros(4);
+	syscall(SYS_mremap, early, 4 * PAGE, 4 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place);
+	tell_address("grown", grown);
+	tell_address("place", place);
 	await();
 	CHECK(*word(base, 0) == 2100 && *word(base, 4) == 1000 && words_are(base, 5, 8, 2100));
 	CHECK(words_are(moved, 0, 4, 2200));

@@ -73,6 +73,8 @@ int main(int argc, char **argv)
 	broken = move_break(PAGES * PAGE);
 	CHECK(broken != (void *)-1);
 	broken = page_from(broken);
+	/* Looks, and moves nothing. */
+	CHECK(!numbered || sbrk(0) == first);
 	high = mapped(PAGES * PAGE, MAP_STACK);
 	CHECK(high != MAP_FAILED);
 	id = shmget(IPC_PRIVATE, PAGES * PAGE - 1, 0600);

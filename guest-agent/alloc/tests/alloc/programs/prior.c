@@ -18,6 +18,7 @@ static uint64_t untold[WORDS] __attribute__((aligned(4096)));
 /* The second page of each is not for children, or not for dumps. */
 static uint64_t wiped[3 * WORDS] __attribute__((aligned(4096)));
 static uint64_t absent[3 * WORDS] __attribute__((aligned(4096)));
+static uint64_t later[WORDS] __attribute__((aligned(4096)));
 static uint64_t dumped[3 * WORDS] __attribute__((aligned(4096)));
 static uint64_t data[4 * WORDS] __attribute__((aligned(4096))) = {1};
 
@@ -228,6 +229,21 @@ int main(int argc, char **argv)
 	CHECK(!can_write(only, 0) && can_write(only, 1) && !can_write(only, 2) && *word(only, 2) == 702);
 	CHECK(!can_write(data, 1) && *word(data, 1) == 801 && *word(data, 2) == 1802);
 	CHECK(*word(copy, 2) == 8777 && *word(copy, 7) == 1607 && words_are(file, 0, 8, 600));
+	/* What is said of globals that are in reach holds for children of children that ask. */
+	CHECK(madvise(later, PAGE, MADV_WIPEONFORK) == 0);
+	*word(later, 0) = 1;
+	child = fork();
+	if (child == 0) {
+		CHECK(is_zero(later, 0, 1));
+		*word(later, 0) = 1;
+		ask();
+		child = fork();
+		if (child == 0)
+			_exit(!is_zero(later, 0, 1));
+		CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0 && *word(later, 0) == 1);
+		_exit(0);
+	}
+	CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0 && *word(later, 0) == 1);
 	/* It is the file as before, and longer. */
 	CHECK(ftruncate(fd, 600 * PAGE) == 0);
 	file = moved(file, 8, 600);

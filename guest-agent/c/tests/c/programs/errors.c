@@ -205,7 +205,7 @@ int main(void)
 
 	CHECK(*svm_error() == '\0');
 	/* One at a time, and as often as one likes. */
-	for (int i = 0; i < 20; i++) {
+	for (int i = 0; i < 100; i++) {
 		CHECK(svm_open(&svm) == 0);
 		svm_close(svm);
 	}
