@@ -7,7 +7,6 @@ use rustix::io::Errno;
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::ops::{ControlFlow, Range};
-use std::slice::Split;
 
 /// Bytes that are read at once.
 const ROOM: usize = 8192;
@@ -83,17 +82,15 @@ pub fn each_mapping(mut call: impl FnMut(Mapping) -> ControlFlow<()>) -> Option<
     each_line(c"/proc/self/maps", |line| mapping(line).map_or(ControlFlow::Continue(()), &mut call))
 }
 
-/// The kernel's flags of a mapping, as words of two letters.
-pub type Flags<'a> = Split<'a, u8, fn(&u8) -> bool>;
-
-/// Calls with each of the kernel's mappings, and its flags.
-pub fn each_flagged(mut call: impl FnMut(Range<usize>, Flags<'_>)) -> Option<()> {
+/// Calls with each mapping of which faults go to a userfaultfd.
+pub fn each_watched(mut call: impl FnMut(Range<usize>)) -> Option<()> {
     let mut last = None;
     each_line(c"/proc/self/smaps", |line| {
-        if let Some(flags) = line.strip_prefix(b"VmFlags:")
-            && let Some(range) = last.take()
-        {
-            call(range, flags.split(|byte| byte.is_ascii_whitespace()));
+        if let Some(flags) = line.strip_prefix(b"VmFlags:") {
+            // For pages that are missing, protected, or not mapped yet.
+            let mut flags = flags.split(u8::is_ascii_whitespace);
+            let watched = flags.any(|flag| matches!(flag, b"um" | b"uw" | b"ui"));
+            last.take().filter(|_| watched).into_iter().for_each(&mut call);
         } else if let Some(mapping) = mapping(line) {
             last = Some(mapping.range);
         }

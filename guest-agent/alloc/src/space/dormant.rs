@@ -186,13 +186,7 @@ impl Space {
     /// Lets be what the program watches by a userfaultfd: an arena would not be watched, and all of its pages are there.
     pub fn let_watched_be(&mut self) {
         if proc::has_userfaultfd().unwrap_or(true) {
-            // For pages that are missing, protected, or not mapped yet.
-            let watched = |flag: &[u8]| matches!(flag, b"um" | b"uw" | b"ui");
-            proc::each_flagged(|range, mut flags| {
-                if flags.any(watched) {
-                    self.let_be(&range, Why::Watched);
-                }
-            });
+            proc::each_watched(|range| self.let_be(&range, Why::Watched));
         }
     }
 
