@@ -17,8 +17,8 @@
 //! All pages of an arena are there from the first, so userfaultfd finds none missing; what a userfaultfd watches when the
 //! process first asks for a device stays out of reach.
 //!
-//! Whatever the program unmaps, maps over, moves, rearranges, or protects leaves GPUs before the call does anything. Memory whose
-//! protection is changed stays out of their reach when it is readable and writable again.
+//! Whatever the program unmaps, maps over, moves, rearranges, or protects leaves GPUs before the call does anything. Memory
+//! whose protection is changed stays out of their reach when it is readable and writable again.
 //!
 //! The table is changed under the heap's lock. Like malloc, none of these may be called by the handler of a signal that
 //! came while the same thread was in one of them: the program ends then. Nothing is asked of a file under the lock.

@@ -360,7 +360,7 @@ impl Connection {
             return Err(Errno::NOENT);
         }
         let mut reader = opener.reader();
-        // Who has left has no place from before it hears so, but may be here still.
+        // Who has left may be here still, but has no place by the time that its process hears so.
         let joined = match &*reader {
             Reader::Opener => None,
             Reader::Joined(other) => other.upgrade(),

@@ -226,10 +226,13 @@ unsafe fn remap_shared(
     // Of a file that is shorter than its mapping there is no more than that.
     let (mut whole, mut alone, mut end) = (true, true, old.start);
     space.each_in(old, |_, piece| {
-        let here = piece.base.wrapping_sub(first.base);
-        whole &= piece.base <= end
-            && matches!(piece.backing, Backing::Shared { id: other, offset: from, .. } if other == id && from == offset + here);
-        alone &= matches!(piece.backing, Backing::Shared { .. }) || piece.is_let_be();
+        let expected = (id, offset + (piece.base - first.base));
+        let found = match piece.backing {
+            Backing::Shared { id, offset, .. } => Some((id, offset)),
+            _ => None,
+        };
+        whole &= piece.base <= end && found == Some(expected);
+        alone &= found.is_some() || piece.is_let_be();
         end = piece.end().min(old.end);
     });
     if !alone {

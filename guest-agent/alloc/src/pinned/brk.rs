@@ -46,7 +46,7 @@ pub unsafe extern "C" fn sbrk(increment: intptr_t) -> *mut c_void {
     }
     // The C library goes by the break that it has set itself.
     // SAFETY: as above.
-    let wanted = unsafe { real(0) }.addr().wrapping_add_signed(increment);
+    let wanted = || unsafe { real(0) }.addr().wrapping_add_signed(increment);
     // SAFETY: passed on.
     move_break(wanted, || unsafe { real(increment) }).unwrap_or(failed)
 }
@@ -62,7 +62,7 @@ pub unsafe extern "C" fn brk(end: *mut c_void) -> c_int {
         return -1;
     };
     // SAFETY: passed on.
-    move_break(end.addr(), || unsafe { real(end) }).unwrap_or(-1)
+    move_break(|| end.addr(), || unsafe { real(end) }).unwrap_or(-1)
 }
 
 /// As the kernel has it: returns the break as it then is.
@@ -73,21 +73,22 @@ pub unsafe fn change_break(end: usize) -> c_long {
     // Who asks for none looks where it is.
     if end != 0 {
         // SAFETY: passed on.
-        move_break(end, || unsafe { KERNEL(libc::SYS_brk, end) });
+        move_break(|| end, || unsafe { KERNEL(libc::SYS_brk, end) });
     }
     c_long::try_from(current()).unwrap_or(-1)
 }
 
-/// Goes to the kernel with what may move the break to `wanted`. What is given up leaves GPUs before, and what is there
-/// afterwards comes to them, be it because the kernel has refused. `None`, and errno: there is no room in the table.
-fn move_break<T>(wanted: usize, call: impl FnOnce() -> T) -> Option<T> {
+/// Goes to the kernel with what may move the break to where `wanted` says, under the lock as the call itself. What is given
+/// up leaves GPUs before, and what is there afterwards comes to them, be it because the kernel has refused. `None`, and
+/// errno: there is no room in the table.
+fn move_break<T>(wanted: impl FnOnce() -> usize, call: impl FnOnce() -> T) -> Option<T> {
     static LOWEST: AtomicUsize = AtomicUsize::new(usize::MAX);
     let mut heap = heap::lock();
     let space = heap.space();
     let before = current();
     // Below where it was first stand the program's globals, which are none of it: the kernel refuses to go there.
     let lowest = LOWEST.fetch_min(before, Ordering::Relaxed).min(before);
-    let kept = page_behind(wanted.max(lowest).min(before));
+    let kept = page_behind(wanted().max(lowest).min(before));
     let gone = kept..page_behind(before);
     if !gone.is_empty() && space.vacate(&gone).is_err() {
         set_errno(libc::ENOMEM);
