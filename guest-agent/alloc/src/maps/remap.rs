@@ -194,19 +194,20 @@ unsafe fn remap_unknown(
         // The kernel moves one mapping at a time.
         return refused(libc::EFAULT);
     }
+    // Before the call: afterwards another thread may have memory there.
+    if heap.space().vacate(old).is_err() {
+        return refused(libc::ENOMEM);
+    }
     let call = without(heap);
     // SAFETY: passed on.
     let moved = unsafe { request.carry_out() };
     let errno = errno();
     let mut heap = heap::lock();
     drop(call);
-    if let Some(moved) = moved {
+    match moved {
         // Where there is no room to split a piece, it stays: the memory has moved all the same.
-        for range in [old, &(moved..moved + new_len)] {
-            heap.space().vacate(range).ok();
-        }
-    } else {
-        set_errno(errno);
+        Some(moved) => drop(heap.space().vacate(&(moved..moved + new_len))),
+        None => set_errno(errno),
     }
     moved
 }
