@@ -169,6 +169,11 @@ impl Piece {
         matches!(self.backing, Backing::Dormant(Wakes::Copy)) && self.prot == READ_WRITE
     }
 
+    /// Whether it is a copy of what was a file's, which is none to the kernel.
+    pub fn was_files(&self) -> bool {
+        self.purpose == Purpose::File && !matches!(self.backing, Backing::Dormant(Wakes::Copy))
+    }
+
     /// Whether it is the program's own, and none of the library's matter but that it stays.
     pub fn is_let_be(&self) -> bool {
         self.stays && !self.purpose.is_heaps()

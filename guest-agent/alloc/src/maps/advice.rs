@@ -4,7 +4,7 @@
 
 use super::{call, part_of};
 use crate::left::Why;
-use crate::piece::{Backing, InChild, Piece, Purpose, Wakes};
+use crate::piece::{InChild, Piece, Purpose};
 use crate::space::Space;
 use libc::c_int;
 use std::ops::Range;
@@ -23,13 +23,8 @@ pub fn is_the_kernels(space: &mut Space, range: &Range<usize>, advice: c_int) ->
         space.take_advice(range, in_child);
     }
     let mut plain = in_child(advice).is_none();
-    space.each_in(range, |_, piece| plain &= !was_files(&piece));
+    space.each_in(range, |_, piece| plain &= !piece.was_files());
     plain && space.is_dormant() || !space.knows(range)
-}
-
-/// A copy of what was a file's, which is none to the kernel.
-fn was_files(piece: &Piece) -> bool {
-    piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy))
 }
 
 /// What advice says of forked children.
@@ -106,10 +101,7 @@ fn each_part(
     let mut add = |new: c_int| result = if result == 0 { new } else { result };
     let between = |gap: Range<usize>| if gap.is_empty() { 0 } else { others(&gap) };
     space.each_in(range, |space, piece| {
-        // What was a file's is none to the kernel.
-        let was_files =
-            piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy));
-        if piece.backing.keeps_pages() || was_files && !for_child {
+        if piece.backing.keeps_pages() || piece.was_files() && !for_child {
             let part = part_of(&piece, range);
             add(between(done..part.start));
             add(kept(space, &piece, &part));

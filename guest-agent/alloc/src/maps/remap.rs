@@ -122,10 +122,7 @@ pub unsafe fn remap_dormant(mut heap: Locked, request: &Request) -> Option<usize
     }
     let mut first = space.find(old.start);
     // A copy of a file does not grow: what is further on in it is not known any more.
-    let copied = |piece: &Piece| {
-        piece.purpose == Purpose::File && !matches!(piece.backing, Backing::Dormant(Wakes::Copy))
-    };
-    if new.len() > old.len() && first.as_ref().is_some_and(copied) {
+    if new.len() > old.len() && first.as_ref().is_some_and(Piece::was_files) {
         return refused(libc::ENOMEM);
     }
     if let Some(first) = &mut first {
